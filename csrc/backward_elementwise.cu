@@ -1,0 +1,89 @@
+// The elementwise half of the backward pass. Training:
+//   grad_input = weight*invstd * (dy - sum_dy/count - x̂ * sum_dy_xhat/count);
+// eval, where the statistics are constants and x is not read: grad_input = weight*invstd * dy.
+#include "formulas.cuh"
+#include "launch.cuh"
+
+namespace batchnorm_cuda {
+namespace {
+
+template <typename Cursor, typename Params>
+__device__ __forceinline__ auto load_channel(const Params& p, const Cursor& cursor, int lane) {
+  using acc_t = typename Params::acc_t;
+  if (!cursor.channel_valid(lane)) return GradInput<acc_t>{0};
+  const int64_t c = cursor.channel(lane);
+  const acc_t weight = load_param_or<acc_t>(p.weight, c, 1);
+  const acc_t invstd = load_global(p.invstd + c);
+  if (!p.input) return GradInput<acc_t>{weight * invstd};
+  return make_grad_input<acc_t>(weight, load_global(p.mean + c), invstd, load_global(p.sum_dy + c),
+                                load_global(p.sum_dy_xhat + c), static_cast<acc_t>(p.count));
+}
+
+template <typename Cursor, bool kTraining>
+__global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
+    backward_elementwise_kernel(const BackwardElementwiseParams<typename Cursor::scalar_t> p) {
+  using scalar_t = typename Cursor::scalar_t;
+  using acc_t = acc_type<scalar_t>;
+  constexpr int kUnrollPairs = kTraining ? kUnroll / 2 : kUnroll;
+  const int64_t numel = p.traversal.numel;
+  for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
+    Cursor cursor(p.traversal, task);
+    GradInput<acc_t> channel[Cursor::kChannels];
+#pragma unroll
+    for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_channel(p, cursor, c);
+    while (cursor.left > 0) {
+      Window<typename Cursor::index_t> windows[kUnrollPairs];
+      Vec<scalar_t> dy[kUnrollPairs], x[kUnrollPairs];
+#pragma unroll
+      for (int u = 0; u < kUnrollPairs; ++u) {
+        windows[u] = {0, 0, 0};
+        if (cursor.left > 0) windows[u] = cursor.take();
+        dy[u] = load_window<Cursor::kExact>(p.grad_output, windows[u], numel, p.grad_output_aligned);
+        if (kTraining) {
+          x[u] = load_window<Cursor::kExact>(p.input, windows[u], numel, p.input_aligned);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kUnrollPairs; ++u) {
+        acc_t dx[Cursor::kVecSize];
+#pragma unroll
+        for (int l = 0; l < Cursor::kVecSize; ++l) {
+          const GradInput<acc_t>& formula = channel[l % Cursor::kChannels];
+          const acc_t grad = to_acc(dy[u].lane[l]);
+          dx[l] = kTraining ? formula(grad, to_acc(x[u].lane[l])) : formula(grad);
+        }
+        store_window<Cursor::kExact>(p.grad_input, windows[u], round_to<scalar_t>(dx));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------- launchers
+
+template <typename scalar_t>
+LaunchStatus launch_backward_elementwise(Pattern pattern,
+                                         const BackwardElementwiseParams<scalar_t>& params,
+                                         cudaStream_t stream) {
+  const Traversal& t = params.traversal;
+  return with_cursor<scalar_t>(pattern, t, [&](auto tag) {
+    using Cursor = typename decltype(tag)::type;
+    const auto kernel = params.input ? backward_elementwise_kernel<Cursor, true>
+                                     : backward_elementwise_kernel<Cursor, false>;
+    return launch_kernel(kernel, t.grid, block_of(t), 0, stream, params);
+  });
+}
+
+template LaunchStatus launch_backward_elementwise(Pattern,
+                                                  const BackwardElementwiseParams<__half>&,
+                                                  cudaStream_t);
+template LaunchStatus launch_backward_elementwise(Pattern,
+                                                  const BackwardElementwiseParams<__nv_bfloat16>&,
+                                                  cudaStream_t);
+template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<float>&,
+                                                  cudaStream_t);
+template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<double>&,
+                                                  cudaStream_t);
+
+}  // namespace batchnorm_cuda

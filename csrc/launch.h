@@ -1,0 +1,50 @@
+// The seam between host code and kernels: one function per stage. Each enqueues one kernel on the
+// stream and returns the launch's error. Definitions are in the .cu file of the stage.
+//
+// scalar_t is half, bfloat16, float or double and acc_t float or double, instantiated there; host
+// code names them by the tag types of dispatch.h without any CUDA header.
+#pragma once
+
+#include "params.h"
+
+// As in the CUDA runtime's headers, which host code here does without.
+typedef struct CUstream_st* cudaStream_t;
+struct __half;
+struct __nv_bfloat16;
+
+namespace batchnorm_cuda {
+
+// 0 is success, anything else the CUDA error code.
+using LaunchStatus = int;
+
+template <typename scalar_t>
+LaunchStatus launch_statistics(Pattern pattern, const StatisticsParams<scalar_t>& params,
+                               cudaStream_t stream);
+
+template <typename acc_t>
+LaunchStatus launch_merge_statistics(const MergeGeometry& geometry,
+                                     const MergeStatisticsParams<acc_t>& params,
+                                     cudaStream_t stream);
+
+template <typename scalar_t>
+LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& params,
+                              cudaStream_t stream);
+
+template <typename scalar_t>
+LaunchStatus launch_backward_reduce(Pattern pattern, const BackwardReduceParams<scalar_t>& params,
+                                    cudaStream_t stream);
+
+template <typename acc_t>
+LaunchStatus launch_merge_gradients(const MergeGeometry& geometry,
+                                    const MergeGradientsParams<acc_t>& params,
+                                    cudaStream_t stream);
+
+template <typename scalar_t>
+LaunchStatus launch_backward_elementwise(Pattern pattern,
+                                         const BackwardElementwiseParams<scalar_t>& params,
+                                         cudaStream_t stream);
+
+// The text of a LaunchStatus.
+const char* describe_status(LaunchStatus status);
+
+}  // namespace batchnorm_cuda

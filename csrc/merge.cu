@@ -1,0 +1,108 @@
+// Merges the partial results of all splits, [rows, C], channel by channel in a fixed order, and
+// forms what the channel needs from them: mean and invstd with the running-statistics update, or the
+// two sums of the backward pass with grad_weight and grad_bias.
+//
+// threadIdx.x is the channel, threadIdx.y takes every threads_y-th row; column_reduce merges.
+#include "formulas.cuh"
+#include "launch.cuh"
+#include "partials.cuh"
+
+namespace batchnorm_cuda {
+namespace {
+
+// Every row of the workspace begins with the channel of the row group's first lane.
+template <typename acc_t>
+__device__ __forceinline__ int64_t partial_column(const Partials<acc_t>& partials, int shift,
+                                                  int64_t channel) {
+  return (channel + shift) % partials.c;
+}
+
+template <typename acc_t>
+__device__ __forceinline__ void finish(const MergeStatisticsParams<acc_t>& p, int64_t channel,
+                                       const Welford<acc_t>& total) {
+  const acc_t count = static_cast<acc_t>(p.count);
+  const acc_t mean = total.shift + total.mean;
+  const acc_t var = total.m2 / count;  // biased: for normalising
+  store_global(p.save_mean + channel, mean);
+  store_global(p.save_invstd + channel, inverse_sqrt(var + static_cast<acc_t>(p.eps)));
+  if (p.running_mean.data == nullptr) return;
+  const acc_t momentum =
+      p.num_batches_tracked ? acc_t(1) / static_cast<acc_t>(load_global(p.num_batches_tracked))
+                            : static_cast<acc_t>(p.momentum);
+  const acc_t unbiased = total.m2 / (count > 1 ? count - 1 : acc_t(1));
+  store_param(p.running_mean, channel,
+              update_running(load_param<acc_t>(p.running_mean, channel), mean, momentum));
+  store_param(p.running_var, channel,
+              update_running(load_param<acc_t>(p.running_var, channel), unbiased, momentum));
+}
+
+template <typename acc_t>
+__device__ __forceinline__ void finish(const MergeGradientsParams<acc_t>& p, int64_t channel,
+                                       const GradSums<acc_t>& total) {
+  if (p.sum_dy) store_global(p.sum_dy + channel, total.sum_dy);
+  if (p.sum_dy_xhat) store_global(p.sum_dy_xhat + channel, total.sum_dy_xhat);
+  if (p.grad_weight.data) store_param(p.grad_weight, channel, total.sum_dy_xhat);
+  if (p.grad_bias.data) store_param(p.grad_bias, channel, total.sum_dy);
+}
+
+template <typename Acc, typename Params>
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const Params p) {
+  using acc_t = std::remove_pointer_t<decltype(p.partials.data)>;
+  acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared());
+  const int64_t c = p.partials.c;
+  for (int64_t first = int64_t{blockIdx.x} * blockDim.x; first < c;
+       first += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t channel = first + threadIdx.x;
+    Acc acc[1];
+    if (channel < c) {
+      const int64_t column = partial_column(p.partials, p.shift, channel);
+      // Four rows at a time keep four loads of every field in flight.
+#pragma unroll 4
+      for (int64_t row = threadIdx.y; row < p.partials.rows; row += blockDim.y) {
+        acc[0].merge(load_partial<Acc>(p.partials, row * c + column));
+      }
+    }
+    column_reduce(acc, shared);
+    if (threadIdx.y == 0 && channel < c) finish(p, channel, acc[0]);
+  }
+}
+
+template <typename Acc, typename Params>
+LaunchStatus launch_merge(const MergeGeometry& g, const Params& params, cudaStream_t stream) {
+  return launch_kernel(merge_kernel<Acc, Params>, g.grid,
+                       dim3(static_cast<unsigned>(g.threads_x), static_cast<unsigned>(g.threads_y)),
+                       g.shared_bytes, stream, params);
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------- launchers
+
+template <typename acc_t>
+LaunchStatus launch_merge_statistics(const MergeGeometry& geometry,
+                                     const MergeStatisticsParams<acc_t>& params,
+                                     cudaStream_t stream) {
+  return launch_merge<Welford<acc_t>>(geometry, params, stream);
+}
+
+template <typename acc_t>
+LaunchStatus launch_merge_gradients(const MergeGeometry& geometry,
+                                    const MergeGradientsParams<acc_t>& params,
+                                    cudaStream_t stream) {
+  return launch_merge<GradSums<acc_t>>(geometry, params, stream);
+}
+
+const char* describe_status(LaunchStatus status) {
+  return cudaGetErrorString(static_cast<cudaError_t>(status));
+}
+
+template LaunchStatus launch_merge_statistics(const MergeGeometry&,
+                                              const MergeStatisticsParams<float>&, cudaStream_t);
+template LaunchStatus launch_merge_statistics(const MergeGeometry&,
+                                              const MergeStatisticsParams<double>&, cudaStream_t);
+template LaunchStatus launch_merge_gradients(const MergeGeometry&,
+                                             const MergeGradientsParams<float>&, cudaStream_t);
+template LaunchStatus launch_merge_gradients(const MergeGeometry&,
+                                             const MergeGradientsParams<double>&, cudaStream_t);
+
+}  // namespace batchnorm_cuda

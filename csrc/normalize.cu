@@ -1,0 +1,86 @@
+// The elementwise half of the forward pass, y = (x - mean) * invstd * weight + bias, from saved
+// batch statistics (training) or from the running ones (eval). In eval the thread that owns a
+// channel also leaves mean and invstd for the backward pass.
+#include "formulas.cuh"
+#include "launch.cuh"
+
+namespace batchnorm_cuda {
+namespace {
+
+// What this thread's channels need; invalid channels (past C) get neutral values.
+template <typename Cursor, typename Params>
+__device__ __forceinline__ auto load_channel(const Params& p, const Cursor& cursor, int lane) {
+  using acc_t = typename Params::acc_t;
+  Normalize<acc_t> channel{0, 1, 0};
+  if (!cursor.channel_valid(lane)) return channel;
+  const int64_t c = cursor.channel(lane);
+  acc_t invstd;
+  if (p.use_running) {
+    channel.mean = load_param<acc_t>(p.running_mean, c);
+    invstd = inverse_sqrt(load_param<acc_t>(p.running_var, c) + static_cast<acc_t>(p.eps));
+    if (p.mean && cursor.owns_channel(lane)) {
+      store_global(p.mean + c, channel.mean);
+      store_global(p.invstd + c, invstd);
+    }
+  } else {
+    channel.mean = load_global(p.mean + c);
+    invstd = load_global(p.invstd + c);
+  }
+  channel.scale = load_param_or<acc_t>(p.weight, c, 1) * invstd;
+  channel.bias = load_param_or<acc_t>(p.bias, c, 0);
+  return channel;
+}
+
+template <typename Cursor>
+__global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
+    transform_input_kernel(const NormalizeParams<typename Cursor::scalar_t> p) {
+  using scalar_t = typename Cursor::scalar_t;
+  using acc_t = acc_type<scalar_t>;
+  for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
+    Cursor cursor(p.traversal, task);
+    Normalize<acc_t> channel[Cursor::kChannels];
+#pragma unroll
+    for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_channel(p, cursor, c);
+    while (cursor.left > 0) {
+      Window<typename Cursor::index_t> windows[kUnroll];
+      Vec<scalar_t> x[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        windows[u] = {0, 0, 0};
+        if (cursor.left > 0) windows[u] = cursor.take();
+        x[u] = load_window<Cursor::kExact>(p.input, windows[u], p.traversal.numel, p.input_aligned);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        acc_t y[Cursor::kVecSize];
+#pragma unroll
+        for (int l = 0; l < Cursor::kVecSize; ++l) {
+          y[l] = channel[l % Cursor::kChannels](to_acc(x[u].lane[l]));
+        }
+        store_window<Cursor::kExact>(p.output, windows[u], round_to<scalar_t>(y));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------- launchers
+
+template <typename scalar_t>
+LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& params,
+                              cudaStream_t stream) {
+  const Traversal& t = params.traversal;
+  return with_cursor<scalar_t>(pattern, t, [&](auto tag) {
+    using Cursor = typename decltype(tag)::type;
+    return launch_kernel(transform_input_kernel<Cursor>, t.grid, block_of(t), 0, stream, params);
+  });
+}
+
+template LaunchStatus launch_normalize(Pattern, const NormalizeParams<__half>&, cudaStream_t);
+template LaunchStatus launch_normalize(Pattern, const NormalizeParams<__nv_bfloat16>&,
+                                       cudaStream_t);
+template LaunchStatus launch_normalize(Pattern, const NormalizeParams<float>&, cudaStream_t);
+template LaunchStatus launch_normalize(Pattern, const NormalizeParams<double>&, cudaStream_t);
+
+}  // namespace batchnorm_cuda

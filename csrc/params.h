@@ -1,0 +1,165 @@
+// Kernel arguments: plain data, raw pointers and the traversal the plan decided. No torch.
+//
+// visit_buffers states the contract of each pointer: f(name, pointer, bytes, readable, must_write).
+//   readable, not must_write   input: never written
+//   must_write, not readable   output: every byte is written, none is read before
+//   both                       updated in place
+//   neither                    scratch: read only where it was written before
+// The host build checks it; a null pointer stands for an argument that is not there.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "plan.h"
+
+namespace batchnorm_cuda {
+
+// float for half, bfloat16 and float; double for double.
+template <typename scalar_t>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <typename scalar_t>
+using acc_type = typename Accumulate<scalar_t>::type;
+
+// A per-channel vector whose dtype is a run-time tag. A thread reads one or a few of its elements
+// per kernel, so a template parameter would double the compiled kernels and save nothing.
+struct ParamPointer {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat;
+  size_t bytes(int64_t c) const { return static_cast<size_t>(c) * dtype_bytes(dtype); }
+};
+
+// Partial results: plane f holds field f of every accumulator, each plane [rows, C].
+template <typename acc_t>
+struct Partials {
+  acc_t* data = nullptr;
+  int64_t rows = 0, c = 0;
+  size_t bytes(int fields) const { return sizeof(acc_t) * fields * rows * c; }
+};
+
+template <typename scalar_t>
+struct StatisticsParams {
+  Traversal traversal;
+  const scalar_t* input;                    // [N, C, S]
+  Partials<acc_type<scalar_t>> partials;    // 4 planes
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    f("input", input, sizeof(scalar_t) * traversal.numel, true, false);
+    f("partials", partials.data, partials.bytes(4), false, true);
+  }
+};
+
+template <typename acc_t>
+struct MergeStatisticsParams {
+  static constexpr int kFields = 4;
+  Partials<acc_t> partials;
+  int shift;                          // of the traversal that wrote the partials, 0 along S
+  int64_t count;                      // values per channel
+  double eps, momentum;
+  const int64_t* num_batches_tracked;  // [1]; given: momentum is 1/num_batches_tracked
+  acc_t *save_mean, *save_invstd;     // [C]
+  ParamPointer running_mean, running_var;  // [C] or absent
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    f("partials", partials.data, partials.bytes(kFields), true, false);
+    f("num_batches_tracked", num_batches_tracked, sizeof(int64_t), true, false);
+    f("save_mean", save_mean, sizeof(acc_t) * partials.c, false, true);
+    f("save_invstd", save_invstd, sizeof(acc_t) * partials.c, false, true);
+    f("running_mean", running_mean.data, running_mean.bytes(partials.c), true, true);
+    f("running_var", running_var.data, running_var.bytes(partials.c), true, true);
+  }
+};
+
+template <typename scalar_t>
+struct NormalizeParams {
+  using acc_t = acc_type<scalar_t>;
+  Traversal traversal;
+  bool input_aligned;                 // the input shares the output's 16-byte boundaries
+  bool use_running;                   // statistics: running_* and eps instead of mean, invstd
+  double eps;
+  const scalar_t* input;              // [N, C, S]
+  scalar_t* output;                   // [N, C, S]
+  ParamPointer weight, bias;          // [C] or absent
+  ParamPointer running_mean, running_var;  // [C], use_running
+  acc_t *mean, *invstd;               // [C]: read, or with use_running written for the backward
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    const size_t c = sizeof(acc_t) * traversal.c;
+    f("input", input, sizeof(scalar_t) * traversal.numel, true, false);
+    f("output", output, sizeof(scalar_t) * traversal.numel, false, true);
+    f("weight", weight.data, weight.bytes(traversal.c), true, false);
+    f("bias", bias.data, bias.bytes(traversal.c), true, false);
+    f("running_mean", running_mean.data, running_mean.bytes(traversal.c), true, false);
+    f("running_var", running_var.data, running_var.bytes(traversal.c), true, false);
+    f("mean", mean, c, !use_running, use_running);
+    f("invstd", invstd, c, !use_running, use_running);
+  }
+};
+
+template <typename scalar_t>
+struct BackwardReduceParams {
+  using acc_t = acc_type<scalar_t>;
+  Traversal traversal;
+  bool grad_output_aligned;           // grad_output shares the input's 16-byte boundaries
+  const scalar_t *grad_output, *input;  // [N, C, S]
+  const acc_t *mean, *invstd;         // [C]
+  Partials<acc_t> partials;           // 2 planes
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    f("grad_output", grad_output, sizeof(scalar_t) * traversal.numel, true, false);
+    f("input", input, sizeof(scalar_t) * traversal.numel, true, false);
+    f("mean", mean, sizeof(acc_t) * traversal.c, true, false);
+    f("invstd", invstd, sizeof(acc_t) * traversal.c, true, false);
+    f("partials", partials.data, partials.bytes(2), false, true);
+  }
+};
+
+template <typename acc_t>
+struct MergeGradientsParams {
+  static constexpr int kFields = 2;
+  Partials<acc_t> partials;
+  int shift;                          // as in MergeStatisticsParams
+  acc_t *sum_dy, *sum_dy_xhat;        // [C] or null
+  ParamPointer grad_weight, grad_bias;  // [C] or absent
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    f("partials", partials.data, partials.bytes(kFields), true, false);
+    f("sum_dy", sum_dy, sizeof(acc_t) * partials.c, false, true);
+    f("sum_dy_xhat", sum_dy_xhat, sizeof(acc_t) * partials.c, false, true);
+    f("grad_weight", grad_weight.data, grad_weight.bytes(partials.c), false, true);
+    f("grad_bias", grad_bias.data, grad_bias.bytes(partials.c), false, true);
+  }
+};
+
+template <typename scalar_t>
+struct BackwardElementwiseParams {
+  using acc_t = acc_type<scalar_t>;
+  Traversal traversal;
+  bool grad_output_aligned, input_aligned;  // share grad_input's 16-byte boundaries
+  int64_t count;                      // values per channel
+  const scalar_t *grad_output, *input;  // [N, C, S]; input null in eval: it takes no part
+  scalar_t* grad_input;               // [N, C, S]
+  ParamPointer weight;                // [C] or absent
+  const acc_t *mean, *invstd;         // [C]
+  const acc_t *sum_dy, *sum_dy_xhat;  // [C], null in eval
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    const size_t c = sizeof(acc_t) * traversal.c;
+    f("grad_output", grad_output, sizeof(scalar_t) * traversal.numel, true, false);
+    f("input", input, sizeof(scalar_t) * traversal.numel, true, false);
+    f("grad_input", grad_input, sizeof(scalar_t) * traversal.numel, false, true);
+    f("weight", weight.data, weight.bytes(traversal.c), true, false);
+    f("mean", mean, c, true, false);
+    f("invstd", invstd, c, true, false);
+    f("sum_dy", sum_dy, c, true, false);
+    f("sum_dy_xhat", sum_dy_xhat, c, true, false);
+  }
+};
+
+}  // namespace batchnorm_cuda

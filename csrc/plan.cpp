@@ -1,0 +1,174 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+
+namespace batchnorm_cuda {
+namespace {
+
+// Resident blocks of a stage kernel that the planner aims for: with kUnroll windows of 16 bytes in
+// flight per thread, 2 blocks of 256 threads keep 32 KB in flight on an SM.
+constexpr int64_t kBlocksPerSm = 4;
+// Rows of partial results per channel. More splits would cost the merge more than they bring.
+constexpr int64_t kMaxSplits = 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t round_up_to_power_of_two(int64_t value) {
+  int64_t power = 1;
+  while (power < value) power *= 2;
+  return power;
+}
+
+void check_sizes(const Problem& p) {
+  constexpr int64_t kMax = std::numeric_limits<int64_t>::max() / 64;
+  const bool negative = p.n < 0 || p.c < 0 || p.s < 0;
+  const bool overflows = !negative && p.n > 0 && p.c > 0 && p.s > 0 && p.n > kMax / p.c / p.s;
+  if (negative || overflows) {
+    throw std::invalid_argument("make_plan: expected n, c and s >= 0 with n*c*s < 2^57, got [" +
+                                std::to_string(p.n) + ", " + std::to_string(p.c) + ", " +
+                                std::to_string(p.s) + "]");
+  }
+}
+
+// Blocks per channel group: enough to fill the device, each with at least one full batch.
+int64_t choose_splits(int64_t channel_blocks, int64_t work, int64_t work_per_block,
+                      const DeviceInfo& device, const PlanOptions& options) {
+  const int64_t wanted = options.splits > 0
+                             ? options.splits
+                             : std::min(ceil_div(device.sm_count * kBlocksPerSm, channel_blocks),
+                                        work / work_per_block);
+  return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(work, 1, kMaxSplits));
+}
+
+void split_work(Traversal& t, int64_t work, int64_t work_per_block, const DeviceInfo& device,
+                const PlanOptions& options) {
+  t.splits = choose_splits(t.channel_blocks, work, work_per_block, device, options);
+  t.per_split = ceil_div(work, t.splits);
+  t.splits = ceil_div(work, t.per_split);  // no split without work
+  t.tasks = t.channel_blocks * t.splits;
+  t.grid = std::min(t.tasks, device.max_grid);
+}
+
+// Along S. Short channels share a block: threads_x lanes of a warp, up to the whole block, serve one.
+void plan_along_s(Traversal& t, int vec, const DeviceInfo& device, const PlanOptions& options) {
+  t.exact = t.shift == 0 && t.s % vec == 0;
+  // A run that starts anywhere in a window touches at most this many windows.
+  t.row_windows = t.exact ? t.s / vec : ceil_div(t.s + vec - 1, vec);
+  t.rows = t.n;
+  const int64_t windows = t.rows * t.row_windows;
+  const int64_t threads = std::max<int64_t>(std::min<int64_t>(windows, kWarpSize),
+                                            ceil_div(windows, kUnroll));
+  t.threads_x = static_cast<int>(
+      std::min<int64_t>(kStageThreads, round_up_to_power_of_two(std::min<int64_t>(threads, 1024))));
+  t.threads_y = kStageThreads / t.threads_x;
+  t.channel_blocks = ceil_div(t.c, t.threads_y);
+  split_work(t, windows, int64_t{t.threads_x} * kUnroll, device, options);
+}
+
+// Along C. Where C is no multiple of the window, lcm(C, vec) elements form a row group: windows stay
+// aligned, and a window column keeps the same channels in every row group.
+void plan_along_c(Traversal& t, int vec, const DeviceInfo& device, const PlanOptions& options) {
+  const int64_t group = std::lcm(t.c, static_cast<int64_t>(vec));
+  t.exact = t.shift == 0 && group == t.c;
+  t.row_repeat = group / t.c;
+  t.row_windows = group / vec;
+  t.rows = ceil_div(t.numel + t.shift, group);
+  // Even column blocks of at most a warp's width, so that the last one is not nearly empty.
+  t.threads_x = static_cast<int>(ceil_div(t.row_windows, ceil_div(t.row_windows, kWarpSize)));
+  t.threads_y = static_cast<int>(
+      std::min<int64_t>(kStageThreads / t.threads_x, round_up_to_power_of_two(t.rows)));
+  t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
+  split_work(t, t.rows, int64_t{t.threads_y} * kUnroll, device, options);
+}
+
+// Index arithmetic reaches at most one step past the last window of a thread.
+bool fits_32_bits(const Traversal& t, Pattern pattern, int vec) {
+  const int64_t step = pattern == Pattern::kAlongS
+                           ? (t.threads_x / t.row_windows + 2) * t.c * t.s
+                           : int64_t{t.threads_y} * t.row_windows * vec;
+  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
+  return step <= kLimit / 2 && t.numel + t.row_windows * vec + vec <= kLimit - step;
+}
+
+Traversal plan_traversal(const Problem& p, Pattern pattern, int shift, int vec,
+                         const DeviceInfo& device, const PlanOptions& options) {
+  Traversal t;
+  t.n = p.n;
+  t.c = p.c;
+  t.s = p.s;
+  t.numel = p.n * p.c * p.s;
+  t.shift = shift;
+  if (pattern == Pattern::kAlongS) {
+    plan_along_s(t, vec, device, options);
+  } else {
+    plan_along_c(t, vec, device, options);
+  }
+  // Masked windows are rare sizes: one 64-bit form serves them all and halves what is compiled.
+  t.index_bits = t.exact && options.index_bits != 64 && fits_32_bits(t, pattern, vec) ? 32 : 64;
+  return t;
+}
+
+MergeGeometry plan_merge(const Traversal& reduce, int fields, int acc_size,
+                         const DeviceInfo& device) {
+  MergeGeometry m;
+  m.rows = reduce.splits * reduce.row_repeat;
+  m.threads_x = static_cast<int>(std::min<int64_t>(reduce.c, kWarpSize / 2));
+  m.threads_y = static_cast<int>(
+      std::min<int64_t>(round_up_to_power_of_two(m.rows), kMergeThreads / m.threads_x));
+  m.grid = std::min(ceil_div(reduce.c, m.threads_x), device.max_grid);
+  m.shared_bytes = int64_t{m.threads_x} * m.threads_y * fields * acc_size;
+  return m;
+}
+
+void predict_bytes(Plan& plan, const Problem& p) {
+  const bool forward = p.op == Op::kForwardTraining || p.op == Op::kForwardEval;
+  const int64_t tensor = p.n * p.c * p.s * dtype_bytes(p.dtype);
+  const int64_t reduce_reads = plan.has_reduce ? (forward ? 1 : 2) : 0;
+  const int64_t output = plan.has_elementwise ? 1 : 0;
+  const int64_t elementwise_reads = output * (p.op == Op::kBackwardTraining ? 2 : 1);
+  plan.predicted_bytes = tensor * (reduce_reads + elementwise_reads + output);
+  plan.compulsory_bytes = tensor * (std::max(reduce_reads, elementwise_reads) + output);
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptions& options) {
+  check_sizes(problem);
+  Plan plan;
+  plan.pattern = problem.s > 1 ? Pattern::kAlongS : Pattern::kAlongC;
+  plan.vec = kWindowBytes / dtype_bytes(problem.dtype);
+  if (problem.n == 0 || problem.c == 0 || problem.s == 0) return plan;
+
+  const bool forward = problem.op == Op::kForwardTraining || problem.op == Op::kForwardEval;
+  plan.has_reduce = problem.op == Op::kForwardTraining ||
+                    (problem.op == Op::kBackwardTraining) ||
+                    (problem.op == Op::kBackwardEval && problem.need_sums);
+  plan.has_elementwise = problem.output_shift >= 0;
+  if (plan.has_reduce) {
+    plan.reduce = plan_traversal(problem, plan.pattern, problem.input_shift, plan.vec, device,
+                                 options);
+    const int fields = forward ? 4 : 2;  // Welford and GradSums of reduce.cuh
+    const int acc = acc_bytes(problem.dtype);
+    if (plan.pattern == Pattern::kAlongC) {
+      plan.reduce.shared_bytes =
+          int64_t{plan.reduce.threads_x} * plan.reduce.threads_y * plan.vec * fields * acc;
+    } else {
+      plan.reduce.shared_bytes = int64_t{kStageThreads / kWarpSize} * fields * acc;
+    }
+    plan.merge = plan_merge(plan.reduce, fields, acc, device);
+    plan.workspace_bytes = plan.merge.rows * problem.c * fields * acc;
+    plan.launches += 2;
+  }
+  if (plan.has_elementwise) {
+    plan.elementwise = plan_traversal(problem, plan.pattern, problem.output_shift, plan.vec, device,
+                                      options);
+    plan.launches += 1;
+  }
+  predict_bytes(plan, problem);
+  return plan;
+}
+
+}  // namespace batchnorm_cuda

@@ -1,0 +1,123 @@
+// Reductions: the accumulators and the one fixed-order tree that merges them, over a warp, a block
+// and the partial results of many blocks. The order depends on the plan only, so results repeat to
+// the bit.
+#pragma once
+
+#include "platform.cuh"
+
+namespace batchnorm_cuda {
+
+// Count, mean and M2 = sum of (x - mean)^2 of a set of values. Two sets merge by Chan, Golub and
+// LeVeque (1983): with delta = mean_b - mean_a and n = n_a + n_b,
+//   mean = mean_a + delta * n_b / n        M2 = M2_a + M2_b + delta^2 * n_a * n_b / n.
+// The mean is kept as shift + mean, shift being the first batch's rounded mean: what is added up is
+// then of the size of the spread, not of the mean, and |mean| >> std costs no digits.
+template <typename acc_t>
+struct Welford {
+  static constexpr int kFields = 4;
+  acc_t count = 0, shift = 0, mean = 0, m2 = 0;
+
+  __device__ __forceinline__ acc_t& field(int i) {
+    return i == 0 ? count : i == 1 ? shift : i == 2 ? mean : m2;
+  }
+
+  __device__ __forceinline__ void merge(const Welford& other) {
+    if (count == 0) shift = other.shift;
+    const acc_t total = count + other.count;
+    const acc_t fraction = total > 0 ? other.count / total : acc_t(0);
+    const acc_t delta = (other.shift - shift) + (other.mean - mean);
+    // Associated so that an empty side contributes 0 even where delta^2 would overflow.
+    m2 += other.m2 + delta * (delta * (count * fraction));
+    mean += delta * fraction;
+    count = total;
+  }
+};
+
+// The two sums of the backward pass. A thread adds dy * (x - mean); x̂ = (x - mean) * invstd.
+template <typename acc_t>
+struct GradSums {
+  static constexpr int kFields = 2;
+  acc_t sum_dy = 0, sum_dy_xhat = 0;
+
+  __device__ __forceinline__ acc_t& field(int i) { return i == 0 ? sum_dy : sum_dy_xhat; }
+
+  __device__ __forceinline__ void merge(const GradSums& other) {
+    sum_dy += other.sum_dy;
+    sum_dy_xhat += other.sum_dy_xhat;
+  }
+};
+
+template <typename Acc>
+__device__ __forceinline__ Acc shuffle_down(Acc acc, int offset, int width) {
+#pragma unroll
+  for (int f = 0; f < Acc::kFields; ++f) {
+    acc.field(f) = __shfl_down_sync(0xffffffffu, acc.field(f), offset, width);
+  }
+  return acc;
+}
+
+// Merges the accumulators of `group` consecutive threads (a power of two dividing the block).
+// Every thread of the block must call, the block is whole warps; `shared` holds one accumulator a
+// warp, field by field. The result is in the group's first thread only; a barrier ends the call
+// where shared memory was used, so that it may be called again.
+template <typename Acc, typename acc_t>
+__device__ __forceinline__ Acc group_reduce(Acc acc, int group, acc_t* shared) {
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const int width = group < kWarpSize ? group : kWarpSize;
+  for (int offset = width / 2; offset > 0; offset /= 2) {
+    acc.merge(shuffle_down(acc, offset, width));
+  }
+  if (group > kWarpSize) {
+    const int warps = blockDim.x * blockDim.y / kWarpSize;
+    const int warp = thread / kWarpSize;
+    if (thread % kWarpSize == 0) {
+      for (int f = 0; f < Acc::kFields; ++f) store_shared(shared + f * warps + warp, acc.field(f));
+    }
+    __syncthreads();
+    if (thread % group == 0) {
+      for (int w = warp + 1; w < warp + group / kWarpSize; ++w) {
+        Acc other;
+        for (int f = 0; f < Acc::kFields; ++f) other.field(f) = load_shared(shared + f * warps + w);
+        acc.merge(other);
+      }
+    }
+    __syncthreads();
+  }
+  return acc;
+}
+
+// Merges kLanes accumulators per thread over threadIdx.y, for every threadIdx.x on its own. Every
+// thread of the block must call; `shared` holds kLanes accumulators a thread, field by field. The
+// result is in the threads with threadIdx.y == 0; a barrier ends the call.
+template <int kLanes, typename Acc, typename acc_t>
+__device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared) {
+  const int threads = blockDim.x * blockDim.y;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+  int rows = blockDim.y;
+  while (rows > 1) {
+    const int half = (rows + 1) / 2;
+    if (static_cast<int>(threadIdx.y) >= half && static_cast<int>(threadIdx.y) < rows) {
+#pragma unroll
+      for (int i = 0; i < kLanes * Acc::kFields; ++i) {
+        store_shared(shared + i * threads + thread, acc[i / Acc::kFields].field(i % Acc::kFields));
+      }
+    }
+    __syncthreads();
+    if (static_cast<int>(threadIdx.y) + half < rows) {
+      const int partner = thread + half * blockDim.x;
+#pragma unroll
+      for (int l = 0; l < kLanes; ++l) {
+        Acc other;
+#pragma unroll
+        for (int f = 0; f < Acc::kFields; ++f) {
+          other.field(f) = load_shared(shared + (l * Acc::kFields + f) * threads + partner);
+        }
+        acc[l].merge(other);
+      }
+    }
+    rows = half;
+  }
+  __syncthreads();
+}
+
+}  // namespace batchnorm_cuda

@@ -1,0 +1,138 @@
+// How a thread walks over its windows of the tensor, for the two access patterns of plan.h. A cursor
+// is made per task; `left` windows remain, take() hands out the next one. No division per window.
+#pragma once
+
+#include "plan.h"
+#include "vec_io.cuh"
+
+namespace batchnorm_cuda {
+
+__device__ __forceinline__ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Along S: the block's threads_y groups take one channel each; the windows of a channel, N runs of
+// row_windows, are numbered through, and a group's threads take every threads_x-th of them.
+template <typename scalar, typename index, bool exact>
+struct AlongS {
+  using scalar_t = scalar;
+  using index_t = index;
+  static constexpr bool kExact = exact;
+  static constexpr int kVecSize = kVec<scalar_t>;
+  static constexpr int kChannels = 1;  // channels per thread: all lanes are of the same one
+
+  index_t left = 0;
+
+  __device__ __forceinline__ AlongS(const Traversal& t, int64_t task) : t_(t) {
+    split_ = task / t.channel_blocks;
+    channel_ = (task - split_ * t.channel_blocks) * blockDim.y + threadIdx.y;
+    const int64_t first = split_ * t.per_split + threadIdx.x;
+    const int64_t end = min_of((split_ + 1) * t.per_split, t.rows * t.row_windows);
+    if (!channel_valid(0) || first >= end) return;
+    const int64_t step = blockDim.x;
+    left = static_cast<index_t>((end - first + step - 1) / step);
+    const int64_t run = first / t.row_windows;
+    column_ = static_cast<index_t>(first - run * t.row_windows);
+    run_start_ = static_cast<index_t>((run * t.c + channel_) * t.s);
+    const int64_t step_runs = step / t.row_windows;
+    step_columns_ = static_cast<index_t>(step - step_runs * t.row_windows);
+    step_elements_ = static_cast<index_t>(step_runs * t.c * t.s);
+  }
+
+  __device__ __forceinline__ Window<index_t> take() {
+    Window<index_t> window{run_start_ + column_ * kVecSize, 0, kVecSize};
+    if (!kExact) {
+      // Windows lie on the reference tensor's 16-byte boundaries: step back to the one before.
+      window.offset -= (run_start_ + t_.shift) & (kVecSize - 1);
+      const index_t before = run_start_ - window.offset;
+      const index_t until = before + static_cast<index_t>(t_.s);
+      window.lo = before > 0 ? static_cast<int>(before) : 0;
+      window.hi = until < kVecSize ? static_cast<int>(until) : kVecSize;
+    }
+    advance();
+    return window;
+  }
+
+  __device__ __forceinline__ bool channel_valid(int) const { return channel_ < t_.c; }
+  __device__ __forceinline__ int64_t channel(int) const { return channel_; }
+  // Where this thread's channel stands in a plane of partial results.
+  __device__ __forceinline__ int64_t partial_index(int) const {
+    return split_ * t_.c + channel_;
+  }
+  // True in one thread per channel and kernel.
+  __device__ __forceinline__ bool owns_channel(int) const {
+    return split_ == 0 && threadIdx.x == 0 && channel_valid(0);
+  }
+
+ private:
+  __device__ __forceinline__ void advance() {
+    column_ += step_columns_;
+    run_start_ += step_elements_;
+    if (column_ >= static_cast<index_t>(t_.row_windows)) {
+      column_ -= static_cast<index_t>(t_.row_windows);
+      run_start_ += static_cast<index_t>(t_.c * t_.s);
+    }
+    --left;
+  }
+
+  const Traversal& t_;
+  int64_t split_, channel_;
+  index_t column_ = 0, run_start_ = 0, step_columns_ = 0, step_elements_ = 0;
+};
+
+// Along C: threadIdx.x is a window column of the row group, whose lanes are fixed channels;
+// threadIdx.y walks over the row groups. A row group is row_repeat rows of C, a multiple of a window.
+template <typename scalar, typename index, bool exact>
+struct AlongC {
+  using scalar_t = scalar;
+  using index_t = index;
+  static constexpr bool kExact = exact;
+  static constexpr int kVecSize = kVec<scalar_t>;
+  static constexpr int kChannels = kVecSize;  // one channel per lane
+
+  index_t left = 0;
+
+  __device__ __forceinline__ AlongC(const Traversal& t, int64_t task) : t_(t) {
+    split_ = task / t.channel_blocks;
+    column_ = (task - split_ * t.channel_blocks) * blockDim.x + threadIdx.x;
+    const int64_t first = split_ * t.per_split + threadIdx.y;
+    const int64_t end = min_of((split_ + 1) * t.per_split, t.rows);
+    if (column_ >= t.row_windows || first >= end) return;
+    left = static_cast<index_t>((end - first + blockDim.y - 1) / blockDim.y);
+    offset_ = static_cast<index_t>((first * t.row_windows + column_) * kVecSize - t.shift);
+    step_ = static_cast<index_t>(blockDim.y * t.row_windows * kVecSize);
+  }
+
+  __device__ __forceinline__ Window<index_t> take() {
+    Window<index_t> window{offset_, 0, kVecSize};
+    if (!kExact) {
+      const int64_t until = t_.numel - offset_;
+      window.lo = offset_ < 0 ? static_cast<int>(-offset_) : 0;
+      window.hi = until < kVecSize ? static_cast<int>(until) : kVecSize;
+    }
+    offset_ += step_;
+    --left;
+    return window;
+  }
+
+  __device__ __forceinline__ bool channel_valid(int) const { return column_ < t_.row_windows; }
+  __device__ __forceinline__ int64_t channel(int lane) const {
+    const int64_t position = column_ * kVecSize + lane;
+    if (kExact) return position;
+    const int64_t channel = (position - t_.shift) % t_.c;
+    return channel < 0 ? channel + t_.c : channel;
+  }
+  __device__ __forceinline__ int64_t partial_index(int lane) const {
+    return (split_ * t_.row_windows + column_) * kVecSize + lane;
+  }
+  // Of the lanes of a row group that hold a channel, the first one owns it.
+  __device__ __forceinline__ bool owns_channel(int lane) const {
+    return split_ == 0 && threadIdx.y == 0 && channel_valid(lane) &&
+           column_ * kVecSize + lane < t_.c;
+  }
+
+ private:
+  const Traversal& t_;
+  int64_t split_, column_;
+  index_t offset_ = 0, step_ = 0;
+};
+
+}  // namespace batchnorm_cuda

@@ -1,0 +1,154 @@
+// Global access to activations and parameters: every load and store of the kernels is here.
+//
+// A window is 16 bytes of a tensor, kVec elements, of which lanes [lo, hi) belong to the caller.
+// Full windows move as one 16-byte access. At the head and tail of a run a load still takes the
+// whole window (the foreign lanes are real elements of neighbours, and are dropped), a store writes
+// its own lanes only, because the neighbours' lanes belong to other threads.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "params.h"
+#include "platform.cuh"
+
+namespace batchnorm_cuda {
+
+template <typename scalar_t>
+inline constexpr int kVec = kWindowBytes / static_cast<int>(sizeof(scalar_t));
+
+__device__ __forceinline__ float to_acc(float value) { return value; }
+__device__ __forceinline__ double to_acc(double value) { return value; }
+__device__ __forceinline__ float to_acc(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_acc(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename scalar_t>
+__device__ __forceinline__ scalar_t from_acc(acc_type<scalar_t> value) {
+  if constexpr (std::is_same_v<scalar_t, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
+
+template <typename scalar_t>
+struct alignas(kWindowBytes) Vec {
+  scalar_t lane[kVec<scalar_t>];
+};
+
+template <typename index_t>
+struct Window {
+  index_t offset;  // of lane 0, in elements; negative or past the end where lanes are masked
+  int lo, hi;      // lanes [lo, hi) are valid; empty where hi <= lo
+  __device__ bool valid(int lane) const { return lane >= lo && lane < hi; }
+};
+
+// Lanes that are not valid are zero. kExact: the window is full or empty, and on the boundaries of
+// this tensor too; otherwise `aligned` says so.
+template <bool kExact, typename scalar_t, typename index_t>
+__device__ __forceinline__ Vec<scalar_t> load_window(const scalar_t* base,
+                                                     const Window<index_t>& window, int64_t numel,
+                                                     bool aligned, Site site = Site::current()) {
+  Vec<scalar_t> vec;
+  const bool whole = kExact ? window.hi > 0
+                            : aligned && window.lo < window.hi && window.offset >= 0 &&
+                                  window.offset + kVec<scalar_t> <= numel;
+  if (whole) {
+    const uint4 bits = load_global(reinterpret_cast<const uint4*>(base + window.offset), site);
+    memcpy(&vec, &bits, sizeof(bits));
+  }
+#pragma unroll
+  for (int l = 0; l < kVec<scalar_t>; ++l) {
+    if (kExact ? !whole : !window.valid(l)) {
+      vec.lane[l] = from_acc<scalar_t>(0);
+    } else if (!whole) {
+      vec.lane[l] = load_global(base + window.offset + l, site);
+    }
+  }
+  return vec;
+}
+
+template <bool kExact, typename scalar_t, typename index_t>
+__device__ __forceinline__ void store_window(scalar_t* base, const Window<index_t>& window,
+                                             const Vec<scalar_t>& vec,
+                                             Site site = Site::current()) {
+  if (kExact ? window.hi > 0 : window.lo <= 0 && window.hi >= kVec<scalar_t>) {
+    uint4 bits;
+    memcpy(&bits, &vec, sizeof(bits));
+    store_global(reinterpret_cast<uint4*>(base + window.offset), bits, site);
+  } else if (!kExact) {
+#pragma unroll
+    for (int l = 0; l < kVec<scalar_t>; ++l) {
+      if (window.valid(l)) store_global(base + window.offset + l, vec.lane[l], site);
+    }
+  }
+}
+
+// Rounds kVec values to the activation dtype, two at a time where the hardware packs pairs.
+template <typename scalar_t>
+__device__ __forceinline__ Vec<scalar_t> round_to(
+    const acc_type<scalar_t> (&value)[kVec<scalar_t>]) {
+  Vec<scalar_t> vec;
+#pragma unroll
+  for (int l = 0; l < kVec<scalar_t>; l += 2) {
+    if constexpr (std::is_same_v<scalar_t, __half>) {
+      const __half2 pair = __floats2half2_rn(value[l], value[l + 1]);
+      memcpy(&vec.lane[l], &pair, sizeof(pair));
+    } else if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(value[l], value[l + 1]);
+      memcpy(&vec.lane[l], &pair, sizeof(pair));
+    } else {
+      vec.lane[l] = value[l];
+      vec.lane[l + 1] = value[l + 1];
+    }
+  }
+  return vec;
+}
+
+template <typename acc_t>
+__device__ __forceinline__ acc_t load_param(const ParamPointer& param, int64_t i,
+                                            Site site = Site::current()) {
+  switch (param.dtype) {
+    case Dtype::kHalf:
+      return to_acc(load_global(static_cast<const __half*>(param.data) + i, site));
+    case Dtype::kBFloat16:
+      return to_acc(load_global(static_cast<const __nv_bfloat16*>(param.data) + i, site));
+    case Dtype::kFloat:
+      return load_global(static_cast<const float*>(param.data) + i, site);
+    default:
+      return static_cast<acc_t>(load_global(static_cast<const double*>(param.data) + i, site));
+  }
+}
+
+// The parameter, or a neutral value where it is absent.
+template <typename acc_t>
+__device__ __forceinline__ acc_t load_param_or(const ParamPointer& param, int64_t i, acc_t absent,
+                                               Site site = Site::current()) {
+  return param.data ? load_param<acc_t>(param, i, site) : absent;
+}
+
+template <typename acc_t>
+__device__ __forceinline__ void store_param(const ParamPointer& param, int64_t i, acc_t value,
+                                            Site site = Site::current()) {
+  const float single = static_cast<float>(value);
+  switch (param.dtype) {
+    case Dtype::kHalf:
+      store_global(static_cast<__half*>(param.data) + i, __float2half_rn(single), site);
+      break;
+    case Dtype::kBFloat16:
+      store_global(static_cast<__nv_bfloat16*>(param.data) + i, __float2bfloat16_rn(single), site);
+      break;
+    case Dtype::kFloat:
+      store_global(static_cast<float*>(param.data) + i, single, site);
+      break;
+    default:
+      store_global(static_cast<double*>(param.data) + i, static_cast<double>(value), site);
+  }
+}
+
+}  // namespace batchnorm_cuda
