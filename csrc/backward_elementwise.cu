@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
       for (int u = 0; u < kUnrollPairs; ++u) {
         windows[u] = {0, 0, 0};
         if (cursor.left > 0) windows[u] = cursor.take();
-        dy[u] = load_window<Cursor::kExact>(p.grad_output, windows[u], numel, p.grad_output_aligned);
+        dy[u] =
+            load_window<Cursor::kExact>(p.grad_output, windows[u], numel, p.grad_output_aligned);
         if (kTraining) {
           x[u] = load_window<Cursor::kExact>(p.input, windows[u], numel, p.input_aligned);
         }
@@ -75,8 +76,7 @@ LaunchStatus launch_backward_elementwise(Pattern pattern,
   });
 }
 
-template LaunchStatus launch_backward_elementwise(Pattern,
-                                                  const BackwardElementwiseParams<__half>&,
+template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<__half>&,
                                                   cudaStream_t);
 template LaunchStatus launch_backward_elementwise(Pattern,
                                                   const BackwardElementwiseParams<__nv_bfloat16>&,

@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
         windows[u] = {0, 0, 0};
         if (cursor.left > 0) windows[u] = cursor.take();
         x[u] = load_window<Cursor::kExact>(p.input, windows[u], numel, true);
-        dy[u] = load_window<Cursor::kExact>(p.grad_output, windows[u], numel, p.grad_output_aligned);
+        dy[u] =
+            load_window<Cursor::kExact>(p.grad_output, windows[u], numel, p.grad_output_aligned);
       }
       GradSums<acc_t> batch[kChannels];  // summed on its own: fewer additions at full magnitude
 #pragma unroll

@@ -1,36 +1,15 @@
 #include "device_context.h"
 
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
-#include <cuda_runtime_api.h>
+#include <c10/util/Exception.h>
 
 #include <map>
 #include <mutex>
 
+#include "device_query.h"
+
 namespace batchnorm_cuda {
-namespace {
-
-DeviceInfo query(int device) {
-  cudaDeviceProp properties;
-  C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
-  DeviceInfo info;
-  info.name = properties.name;
-  info.compute_major = properties.major;
-  info.compute_minor = properties.minor;
-  info.sm_count = properties.multiProcessorCount;
-  info.max_threads_per_sm = properties.maxThreadsPerMultiProcessor;
-  info.registers_per_sm = properties.regsPerMultiprocessor;
-  info.shared_bytes_per_sm = static_cast<int64_t>(properties.sharedMemPerMultiprocessor);
-  info.shared_bytes_per_block = static_cast<int64_t>(properties.sharedMemPerBlock);
-  info.shared_bytes_per_block_optin = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
-  info.l2_bytes = properties.l2CacheSize;
-  info.max_grid = properties.maxGridSize[0];
-  info.cooperative = properties.cooperativeLaunch != 0;
-  return info;
-}
-
-}  // namespace
 
 c10::DeviceType supported_device_type() { return c10::DeviceType::CUDA; }
 
@@ -40,7 +19,12 @@ const DeviceInfo& device_info(c10::Device device) {
   const int index = device.has_index() ? device.index() : c10::cuda::current_device();
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = known.find(index);
-  return found != known.end() ? found->second : known.emplace(index, query(index)).first->second;
+  if (found != known.end()) return found->second;
+  DeviceInfo info;
+  const LaunchStatus status = query_device(index, &info);
+  TORCH_CHECK(status == 0, "batch_norm: querying CUDA device ", index,
+              " failed: ", describe_status(status));
+  return known.emplace(index, info).first->second;
 }
 
 cudaStream_t current_stream(c10::Device device) {

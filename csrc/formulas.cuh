@@ -35,7 +35,7 @@ __device__ __forceinline__ acc_t update_running(acc_t running, acc_t batch, acc_
 // (x - mean). In eval mode the statistics are constants and only the first term stays.
 template <typename acc_t>
 struct GradInput {
-  acc_t scale;                          // weight * invstd
+  acc_t scale;                            // weight * invstd
   acc_t mean = 0, slope = 0, offset = 0;  // training only
   __device__ __forceinline__ acc_t operator()(acc_t dy, acc_t x) const {
     return fused_multiply_add(scale, dy, fused_multiply_add(slope, x - mean, offset));

@@ -36,8 +36,7 @@ LaunchStatus launch_backward_reduce(Pattern pattern, const BackwardReduceParams<
 
 template <typename acc_t>
 LaunchStatus launch_merge_gradients(const MergeGeometry& geometry,
-                                    const MergeGradientsParams<acc_t>& params,
-                                    cudaStream_t stream);
+                                    const MergeGradientsParams<acc_t>& params, cudaStream_t stream);
 
 template <typename scalar_t>
 LaunchStatus launch_backward_elementwise(Pattern pattern,

@@ -1,6 +1,6 @@
 // Merges the partial results of all splits, [rows, C], channel by channel in a fixed order, and
-// forms what the channel needs from them: mean and invstd with the running-statistics update, or the
-// two sums of the backward pass with grad_weight and grad_bias.
+// forms what the channel needs from them: mean and invstd with the running-statistics update, or
+// the two sums of the backward pass with grad_weight and grad_bias.
 //
 // threadIdx.x is the channel, threadIdx.y takes every threads_y-th row; column_reduce merges.
 #include "formulas.cuh"
@@ -26,9 +26,9 @@ __device__ __forceinline__ void finish(const MergeStatisticsParams<acc_t>& p, in
   store_global(p.save_mean + channel, mean);
   store_global(p.save_invstd + channel, inverse_sqrt(var + static_cast<acc_t>(p.eps)));
   if (p.running_mean.data == nullptr) return;
-  const acc_t momentum =
-      p.num_batches_tracked ? acc_t(1) / static_cast<acc_t>(load_global(p.num_batches_tracked))
-                            : static_cast<acc_t>(p.momentum);
+  const acc_t momentum = p.num_batches_tracked
+                             ? acc_t(1) / static_cast<acc_t>(load_global(p.num_batches_tracked))
+                             : static_cast<acc_t>(p.momentum);
   const acc_t unbiased = total.m2 / (count > 1 ? count - 1 : acc_t(1));
   store_param(p.running_mean, channel,
               update_running(load_param<acc_t>(p.running_mean, channel), mean, momentum));

@@ -46,8 +46,8 @@ struct Partials {
 template <typename scalar_t>
 struct StatisticsParams {
   Traversal traversal;
-  const scalar_t* input;                    // [N, C, S]
-  Partials<acc_type<scalar_t>> partials;    // 4 planes
+  const scalar_t* input;                  // [N, C, S]
+  Partials<acc_type<scalar_t>> partials;  // 4 planes
   template <typename F>
   void visit_buffers(F&& f) const {
     f("input", input, sizeof(scalar_t) * traversal.numel, true, false);
@@ -59,11 +59,11 @@ template <typename acc_t>
 struct MergeStatisticsParams {
   static constexpr int kFields = 4;
   Partials<acc_t> partials;
-  int shift;                          // of the traversal that wrote the partials, 0 along S
-  int64_t count;                      // values per channel
+  int shift;      // of the traversal that wrote the partials, 0 along S
+  int64_t count;  // values per channel
   double eps, momentum;
-  const int64_t* num_batches_tracked;  // [1]; given: momentum is 1/num_batches_tracked
-  acc_t *save_mean, *save_invstd;     // [C]
+  const int64_t* num_batches_tracked;      // [1]; given: momentum is 1/num_batches_tracked
+  acc_t *save_mean, *save_invstd;          // [C]
   ParamPointer running_mean, running_var;  // [C] or absent
   template <typename F>
   void visit_buffers(F&& f) const {
@@ -80,14 +80,14 @@ template <typename scalar_t>
 struct NormalizeParams {
   using acc_t = acc_type<scalar_t>;
   Traversal traversal;
-  bool input_aligned;                 // the input shares the output's 16-byte boundaries
-  bool use_running;                   // statistics: running_* and eps instead of mean, invstd
+  bool input_aligned;  // the input shares the output's 16-byte boundaries
+  bool use_running;    // statistics: running_* and eps instead of mean, invstd
   double eps;
-  const scalar_t* input;              // [N, C, S]
-  scalar_t* output;                   // [N, C, S]
-  ParamPointer weight, bias;          // [C] or absent
+  const scalar_t* input;                   // [N, C, S]
+  scalar_t* output;                        // [N, C, S]
+  ParamPointer weight, bias;               // [C] or absent
   ParamPointer running_mean, running_var;  // [C], use_running
-  acc_t *mean, *invstd;               // [C]: read, or with use_running written for the backward
+  acc_t *mean, *invstd;  // [C]: read, or with use_running written for the backward
   template <typename F>
   void visit_buffers(F&& f) const {
     const size_t c = sizeof(acc_t) * traversal.c;
@@ -106,10 +106,10 @@ template <typename scalar_t>
 struct BackwardReduceParams {
   using acc_t = acc_type<scalar_t>;
   Traversal traversal;
-  bool grad_output_aligned;           // grad_output shares the input's 16-byte boundaries
+  bool grad_output_aligned;             // grad_output shares the input's 16-byte boundaries
   const scalar_t *grad_output, *input;  // [N, C, S]
-  const acc_t *mean, *invstd;         // [C]
-  Partials<acc_t> partials;           // 2 planes
+  const acc_t *mean, *invstd;           // [C]
+  Partials<acc_t> partials;             // 2 planes
   template <typename F>
   void visit_buffers(F&& f) const {
     f("grad_output", grad_output, sizeof(scalar_t) * traversal.numel, true, false);
@@ -124,8 +124,8 @@ template <typename acc_t>
 struct MergeGradientsParams {
   static constexpr int kFields = 2;
   Partials<acc_t> partials;
-  int shift;                          // as in MergeStatisticsParams
-  acc_t *sum_dy, *sum_dy_xhat;        // [C] or null
+  int shift;                            // as in MergeStatisticsParams
+  acc_t *sum_dy, *sum_dy_xhat;          // [C] or null
   ParamPointer grad_weight, grad_bias;  // [C] or absent
   template <typename F>
   void visit_buffers(F&& f) const {
@@ -142,12 +142,12 @@ struct BackwardElementwiseParams {
   using acc_t = acc_type<scalar_t>;
   Traversal traversal;
   bool grad_output_aligned, input_aligned;  // share grad_input's 16-byte boundaries
-  int64_t count;                      // values per channel
-  const scalar_t *grad_output, *input;  // [N, C, S]; input null in eval: it takes no part
-  scalar_t* grad_input;               // [N, C, S]
-  ParamPointer weight;                // [C] or absent
-  const acc_t *mean, *invstd;         // [C]
-  const acc_t *sum_dy, *sum_dy_xhat;  // [C], null in eval
+  int64_t count;                            // values per channel
+  const scalar_t *grad_output, *input;      // [N, C, S]; input null in eval: it takes no part
+  scalar_t* grad_input;                     // [N, C, S]
+  ParamPointer weight;                      // [C] or absent
+  const acc_t *mean, *invstd;               // [C]
+  const acc_t *sum_dy, *sum_dy_xhat;        // [C], null in eval
   template <typename F>
   void visit_buffers(F&& f) const {
     const size_t c = sizeof(acc_t) * traversal.c;

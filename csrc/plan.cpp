@@ -52,15 +52,16 @@ void split_work(Traversal& t, int64_t work, int64_t work_per_block, const Device
   t.grid = std::min(t.tasks, device.max_grid);
 }
 
-// Along S. Short channels share a block: threads_x lanes of a warp, up to the whole block, serve one.
+// Along S. Short channels share a block: threads_x lanes of a warp, up to the whole block, serve
+// one.
 void plan_along_s(Traversal& t, int vec, const DeviceInfo& device, const PlanOptions& options) {
   t.exact = t.shift == 0 && t.s % vec == 0;
   // A run that starts anywhere in a window touches at most this many windows.
   t.row_windows = t.exact ? t.s / vec : ceil_div(t.s + vec - 1, vec);
   t.rows = t.n;
   const int64_t windows = t.rows * t.row_windows;
-  const int64_t threads = std::max<int64_t>(std::min<int64_t>(windows, kWarpSize),
-                                            ceil_div(windows, kUnroll));
+  const int64_t threads =
+      std::max<int64_t>(std::min<int64_t>(windows, kWarpSize), ceil_div(windows, kUnroll));
   t.threads_x = static_cast<int>(
       std::min<int64_t>(kStageThreads, round_up_to_power_of_two(std::min<int64_t>(threads, 1024))));
   t.threads_y = kStageThreads / t.threads_x;
@@ -68,8 +69,8 @@ void plan_along_s(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
   split_work(t, windows, int64_t{t.threads_x} * kUnroll, device, options);
 }
 
-// Along C. Where C is no multiple of the window, lcm(C, vec) elements form a row group: windows stay
-// aligned, and a window column keeps the same channels in every row group.
+// Along C. Where C is no multiple of the window, lcm(C, vec) elements form a row group: windows
+// stay aligned, and a window column keeps the same channels in every row group.
 void plan_along_c(Traversal& t, int vec, const DeviceInfo& device, const PlanOptions& options) {
   const int64_t group = std::lcm(t.c, static_cast<int64_t>(vec));
   t.exact = t.shift == 0 && group == t.c;
@@ -86,9 +87,8 @@ void plan_along_c(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
 
 // Index arithmetic reaches at most one step past the last window of a thread.
 bool fits_32_bits(const Traversal& t, Pattern pattern, int vec) {
-  const int64_t step = pattern == Pattern::kAlongS
-                           ? (t.threads_x / t.row_windows + 2) * t.c * t.s
-                           : int64_t{t.threads_y} * t.row_windows * vec;
+  const int64_t step = pattern == Pattern::kAlongS ? (t.threads_x / t.row_windows + 2) * t.c * t.s
+                                                   : int64_t{t.threads_y} * t.row_windows * vec;
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
   return step <= kLimit / 2 && t.numel + t.row_windows * vec + vec <= kLimit - step;
 }
@@ -143,13 +143,12 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptio
   if (problem.n == 0 || problem.c == 0 || problem.s == 0) return plan;
 
   const bool forward = problem.op == Op::kForwardTraining || problem.op == Op::kForwardEval;
-  plan.has_reduce = problem.op == Op::kForwardTraining ||
-                    (problem.op == Op::kBackwardTraining) ||
+  plan.has_reduce = problem.op == Op::kForwardTraining || (problem.op == Op::kBackwardTraining) ||
                     (problem.op == Op::kBackwardEval && problem.need_sums);
   plan.has_elementwise = problem.output_shift >= 0;
   if (plan.has_reduce) {
-    plan.reduce = plan_traversal(problem, plan.pattern, problem.input_shift, plan.vec, device,
-                                 options);
+    plan.reduce =
+        plan_traversal(problem, plan.pattern, problem.input_shift, plan.vec, device, options);
     const int fields = forward ? 4 : 2;  // Welford and GradSums of reduce.cuh
     const int acc = acc_bytes(problem.dtype);
     if (plan.pattern == Pattern::kAlongC) {
@@ -163,8 +162,8 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptio
     plan.launches += 2;
   }
   if (plan.has_elementwise) {
-    plan.elementwise = plan_traversal(problem, plan.pattern, problem.output_shift, plan.vec, device,
-                                      options);
+    plan.elementwise =
+        plan_traversal(problem, plan.pattern, problem.output_shift, plan.vec, device, options);
     plan.launches += 1;
   }
   predict_bytes(plan, problem);

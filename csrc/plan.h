@@ -1,5 +1,6 @@
-// The plan: every fact of launch geometry, decided on the host by a pure function of the problem and
-// of the device. No torch and no CUDA headers, so that it can be tested and described without a GPU.
+// The plan: every fact of launch geometry, decided on the host by a pure function of the problem
+// and of the device. No torch and no CUDA headers, so that it can be tested and described without a
+// GPU.
 //
 // All inputs are one geometry, [N, C, S] in memory: element (n, c, s) at (n*C + c)*S + s. Channels
 // last is S == 1 with N the number of positions. Two access patterns follow from it:
@@ -40,7 +41,7 @@ struct DeviceInfo {
   int max_threads_per_sm = 2048;
   int registers_per_sm = 65536;
   int64_t shared_bytes_per_sm = 102400;
-  int64_t shared_bytes_per_block = 49152;        // without opting in
+  int64_t shared_bytes_per_block = 49152;         // without opting in
   int64_t shared_bytes_per_block_optin = 101376;  // with opting in
   int64_t l2_bytes = 4 << 20;
   int64_t max_grid = 2147483647;
@@ -67,17 +68,17 @@ struct PlanOptions {
 // blocks take tasks in grid-stride order, so that no size is capped by the grid limits.
 struct Traversal {
   int64_t n = 0, c = 0, s = 0, numel = 0;
-  int shift = 0;             // of the tensor whose 16-byte boundaries define the windows
-  bool exact = true;         // every window is full: no masks, no heads, no tails
+  int shift = 0;      // of the tensor whose 16-byte boundaries define the windows
+  bool exact = true;  // every window is full: no masks, no heads, no tails
   int index_bits = 32;
-  int threads_x = 1;         // along S: threads per channel; along C: windows of a row
-  int threads_y = 1;         // along S: channels per block;  along C: rows at a time
-  int64_t row_windows = 1;   // along S: windows of a run;    along C: windows of a row group
-  int64_t rows = 1;          // along S: N runs per channel;  along C: row groups
-  int64_t row_repeat = 1;    // along C: rows of C elements in a row group; along S: 1
+  int threads_x = 1;        // along S: threads per channel; along C: windows of a row
+  int threads_y = 1;        // along S: channels per block;  along C: rows at a time
+  int64_t row_windows = 1;  // along S: windows of a run;    along C: windows of a row group
+  int64_t rows = 1;         // along S: N runs per channel;  along C: row groups
+  int64_t row_repeat = 1;   // along C: rows of C elements in a row group; along S: 1
   int64_t channel_blocks = 1;
   int64_t splits = 1;
-  int64_t per_split = 1;     // along S: windows of the channel; along C: row groups
+  int64_t per_split = 1;  // along S: windows of the channel; along C: row groups
   int64_t tasks = 0, grid = 0;
   int64_t shared_bytes = 0;
 };
@@ -96,10 +97,10 @@ struct Plan {
   bool has_reduce = false, has_elementwise = false;
   Traversal reduce, elementwise;
   MergeGeometry merge;
-  int64_t workspace_bytes = 0;     // partial results, planes of [merge.rows, C]
+  int64_t workspace_bytes = 0;  // partial results, planes of [merge.rows, C]
   int launches = 0;
-  int64_t compulsory_bytes = 0;    // every tensor once
-  int64_t predicted_bytes = 0;     // activations as the kernels below read and write them
+  int64_t compulsory_bytes = 0;  // every tensor once
+  int64_t predicted_bytes = 0;   // activations as the kernels below read and write them
 };
 
 // Throws std::invalid_argument for sizes that are negative or overflow 63 bits.

@@ -1,5 +1,5 @@
-// The one header of csrc that knows there is a host build (tests/simt): memory access, shared memory
-// and launch, in the form in which both nvcc and the CPU model of CUDA can execute them.
+// The one header of csrc that knows there is a host build (tests/simt): memory access, shared
+// memory and launch, in the form in which both nvcc and the CPU model of CUDA can execute them.
 //
 // Kernels never dereference a pointer to global or shared memory. They call load_global,
 // store_global, load_shared and store_shared, so that the host build can check bounds and

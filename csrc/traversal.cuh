@@ -1,5 +1,6 @@
-// How a thread walks over its windows of the tensor, for the two access patterns of plan.h. A cursor
-// is made per task; `left` windows remain, take() hands out the next one. No division per window.
+// How a thread walks over its windows of the tensor, for the two access patterns of plan.h. A
+// cursor is made per task; `left` windows remain, take() hands out the next one. No division per
+// window.
 #pragma once
 
 #include "plan.h"
@@ -54,9 +55,7 @@ struct AlongS {
   __device__ __forceinline__ bool channel_valid(int) const { return channel_ < t_.c; }
   __device__ __forceinline__ int64_t channel(int) const { return channel_; }
   // Where this thread's channel stands in a plane of partial results.
-  __device__ __forceinline__ int64_t partial_index(int) const {
-    return split_ * t_.c + channel_;
-  }
+  __device__ __forceinline__ int64_t partial_index(int) const { return split_ * t_.c + channel_; }
   // True in one thread per channel and kernel.
   __device__ __forceinline__ bool owns_channel(int) const {
     return split_ == 0 && threadIdx.x == 0 && channel_valid(0);
@@ -79,7 +78,8 @@ struct AlongS {
 };
 
 // Along C: threadIdx.x is a window column of the row group, whose lanes are fixed channels;
-// threadIdx.y walks over the row groups. A row group is row_repeat rows of C, a multiple of a window.
+// threadIdx.y walks over the row groups. A row group is row_repeat rows of C, a multiple of a
+// window.
 template <typename scalar, typename index, bool exact>
 struct AlongC {
   using scalar_t = scalar;

@@ -1,0 +1,41 @@
+// The Python module batchnorm_cuda._C (and its host-build twin).
+#include <torch/csrc/utils/pybind.h>
+
+#include "device_context.h"
+#include "ops.h"
+#include "plan_dict.h"
+
+namespace py = pybind11;
+namespace bn = batchnorm_cuda;
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Batch normalisation kernels; see batchnorm_cuda.batch_norm for the public function.";
+  m.def("forward", &bn::forward, py::call_guard<py::gil_scoped_release>(), py::arg("input"),
+        py::arg("weight"), py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
+        py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"), py::arg("eps"),
+        "(output, save_mean, save_invstd); updates the running statistics when training");
+  m.def("backward", &bn::backward, py::call_guard<py::gil_scoped_release>(), py::arg("grad_output"),
+        py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("save_mean"),
+        py::arg("save_invstd"), py::arg("training"), py::arg("need_input"), py::arg("need_weight"),
+        py::arg("need_bias"), "(grad_input, grad_weight, grad_bias), None where not needed");
+  m.def(
+      "make_plan",
+      [](const std::string& op, int64_t n, int64_t c, int64_t s, const std::string& dtype,
+         const py::dict& device, const py::dict& options) {
+        return bn::plan_as_dict(op, n, c, s, dtype, bn::DeviceInfo{}, device, options);
+      },
+      py::arg("op"), py::arg("n"), py::arg("c"), py::arg("s"), py::arg("dtype"),
+      py::arg("device") = py::dict(), py::arg("options") = py::dict(),
+      "The plan for [n, c, s] on a described device, as a dictionary");
+  m.def(
+      "device_info",
+      [](int index) {
+        return bn::to_dict(bn::device_info(
+            c10::Device(bn::supported_device_type(), static_cast<c10::DeviceIndex>(index))));
+      },
+      py::arg("index") = 0, "Properties of a device as the planner sees them");
+  m.def(
+      "set_plan_options",
+      [](const py::dict& options) { bn::set_plan_options(bn::options_from_dict(options)); },
+      py::arg("options"), "Forces planner choices in this process; {} takes them back");
+}

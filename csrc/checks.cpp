@@ -1,0 +1,158 @@
+#include "checks.h"
+
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+#include "device_context.h"
+#include "dispatch.h"
+
+namespace batchnorm_cuda {
+namespace {
+
+at::ScalarType accumulate_type(const at::Tensor& input) {
+  return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+const char* dtype_name(at::ScalarType type) {
+  switch (type) {
+    case at::kHalf:
+      return "torch.float16";
+    case at::kBFloat16:
+      return "torch.bfloat16";
+    case at::kFloat:
+      return "torch.float32";
+    case at::kDouble:
+      return "torch.float64";
+    case at::kLong:
+      return "torch.int64";
+    case at::kInt:
+      return "torch.int32";
+    default:
+      return c10::toString(type);
+  }
+}
+
+void check_strided(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.defined() && tensor.layout() == at::kStrided, "batch_norm: expected ",
+                   name, " to be a strided tensor, got ",
+                   tensor.defined() ? c10::str(tensor.layout()) : "an undefined tensor");
+}
+
+void check_same_device(const at::Tensor& tensor, const char* name, const at::Tensor& input) {
+  TORCH_CHECK(tensor.device() == input.device(), "batch_norm: expected ", name, " to be on ",
+              input.device(), ", the device of input, got ", tensor.device());
+}
+
+void check_input(const at::Tensor& input) {
+  check_strided(input, "input");
+  TORCH_CHECK(input.device().type() == supported_device_type(),
+              "batch_norm: expected input to be on ", supported_device_type(), ", got ",
+              input.device());
+  TORCH_CHECK_TYPE(is_supported(input.scalar_type()),
+                   "batch_norm: expected input to have dtype torch.float16, torch.bfloat16, "
+                   "torch.float32 or torch.float64, got ",
+                   dtype_name(input.scalar_type()));
+  TORCH_CHECK_VALUE(input.dim() >= 2,
+                    "batch_norm: expected input to have at least 2 dimensions, got shape ",
+                    input.sizes());
+}
+
+void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef expected) {
+  TORCH_CHECK_VALUE(tensor.sizes() == expected, "batch_norm: expected ", name, " to have shape ",
+                    expected, ", got ", tensor.sizes());
+}
+
+// A per-channel vector in the input's dtype or in float32.
+void check_param(const OptionalTensor& param, const char* name, const at::Tensor& input) {
+  if (!param) return;
+  check_strided(*param, name);
+  check_same_device(*param, name, input);
+  const at::ScalarType type = param->scalar_type();
+  if (input.scalar_type() == at::kFloat) {
+    TORCH_CHECK_TYPE(type == at::kFloat, "batch_norm: expected ", name,
+                     " to have dtype torch.float32, got ", dtype_name(type));
+  } else {
+    TORCH_CHECK_TYPE(type == input.scalar_type() || type == at::kFloat, "batch_norm: expected ",
+                     name, " to have dtype ", dtype_name(input.scalar_type()),
+                     " or torch.float32, got ", dtype_name(type));
+  }
+  check_shape(*param, name, {input.size(1)});
+}
+
+void check_running(const at::Tensor& input, const OptionalTensor& mean, const OptionalTensor& var,
+                   bool training) {
+  TORCH_CHECK_VALUE(mean || !var,
+                    "batch_norm: expected running_mean to be given with running_var, got None");
+  TORCH_CHECK_VALUE(var || !mean,
+                    "batch_norm: expected running_var to be given with running_mean, got None");
+  TORCH_CHECK_VALUE(training || mean,
+                    "batch_norm: expected running_mean and running_var to be given when "
+                    "training=False, got None");
+  check_param(mean, "running_mean", input);
+  check_param(var, "running_var", input);
+  for (const auto& [tensor, name] : {std::pair{&mean, "running_mean"}, {&var, "running_var"}}) {
+    TORCH_CHECK(!*tensor || !(*tensor)->requires_grad(), "batch_norm: expected ", name,
+                " not to require grad, got a tensor with requires_grad=True");
+  }
+}
+
+void check_saved(const at::Tensor& tensor, const char* name, const at::Tensor& input) {
+  check_strided(tensor, name);
+  check_same_device(tensor, name, input);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == accumulate_type(input), "batch_norm: expected ", name,
+                   " to have dtype ", dtype_name(accumulate_type(input)), ", got ",
+                   dtype_name(tensor.scalar_type()));
+  check_shape(tensor, name, {input.size(1)});
+}
+
+}  // namespace
+
+void check_forward(const at::Tensor& input, const OptionalTensor& weight,
+                   const OptionalTensor& bias, const OptionalTensor& running_mean,
+                   const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                   bool training, std::optional<double> momentum, double eps) {
+  check_input(input);
+  check_param(weight, "weight", input);
+  check_param(bias, "bias", input);
+  check_running(input, running_mean, running_var, training);
+  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0,
+                    "batch_norm: expected eps to be finite and not negative, got ", eps);
+  if (num_batches_tracked) {
+    check_same_device(*num_batches_tracked, "num_batches_tracked", input);
+    TORCH_CHECK_TYPE(num_batches_tracked->scalar_type() == at::kLong,
+                     "batch_norm: expected num_batches_tracked to have dtype torch.int64, got ",
+                     dtype_name(num_batches_tracked->scalar_type()));
+    TORCH_CHECK_VALUE(num_batches_tracked->numel() == 1,
+                      "batch_norm: expected num_batches_tracked to have one element, got shape ",
+                      num_batches_tracked->sizes());
+  }
+  TORCH_CHECK_VALUE(momentum || !training || !running_mean || num_batches_tracked,
+                    "batch_norm: expected momentum to be a number where num_batches_tracked is not "
+                    "given, got None");
+}
+
+void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                    const OptionalTensor& weight, const OptionalTensor& bias,
+                    const at::Tensor& save_mean, const at::Tensor& save_invstd, bool need_weight,
+                    bool need_bias) {
+  check_input(input);
+  check_strided(grad_output, "grad_output");
+  check_same_device(grad_output, "grad_output", input);
+  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(),
+                   "batch_norm: expected grad_output to have dtype ",
+                   dtype_name(input.scalar_type()), ", the dtype of input, got ",
+                   dtype_name(grad_output.scalar_type()));
+  check_shape(grad_output, "grad_output", input.sizes());
+  check_param(weight, "weight", input);
+  check_param(bias, "bias", input);
+  check_saved(save_mean, "save_mean", input);
+  check_saved(save_invstd, "save_invstd", input);
+  TORCH_CHECK_VALUE(
+      weight || !need_weight,
+      "batch_norm: expected weight to be given where its gradient is wanted, got None");
+  TORCH_CHECK_VALUE(bias || !need_bias,
+                    "batch_norm: expected bias to be given where its gradient is wanted, got None");
+}
+
+}  // namespace batchnorm_cuda

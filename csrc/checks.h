@@ -1,0 +1,24 @@
+// Argument checks of the entry points. Each throws before anything is allocated or written:
+// TypeError for a dtype, ValueError for a shape or value, RuntimeError for a device, always as
+// "batch_norm: expected <argument> to <what>, got <what came>".
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "ops.h"
+
+namespace batchnorm_cuda {
+
+void check_forward(const at::Tensor& input, const OptionalTensor& weight,
+                   const OptionalTensor& bias, const OptionalTensor& running_mean,
+                   const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                   bool training, std::optional<double> momentum, double eps);
+
+void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                    const OptionalTensor& weight, const OptionalTensor& bias,
+                    const at::Tensor& save_mean, const at::Tensor& save_invstd, bool need_weight,
+                    bool need_bias);
+
+}  // namespace batchnorm_cuda

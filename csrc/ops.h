@@ -1,0 +1,34 @@
+// The entry points behind the Python module: check, allocate, guard the device, plan, launch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "plan.h"
+
+namespace batchnorm_cuda {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Returns (output, save_mean, save_invstd): output like input; the statistics [C] in float32
+// (float64 for float64 input), of the batch (training) or from the running ones (eval).
+// Running statistics are updated in place when training; momentum absent: by the cumulative average
+// 1/num_batches_tracked.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
+    double eps);
+
+// Returns (grad_input, grad_weight, grad_bias), each only where asked for. bias lends its dtype.
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const at::Tensor& save_mean, const at::Tensor& save_invstd,
+    bool training, bool need_input, bool need_weight, bool need_bias);
+
+// What the planner is told to force, for tests and benchmarks; process-wide.
+void set_plan_options(const PlanOptions& options);
+
+}  // namespace batchnorm_cuda

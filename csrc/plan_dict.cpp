@@ -1,0 +1,125 @@
+#include "plan_dict.h"
+
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace batchnorm_cuda {
+namespace {
+
+// Visits every field of DeviceInfo by name: one list for both directions.
+template <typename Info, typename F>
+void visit_fields(Info& d, F&& f) {
+  f("name", d.name);
+  f("compute_major", d.compute_major);
+  f("compute_minor", d.compute_minor);
+  f("sm_count", d.sm_count);
+  f("max_threads_per_sm", d.max_threads_per_sm);
+  f("registers_per_sm", d.registers_per_sm);
+  f("shared_bytes_per_sm", d.shared_bytes_per_sm);
+  f("shared_bytes_per_block", d.shared_bytes_per_block);
+  f("shared_bytes_per_block_optin", d.shared_bytes_per_block_optin);
+  f("l2_bytes", d.l2_bytes);
+  f("max_grid", d.max_grid);
+  f("cooperative", d.cooperative);
+}
+
+// Takes what it knows out of `left`; what stays was misspelt.
+template <typename T>
+void take(py::dict& left, const char* key, T& value) {
+  if (!left.contains(key)) return;
+  value = left[key].cast<T>();
+  left.attr("pop")(key);
+}
+
+void check_empty(const py::dict& left, const char* what) {
+  if (left.empty()) return;
+  throw py::value_error(std::string("make_plan: unknown ") + what + " " +
+                        py::repr(left).cast<std::string>());
+}
+
+Op parse_op(const std::string& op) {
+  if (op == "forward_training") return Op::kForwardTraining;
+  if (op == "forward_eval") return Op::kForwardEval;
+  if (op == "backward_training") return Op::kBackwardTraining;
+  if (op == "backward_eval") return Op::kBackwardEval;
+  throw py::value_error(
+      "make_plan: expected op to be forward_training, forward_eval, backward_training or "
+      "backward_eval, got " +
+      op);
+}
+
+Dtype parse_dtype(const std::string& dtype) {
+  if (dtype == "float16") return Dtype::kHalf;
+  if (dtype == "bfloat16") return Dtype::kBFloat16;
+  if (dtype == "float32") return Dtype::kFloat;
+  if (dtype == "float64") return Dtype::kDouble;
+  throw py::value_error(
+      "make_plan: expected dtype to be float16, bfloat16, float32 or float64, got " + dtype);
+}
+
+py::dict to_dict(const Traversal& t) {
+  using py::literals::operator""_a;
+  return py::dict("exact"_a = t.exact, "index_bits"_a = t.index_bits, "shift"_a = t.shift,
+                  "threads_x"_a = t.threads_x, "threads_y"_a = t.threads_y,
+                  "row_windows"_a = t.row_windows, "rows"_a = t.rows, "row_repeat"_a = t.row_repeat,
+                  "channel_blocks"_a = t.channel_blocks, "splits"_a = t.splits,
+                  "per_split"_a = t.per_split, "tasks"_a = t.tasks, "grid"_a = t.grid,
+                  "shared_bytes"_a = t.shared_bytes);
+}
+
+py::dict to_dict(const Plan& plan) {
+  using py::literals::operator""_a;
+  py::dict result(
+      "pattern"_a = plan.pattern == Pattern::kAlongS ? "along_s" : "along_c", "vec"_a = plan.vec,
+      "launches"_a = plan.launches, "workspace_bytes"_a = plan.workspace_bytes,
+      "compulsory_bytes"_a = plan.compulsory_bytes, "predicted_bytes"_a = plan.predicted_bytes);
+  if (plan.has_reduce) {
+    result["reduce"] = to_dict(plan.reduce);
+    result["merge"] = py::dict("rows"_a = plan.merge.rows, "threads_x"_a = plan.merge.threads_x,
+                               "threads_y"_a = plan.merge.threads_y, "grid"_a = plan.merge.grid,
+                               "shared_bytes"_a = plan.merge.shared_bytes);
+  }
+  if (plan.has_elementwise) result["elementwise"] = to_dict(plan.elementwise);
+  return result;
+}
+
+}  // namespace
+
+py::dict to_dict(const DeviceInfo& device) {
+  py::dict result;
+  visit_fields(device, [&](const char* key, const auto& value) { result[key] = value; });
+  return result;
+}
+
+PlanOptions options_from_dict(const py::dict& options) {
+  PlanOptions parsed;
+  py::dict left(options.attr("copy")());
+  take(left, "index_bits", parsed.index_bits);
+  take(left, "splits", parsed.splits);
+  check_empty(left, "options");
+  return parsed;
+}
+
+py::dict plan_as_dict(const std::string& op, int64_t n, int64_t c, int64_t s,
+                      const std::string& dtype, const DeviceInfo& base, const py::dict& device,
+                      const py::dict& options) {
+  Problem problem;
+  problem.op = parse_op(op);
+  problem.dtype = parse_dtype(dtype);
+  problem.n = n;
+  problem.c = c;
+  problem.s = s;
+  py::dict left(options.attr("copy")());
+  take(left, "input_shift", problem.input_shift);
+  take(left, "grad_output_shift", problem.grad_output_shift);
+  take(left, "output_shift", problem.output_shift);
+  take(left, "need_sums", problem.need_sums);
+  DeviceInfo described = base;
+  py::dict device_left(device.attr("copy")());
+  visit_fields(described, [&](const char* key, auto& value) { take(device_left, key, value); });
+  check_empty(device_left, "device property");
+  return to_dict(make_plan(problem, described, options_from_dict(left)));
+}
+
+}  // namespace batchnorm_cuda
