@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
         acc_t dx[Cursor::kVecSize];
 #pragma unroll
         for (int l = 0; l < Cursor::kVecSize; ++l) {
-          const GradInput<acc_t>& formula = channel[l % Cursor::kChannels];
+          const GradInput<acc_t>& formula = channel[l * Cursor::kChannels / Cursor::kVecSize];
           const acc_t grad = to_acc(dy[u].lane[l]);
           dx[l] = kTraining ? formula(grad, to_acc(x[u].lane[l])) : formula(grad);
         }

@@ -1,6 +1,7 @@
 // The two reductions of the backward pass over one split of a channel, in one read of dy and x:
 // sum_dy = Σ dy and sum_dy_xhat = Σ dy·x̂ with x̂ = (x - mean) * invstd. One partial result per
 // channel and split: [splits, C]. Products and sums are in acc_t, whatever the activation dtype.
+#include "accumulate.cuh"
 #include "launch.cuh"
 #include "partials.cuh"
 
@@ -35,30 +36,10 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
         dy[u] =
             load_window<Cursor::kExact>(p.grad_output, windows[u], numel, p.grad_output_aligned);
       }
-      GradSums<acc_t> batch[kChannels];  // summed on its own: fewer additions at full magnitude
-#pragma unroll
-      for (int u = 0; u < kUnrollPairs; ++u) {
-#pragma unroll
-        for (int l = 0; l < Cursor::kVecSize; ++l) {
-          const int c = l % kChannels;
-          const acc_t grad = to_acc(dy[u].lane[l]);
-          // dy and x are 0 where the window is masked; so is the product unless mean is not finite.
-          batch[c].sum_dy += grad;
-          batch[c].sum_dy_xhat += grad * (to_acc(x[u].lane[l]) - mean[c]);
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) sums[c].merge(batch[c]);
+      add_gradients<Cursor>(sums, dy, x, mean);
     }
-    bool writes;
-    if constexpr (kChannels == 1) {
-      sums[0] = group_reduce(sums[0], blockDim.x, shared);
-      writes = threadIdx.x == 0;
-    } else {
-      column_reduce(sums, shared);
-      writes = threadIdx.y == 0;
-    }
-    if (writes && cursor.channel_valid(0)) {
+    reduce_members<Cursor>(sums, shared);
+    if (Cursor::member() == 0 && cursor.channel_valid(0)) {
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         sums[c].sum_dy_xhat *= load_global(p.invstd + cursor.channel(c));

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
         acc_t y[Cursor::kVecSize];
 #pragma unroll
         for (int l = 0; l < Cursor::kVecSize; ++l) {
-          y[l] = channel[l % Cursor::kChannels](to_acc(x[u].lane[l]));
+          y[l] = channel[l * Cursor::kChannels / Cursor::kVecSize](to_acc(x[u].lane[l]));
         }
         store_window<Cursor::kExact>(p.output, windows[u], round_to<scalar_t>(y));
       }

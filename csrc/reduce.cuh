@@ -3,6 +3,7 @@
 // the bit.
 #pragma once
 
+#include "plan.h"
 #include "platform.cuh"
 
 namespace batchnorm_cuda {

@@ -52,13 +52,17 @@ struct AlongS {
     return window;
   }
 
+  // The threads that share a channel, and this one among them.
+  __device__ __forceinline__ static int member() { return threadIdx.x; }
+  __device__ __forceinline__ static int members() { return blockDim.x; }
+
   __device__ __forceinline__ bool channel_valid(int) const { return channel_ < t_.c; }
   __device__ __forceinline__ int64_t channel(int) const { return channel_; }
   // Where this thread's channel stands in a plane of partial results.
   __device__ __forceinline__ int64_t partial_index(int) const { return split_ * t_.c + channel_; }
   // True in one thread per channel and kernel.
   __device__ __forceinline__ bool owns_channel(int) const {
-    return split_ == 0 && threadIdx.x == 0 && channel_valid(0);
+    return split_ == 0 && member() == 0 && channel_valid(0);
   }
 
  private:
@@ -113,6 +117,9 @@ struct AlongC {
     return window;
   }
 
+  __device__ __forceinline__ static int member() { return threadIdx.y; }
+  __device__ __forceinline__ static int members() { return blockDim.y; }
+
   __device__ __forceinline__ bool channel_valid(int) const { return column_ < t_.row_windows; }
   __device__ __forceinline__ int64_t channel(int lane) const {
     const int64_t position = column_ * kVecSize + lane;
@@ -125,8 +132,7 @@ struct AlongC {
   }
   // Of the lanes of a row group that hold a channel, the first one owns it.
   __device__ __forceinline__ bool owns_channel(int lane) const {
-    return split_ == 0 && threadIdx.y == 0 && channel_valid(lane) &&
-           column_ * kVecSize + lane < t_.c;
+    return split_ == 0 && member() == 0 && channel_valid(lane) && column_ * kVecSize + lane < t_.c;
   }
 
  private:
