@@ -14,6 +14,8 @@ constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kStacksPerSlab = 64;
 // Each guard page costs the process two mappings, of which Linux allows about 65000.
 constexpr size_t kMaxGuardedStacks = 8192;
+constexpr size_t kColourStep = 192;
+constexpr size_t kMaxColour = 8192;
 constexpr uint64_t kCanary = 0x57ac6e6d5ca1ab1eull;
 
 }  // namespace
@@ -36,7 +38,8 @@ void StackPool::grow() {
     if (guarded_ < kMaxGuardedStacks && mprotect(low, guard, PROT_NONE) == 0) ++guarded_;
     auto* stack = new Stack;
     stack->low = low + guard;
-    stack->bytes = kStackBytes;
+    // Tops at one offset in all stacks would fall into the same few cache sets.
+    stack->bytes = kStackBytes - i % (kMaxColour / kColourStep) * kColourStep;
     std::memcpy(stack->low, &kCanary, sizeof(kCanary));
     free_.push_back(stack);
   }
