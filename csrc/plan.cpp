@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <limits>
 #include <numeric>
 #include <stdexcept>
@@ -55,7 +56,7 @@ void split_work(Traversal& t, int64_t work, int64_t work_per_block, const Device
 // Along S. Short channels share a block: threads_x lanes of a warp, up to the whole block, serve
 // one.
 void plan_along_s(Traversal& t, int vec, const DeviceInfo& device, const PlanOptions& options) {
-  t.exact = t.shift == 0 && t.s % vec == 0;
+  t.exact = t.exact && t.s % vec == 0;
   // A run that starts anywhere in a window touches at most this many windows.
   t.row_windows = t.exact ? t.s / vec : ceil_div(t.s + vec - 1, vec);
   t.rows = t.n;
@@ -73,7 +74,7 @@ void plan_along_s(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
 // stay aligned, and a window column keeps the same channels in every row group.
 void plan_along_c(Traversal& t, int vec, const DeviceInfo& device, const PlanOptions& options) {
   const int64_t group = std::lcm(t.c, static_cast<int64_t>(vec));
-  t.exact = t.shift == 0 && group == t.c;
+  t.exact = t.exact && group == t.c;
   t.row_repeat = group / t.c;
   t.row_windows = group / vec;
   t.rows = ceil_div(t.numel + t.shift, group);
@@ -93,14 +94,18 @@ bool fits_32_bits(const Traversal& t, Pattern pattern, int vec) {
   return step <= kLimit / 2 && t.numel + t.row_windows * vec + vec <= kLimit - step;
 }
 
-Traversal plan_traversal(const Problem& p, Pattern pattern, int shift, int vec,
-                         const DeviceInfo& device, const PlanOptions& options) {
+// `shift` is the reference tensor's, whose 16-byte boundaries define the windows; `others` are
+// those of the other tensors that the kernel touches, -1 for absent ones.
+Traversal plan_traversal(const Problem& p, Pattern pattern, int shift,
+                         std::initializer_list<int> others, int vec, const DeviceInfo& device,
+                         const PlanOptions& options) {
   Traversal t;
   t.n = p.n;
   t.c = p.c;
   t.s = p.s;
   t.numel = p.n * p.c * p.s;
   t.shift = shift;
+  t.exact = shift == 0 && std::max(others) <= 0;
   if (pattern == Pattern::kAlongS) {
     plan_along_s(t, vec, device, options);
   } else {
@@ -143,12 +148,13 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptio
   if (problem.n == 0 || problem.c == 0 || problem.s == 0) return plan;
 
   const bool forward = problem.op == Op::kForwardTraining || problem.op == Op::kForwardEval;
-  plan.has_reduce = problem.op == Op::kForwardTraining || (problem.op == Op::kBackwardTraining) ||
+  plan.has_reduce = problem.op == Op::kForwardTraining || problem.op == Op::kBackwardTraining ||
                     (problem.op == Op::kBackwardEval && problem.need_sums);
   plan.has_elementwise = problem.output_shift >= 0;
   if (plan.has_reduce) {
     plan.reduce =
-        plan_traversal(problem, plan.pattern, problem.input_shift, plan.vec, device, options);
+        plan_traversal(problem, plan.pattern, problem.input_shift,
+                       {forward ? -1 : problem.grad_output_shift}, plan.vec, device, options);
     const int fields = forward ? 4 : 2;  // Welford and GradSums of reduce.cuh
     const int acc = acc_bytes(problem.dtype);
     if (plan.pattern == Pattern::kAlongC) {
@@ -162,8 +168,10 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptio
     plan.launches += 2;
   }
   if (plan.has_elementwise) {
-    plan.elementwise =
-        plan_traversal(problem, plan.pattern, problem.output_shift, plan.vec, device, options);
+    plan.elementwise = plan_traversal(problem, plan.pattern, problem.output_shift,
+                                      {problem.op == Op::kBackwardEval ? -1 : problem.input_shift,
+                                       forward ? -1 : problem.grad_output_shift},
+                                      plan.vec, device, options);
     plan.launches += 1;
   }
   predict_bytes(plan, problem);

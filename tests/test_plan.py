@@ -180,6 +180,27 @@ def test_predicted_bytes(make_plan, op, need_sums, reads_writes):
     assert plan["predicted_bytes"] == reads_writes * n * c * s * 2
 
 
+@pytest.mark.parametrize(
+    "op, shifts, reduce_exact, elementwise_exact",
+    [
+        ("forward_training", {"input_shift": 1}, False, False),
+        ("forward_training", {"output_shift": 1}, True, False),
+        ("backward_training", {"grad_output_shift": 1}, False, False),
+        ("backward_training", {"input_shift": 1}, False, False),
+        ("backward_eval", {"input_shift": 1}, False, True),  # dx does not read x
+        ("backward_training", {"grad_output_shift": 0}, True, True),
+    ],
+)
+@pytest.mark.parametrize("s", [1, 64])
+def test_exact_tiling_needs_every_tensor_aligned(
+    make_plan, op, shifts, reduce_exact, elementwise_exact, s
+):
+    """An exact kernel reads 16 bytes at a time from each tensor, so none may be misaligned."""
+    plan = make_plan(op, 4, 16, s, "float32", {}, shifts)
+    assert plan["reduce"]["exact"] == reduce_exact
+    assert plan["elementwise"]["exact"] == elementwise_exact
+
+
 def test_row_groups_keep_windows_aligned(make_plan):
     """C = 3 in half precision: 8 rows of 3 channels are 3 windows of 8 lanes."""
     plan = make_plan("forward_training", 1000, 3, 1, "float16", {}, {})

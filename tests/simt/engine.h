@@ -118,7 +118,6 @@ struct Buffer {
   uintptr_t end;
   bool readable;
   bool must_write;
-  bool persistent;
   bool writable;
   Shadow shadow;  // unused for inputs
 };
@@ -126,7 +125,8 @@ struct Buffer {
 struct State {
   Thread* current = nullptr;  // null outside kernels
   bool checks_buffers = false;
-  uint64_t idle_yields = 0;  // since memory or a thread's position last changed
+  uint64_t idle_yields = 0;    // since any thread did anything but poll
+  uint64_t silent_yields = 0;  // since memory changed, or a thread started or ended
   uint32_t threads_per_block = 1;
   uint64_t ticks = 0;
 
@@ -144,6 +144,7 @@ struct State {
   uint64_t live_threads = 0;
   std::string fault;  // of the thread that stopped the launch
   std::mt19937_64 random;
+  uint64_t random_state = 1;  // of a cheaper generator, for each switch
 
   ReaderPool global_readers;
   ReaderPool shared_readers;  // of the resident blocks

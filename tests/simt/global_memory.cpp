@@ -23,21 +23,23 @@ void add_buffer(const BufferUse& use) {
   fresh.end = fresh.begin + use.bytes;
   fresh.readable = use.readable || use.persistent;
   fresh.must_write = use.must_write && !use.persistent;
-  fresh.persistent = use.persistent;
   fresh.writable = use.must_write || use.persistent || !use.readable;
+  Buffer* same = nullptr;
   for (Buffer& other : state.buffers) {
     if (!overlap(other, fresh) || (!other.writable && !fresh.writable)) continue;
     if (other.begin != fresh.begin || other.end != fresh.end) {
       fail_launch(std::string("buffers '") + other.name + "' and '" + fresh.name +
                   "' overlap in part");
     }
-    other.readable |= fresh.readable;
-    other.must_write |= fresh.must_write;
-    other.persistent |= fresh.persistent;
-    other.writable = true;
+    same = &other;
+  }
+  if (same == nullptr) {
+    state.buffers.push_back(std::move(fresh));
     return;
   }
-  state.buffers.push_back(std::move(fresh));
+  same->readable |= fresh.readable;
+  same->must_write |= fresh.must_write;
+  same->writable = true;
 }
 
 std::string buffer_text(const Buffer& buffer) {
@@ -116,7 +118,7 @@ void check_global(Thread* thread, const void* pointer, size_t bytes, Access acce
                        0)) {
     check_aligned(*thread, address, bytes, site);
   }
-  if (access != Access::kRead) state.idle_yields = 0;
+  if (access == Access::kWrite) note_progress();
   if (!state.checks_buffers) return;
   Buffer* buffer = state.buffer_by_line[site.line & 255];
   if (buffer == nullptr || address < buffer->begin || address + bytes > buffer->end) {
@@ -190,10 +192,7 @@ void on_atomic_access(const void* address, size_t bytes, Access access, Order or
   if (is_shared(*self, address)) {
     check_shared(self, address, bytes, access, true, site);
   } else {
-    // An update counts as progress only if it changes memory, which the caller reports.
-    const uint64_t idle = state.idle_yields;
     check_global(self, address, bytes, access, true, site);
-    if (access == Access::kUpdate) state.idle_yields = idle;
   }
   order_at_atomic(self, address, access, order);
 }

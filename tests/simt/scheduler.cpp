@@ -31,6 +31,9 @@ thread_local bool launching = false;
 // A thread that only yields makes no progress. After this many turns of all threads without a
 // write, a barrier or an exit, whoever still yields waits for ever.
 constexpr uint64_t kIdleRounds = 256;
+// The same where polling threads pass barriers and warp operations in between, which alone are no
+// progress, but which other threads may have many of to do before they write.
+constexpr uint64_t kSilentRounds = 20000;
 
 uint64_t current_seed() {
   const char* text = std::getenv("BATCHNORM_CUDA_EMULATE_SEED");
@@ -52,8 +55,21 @@ void run_thread() {
   std::abort();  // an exited thread is never resumed
 }
 
+uint64_t cheap_random() {
+  state.random_state ^= state.random_state << 13;
+  state.random_state ^= state.random_state >> 7;
+  state.random_state ^= state.random_state << 17;
+  return state.random_state;
+}
+
 Thread* next_ready() {
   if (state.ready_head == state.ready.size()) return nullptr;
+  // Mostly in turn, sometimes out of it.
+  const uint64_t draw = cheap_random();
+  if (draw % 8 == 0) {
+    const size_t other = state.ready_head + (draw >> 32) % (state.ready.size() - state.ready_head);
+    std::swap(state.ready[state.ready_head], state.ready[other]);
+  }
   Thread* thread = state.ready[state.ready_head++];
   if (state.ready_head == state.ready.size()) {
     state.ready.clear();
@@ -66,7 +82,7 @@ void activate(Thread* thread) {
   if (thread->stack == nullptr) {
     thread->stack = stack_pool().take();
     thread->suspended = prepare(thread->stack, run_thread);
-    state.idle_yields = 0;
+    note_progress();
   }
   thread->wait = Wait::kRunnable;
   state.current = thread;
@@ -168,6 +184,19 @@ void start_cluster(uint3 cluster_index, size_t slot) {
   }
 }
 
+// Threads start in any order, either all mixed or one block after another.
+void shuffle_ready() {
+  const auto begin = state.ready.begin();
+  if (state.random() % 2 == 0) {
+    std::shuffle(begin, state.ready.end(), state.random);
+    return;
+  }
+  for (size_t first = 0; first < state.ready.size(); first += state.threads_per_block) {
+    const auto block = begin + static_cast<std::ptrdiff_t>(first);
+    std::shuffle(block, block + state.threads_per_block, state.random);
+  }
+}
+
 void finish_residents() {
   for (auto& block : state.blocks) {
     if (block->cluster != nullptr) close_shared(block.get());
@@ -208,7 +237,7 @@ void run_grid() {
     for (size_t i = 0; i < resident; ++i) {
       start_cluster(unflatten(order[first + i], clusters), i);
     }
-    std::shuffle(state.ready.begin(), state.ready.end(), state.random);
+    shuffle_ready();
     run_ready();
     finish_residents();
   }
@@ -245,8 +274,9 @@ void run(const LaunchRequest& request) {
   state.threads_per_block = blockDim.x * blockDim.y * blockDim.z;
   state.dynamic_bytes = config.dynamicSmemBytes;
   state.fault.clear();
-  state.idle_yields = 0;
+  note_progress();
   state.random.seed(current_seed());
+  state.random_state = state.random() | 1;
   const uint64_t blocks = static_cast<uint64_t>(gridDim.x) * gridDim.y * gridDim.z;
   if (blocks * state.threads_per_block >= 0xfffffffeull) {
     throw Fault(kernel_name() + ": more than 2^32 threads, beyond what the host model numbers");
@@ -281,7 +311,8 @@ void yield(Site site) {
   using namespace detail;
   if (state.current == nullptr) throw Fault("simt::yield outside a kernel at " + place(site));
   Thread* self = state.current;
-  if (++state.idle_yields > kIdleRounds * (state.ready.size() - state.ready_head + 1)) {
+  const uint64_t round = state.ready.size() - state.ready_head + 1;
+  if (++state.idle_yields > kIdleRounds * round || ++state.silent_yields > kSilentRounds * round) {
     self->wait = Wait::kYield;
     self->site = site;
     fail_stuck();

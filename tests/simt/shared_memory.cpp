@@ -130,7 +130,7 @@ void check_shared(Thread* thread, const void* pointer, size_t bytes, Access acce
          "misaligned shared access of " + std::to_string(bytes) + " bytes at byte offset " +
              std::to_string(offset));
   }
-  if (access == Access::kWrite) state.idle_yields = 0;
+  if (access == Access::kWrite) note_progress();
   // Structures of other sizes are accessed piece by piece, as their alignment allows.
   const size_t piece =
       vector ? bytes : std::min<size_t>((address | bytes) & -(address | bytes), 16);
@@ -187,10 +187,14 @@ void* static_shared(const void* key, size_t bytes, size_t align) {
   }
   size_t total = bytes;
   for (const SharedObject& object : block.objects) total += object.bytes;
-  if (total > static_cast<size_t>(device().shared_per_block_optin)) {
+  const size_t statics = total - block.dynamic_bytes;
+  if (statics > static_cast<size_t>(device().shared_per_block) ||
+      total > static_cast<size_t>(device().shared_per_block_optin)) {
     fail(self, {"", 0},
-         "static and dynamic shared memory together take " + std::to_string(total) +
-             " bytes; the device has " + std::to_string(device().shared_per_block_optin));
+         "too much shared memory: " + std::to_string(statics) + " static bytes (at most " +
+             std::to_string(device().shared_per_block) + "), " + std::to_string(total) +
+             " with the dynamic ones (at most " + std::to_string(device().shared_per_block_optin) +
+             ")");
   }
   return add_object(&block, key, bytes, align);
 }

@@ -233,7 +233,7 @@ void grid_barrier(Site site) {
 void thread_exited(Thread* thread) {
   Block& block = *thread->block;
   Warp& warp = block.warps[thread->local / 32];
-  state.idle_yields = 0;
+  note_progress();
   if (!block.at_barrier.empty()) {
     fail(*thread, block.barrier_site,
          "divergent barrier: the thread left the kernel while " +
@@ -251,7 +251,7 @@ void thread_exited(Thread* thread) {
   if (++block.exited == block.threads.size()) check_remote_use(block);
 }
 
-void note_progress() { state.idle_yields = 0; }
+void note_progress() { state.idle_yields = state.silent_yields = 0; }
 uint64_t clock_ticks() { return ++state.ticks; }
 unsigned int cluster_rank() { return running_thread("cluster rank", {"", 0}).block->cluster_rank; }
 unsigned int cluster_size() {
