@@ -1,0 +1,143 @@
+"""Batch norm as a composite of torch operators: CPU tensors, and any device without kernels.
+
+The semantics of the kernels, so that code written for the GPU runs on a laptop: statistics and sums
+in float32 (float64 for float64), parameters in the input's dtype or float32, the input's memory
+format kept, and the same errors. Autograd differentiates it, as often as wanted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .ops import as_dense
+
+_ACCUMULATE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """`functional.normalize` for tensors that no kernel takes; checks what ops.cpp checks there."""
+    _check_input(input)
+    _check_vector("weight", weight, input)
+    _check_vector("bias", bias, input)
+    _check_running(running_mean, running_var, input, training)
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"batch_norm: expected eps to be finite and not negative, got {eps}")
+
+    acc = _ACCUMULATE[input.dtype]
+    dense = as_dense(input)
+    x = dense.to(acc)
+    per_channel = [1, -1] + [1] * (x.dim() - 2)
+    reduced = [0, *range(2, x.dim())]
+    if training:
+        count = max(math.prod(x.shape[dim] for dim in reduced), 1)  # of nothing, statistics are 0
+        mean = x.sum(reduced, keepdim=True) / count
+        centred = x - mean
+        # The sum of large values rounds; what it missed is the mean of what is left.
+        missed = centred.sum(reduced, keepdim=True) / count
+        centred = centred - missed
+        var = centred.square().sum(reduced, keepdim=True) / count
+        if running_mean is not None and x.numel() > 0:
+            factor = 1 / num_batches_tracked.to(acc) if momentum is None else momentum
+            _update(running_mean, mean + missed, factor)
+            _update(running_var, var * (count / (count - 1)), factor)
+    else:
+        centred = x - running_mean.to(acc).view(per_channel)
+        var = running_var.to(acc).view(per_channel)
+    scale = (var + eps).rsqrt()
+    if weight is not None:
+        scale = scale * weight.to(acc).view(per_channel)
+    output = centred * scale
+    if bias is not None:
+        output = output + bias.to(acc).view(per_channel)
+    output = _with_strides_of(dense, output.to(input.dtype))
+    if output.requires_grad:
+        # grad_input then has the input's strides, too, whatever those of grad_output.
+        output.register_hook(lambda grad: _with_strides_of(dense, grad))
+    return output
+
+
+def _with_strides_of(dense: Tensor, values: Tensor) -> Tensor:
+    if values.stride() == dense.stride():
+        return values
+    return torch.empty_like(dense, dtype=values.dtype).copy_(values)
+
+
+@torch.no_grad()
+def _update(running: Tensor, statistic: Tensor, factor: float | Tensor) -> None:
+    statistic = statistic.flatten()
+    kept = running.to(statistic.dtype) * (1 - factor)
+    running.copy_(kept + factor * statistic)
+
+
+def _check_input(input: Tensor) -> None:
+    if input.layout is not torch.strided:
+        raise TypeError(f"batch_norm: expected input to be a strided tensor, got {input.layout}")
+    if input.dtype not in _ACCUMULATE:
+        raise TypeError(
+            "batch_norm: expected input to have dtype torch.float16, torch.bfloat16, "
+            f"torch.float32 or torch.float64, got {input.dtype}"
+        )
+    if input.dim() < 2:
+        raise ValueError(
+            "batch_norm: expected input to have at least 2 dimensions, "
+            f"got shape {list(input.shape)}"
+        )
+
+
+def _check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
+    if vector is None:
+        return
+    if vector.layout is not torch.strided:
+        raise TypeError(f"batch_norm: expected {name} to be a strided tensor, got {vector.layout}")
+    if vector.device != input.device:
+        raise RuntimeError(
+            f"batch_norm: expected {name} to be on {input.device}, the device of input, "
+            f"got {vector.device}"
+        )
+    if vector.dtype not in (input.dtype, torch.float32):
+        allowed = str(input.dtype)
+        if input.dtype != torch.float32:
+            allowed += " or torch.float32"
+        raise TypeError(f"batch_norm: expected {name} to have dtype {allowed}, got {vector.dtype}")
+    if list(vector.shape) != [input.shape[1]]:
+        raise ValueError(
+            f"batch_norm: expected {name} to have shape [{input.shape[1]}], "
+            f"got {list(vector.shape)}"
+        )
+
+
+def _check_running(mean: Tensor | None, var: Tensor | None, input: Tensor, training: bool) -> None:
+    if mean is None and var is not None:
+        raise ValueError("batch_norm: expected running_mean to be given with running_var, got None")
+    if var is None and mean is not None:
+        raise ValueError("batch_norm: expected running_var to be given with running_mean, got None")
+    if mean is None and not training:
+        raise ValueError(
+            "batch_norm: expected running_mean and running_var to be given when training=False, "
+            "got None"
+        )
+    for name, vector in (("running_mean", mean), ("running_var", var)):
+        _check_vector(name, vector, input)
+        if vector is not None and vector.requires_grad:
+            raise RuntimeError(
+                f"batch_norm: expected {name} not to require grad, "
+                "got a tensor with requires_grad=True"
+            )

@@ -1,0 +1,70 @@
+"""The autograd Function over the kernels: save, call, return."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import ops
+
+
+class BatchNormFunction(Function):
+    """Batch normalisation by the CUDA kernels. Differentiable once.
+
+    `apply` takes (input, weight, bias, running_mean, running_var, num_batches_tracked, training,
+    momentum, eps) and returns the output. `functional.batch_norm` is the checked way in.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+    ) -> Tensor:
+        output, save_mean, save_invstd = ops.forward(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+        )
+        ctx.save_for_backward(input, weight, save_mean, save_invstd)
+        # Only the dtype of bias takes part in the backward, so it is not saved: an in-place update
+        # of bias between forward and backward is no error.
+        ctx.bias = bias.detach() if ctx.needs_input_grad[2] else None
+        ctx.training = training
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, save_mean, save_invstd = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_input, grad_weight, grad_bias = ops.backward(
+            grad_output,
+            input,
+            weight,
+            ctx.bias,
+            save_mean,
+            save_invstd,
+            ctx.training,
+            need_input,
+            need_weight,
+            need_bias,
+        )
+        not_differentiable = (None,) * 6  # the running statistics and the settings after them
+        return grad_input, grad_weight, grad_bias, *not_differentiable

@@ -1,0 +1,156 @@
+"""`batch_norm`, the public function, and the choice of what computes it."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import _composite, _extension, ops
+from .autograd import BatchNormFunction
+
+Backend = Literal["cuda", "emulated", "aten"]
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Normalise each channel of `input`; a drop-in for :func:`torch.nn.functional.batch_norm`.
+
+    .. math::
+        y = \frac{x - \mu}{\sqrt{\sigma^2 + \mathrm{eps}}} \cdot \mathrm{weight} + \mathrm{bias}
+
+    from Ioffe and Szegedy, "Batch Normalization" (arXiv:1502.03167), algorithm 1. In training mode
+    :math:`\mu` and :math:`\sigma^2` are mean and biased variance of the batch, over all dimensions
+    but the second. In evaluation mode they are the running statistics. docs/math.md derives the
+    gradients.
+
+    Args:
+        input: (N, C) or (N, C, \*), of two or more dimensions; float16, bfloat16, float32 or
+            float64. Contiguous and channels-last inputs are read in place, any other strides are
+            copied to one of the two first. Output and gradient have the input's memory format.
+        running_mean: (C,), the running mean; in the dtype of `input` or float32, as are all
+            parameters, each by itself. None only together with `running_var`, and in training.
+        running_var: (C,), the running variance.
+        weight: (C,) or None for ones.
+        bias: (C,) or None for zeros.
+        training: normalise by the statistics of the batch, and if running statistics are given
+            update them in place:
+            ``running = (1 - momentum) * running + momentum * statistic``, where the variance is the
+            unbiased one. An empty batch leaves them as they are.
+        momentum: weight of the new batch in the running statistics.
+        eps: added to the variance; not negative. Zero is allowed in training mode too, where
+            torch refuses it; a constant channel then gives NaN.
+
+    Returns:
+        A tensor with shape, dtype and memory format of `input`.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape or a value is wrong, evaluation lacks running statistics, or training
+            mode meets one value per channel.
+        RuntimeError: tensors are on different devices, or a running statistic requires grad.
+        Messages read "batch_norm: expected <argument> to be <what>, got <what came>". Nothing is
+        written before all checks have passed.
+
+    Statistics and sums are float32, or float64 for float64 input, whatever the dtype of `input`.
+    Results are deterministic. On the GPU the gradient is differentiable once. `backend_for` says
+    what computes a given tensor.
+    """
+    if momentum is None:
+        raise TypeError("batch_norm: expected momentum to be a number, got None")
+    return normalize(input, weight, bias, running_mean, running_var, None, training, momentum, eps)
+
+
+def backend_for(tensor: Tensor) -> Backend:
+    """What computes `batch_norm` of `tensor`; there is no silent fallback to another.
+
+    - "cuda": the kernels, for a tensor on a GPU. An extension that cannot be built or loaded is an
+      error.
+    - "emulated": the same kernels run on the CPU by a model of CUDA, for a CPU tensor where the
+      environment has BATCHNORM_CUDA_EMULATE=1. For tests; slow.
+    - "aten": a composite of torch operators with the same semantics, for every other tensor.
+    """
+    if tensor.is_cuda:
+        return "cuda"
+    return "emulated" if tensor.is_cpu and _extension.emulation_enabled() else "aten"
+
+
+def normalize(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    """`batch_norm` as the modules call it: momentum=None averages over num_batches_tracked batches.
+
+    The backends check dtypes, shapes and devices. What is left is what torch checks in Python, too.
+    """
+    try:
+        if training:
+            _check_count(input.shape)
+        arguments = (
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            eps,
+        )
+        if backend_for(input) == "aten":
+            return _composite.batch_norm(*arguments)
+        if torch.is_grad_enabled():
+            return BatchNormFunction.apply(*arguments)
+        return ops.forward(*arguments)[0]
+    except (AttributeError, TypeError):
+        # Types are looked at only once something has failed, to keep them off the usual path.
+        tensors = {
+            "weight": weight,
+            "bias": bias,
+            "running_mean": running_mean,
+            "running_var": running_var,
+        }
+        _check_types(input, tensors, momentum, eps)
+        raise
+
+
+def _check_count(shape: torch.Size) -> None:
+    if len(shape) >= 2 and shape[0] * math.prod(shape[2:]) == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {shape}"
+        )
+
+
+def _check_types(input: object, tensors: dict[str, object], momentum: object, eps: object) -> None:
+    if not isinstance(input, Tensor):
+        raise _wrong_type("input", "a torch.Tensor", input) from None
+    for name, value in tensors.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise _wrong_type(name, "a torch.Tensor or None", value) from None
+    if momentum is not None and not isinstance(momentum, Real):
+        raise _wrong_type("momentum", "a number", momentum) from None
+    if not isinstance(eps, Real):
+        raise _wrong_type("eps", "a number", eps) from None
+
+
+def _wrong_type(name: str, expected: str, value: object) -> TypeError:
+    got = "None" if value is None else type(value).__name__
+    return TypeError(f"batch_norm: expected {name} to be {expected}, got {got}")

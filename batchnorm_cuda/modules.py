@@ -1,0 +1,61 @@
+"""`BatchNorm1d`, `2d` and `3d`: torch.nn's classes, computed by `batchnorm_cuda`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .functional import normalize
+
+
+class _KernelForward:
+    """The forward of `torch.nn.modules.batchnorm._BatchNorm`; everything else stays torch's.
+
+    It differs in two ways that show. momentum=None divides by num_batches_tracked on the device,
+    without waiting for it. And num_batches_tracked counts a batch after it went through: an input
+    that is refused leaves every buffer as it was.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        training = self.training
+        running_mean, running_var = self.running_mean, self.running_var
+        counter, momentum = None, self.momentum
+        if not training:
+            training = running_mean is None and running_var is None
+        elif self.track_running_stats:
+            counter = self.num_batches_tracked
+        else:
+            running_mean = running_var = None
+        batches = None
+        if momentum is None:
+            if counter is None:
+                momentum = 0.0  # as in torch: nothing to average over
+            else:
+                batches = counter + 1
+        output = normalize(
+            input,
+            self.weight,
+            self.bias,
+            running_mean,
+            running_var,
+            batches,
+            training,
+            momentum,
+            self.eps,
+        )
+        if counter is not None:
+            counter.add_(1)
+        return output
+
+
+class BatchNorm1d(_KernelForward, torch.nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` for (N, C) and (N, C, L) inputs: same arguments, state and errors."""
+
+
+class BatchNorm2d(_KernelForward, torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` for (N, C, H, W) inputs: same arguments, state and errors."""
+
+
+class BatchNorm3d(_KernelForward, torch.nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` for (N, C, D, H, W) inputs: same arguments, state and errors."""

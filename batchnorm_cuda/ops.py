@@ -1,0 +1,193 @@
+"""The two operators behind the autograd Function, and their registration with torch.
+
+In plain eager mode a call goes straight to the extension. Everything that has to see operators
+instead (torch.compile, fake tensors, tensor subclasses, dispatch modes, tracing) goes through
+`torch.ops.batchnorm_cuda`, which adds a fake kernel and a declared set of mutated arguments but
+costs the dispatcher's boxing of every argument, several times the price of the direct call.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import _extension
+
+_library = torch.library.Library("batchnorm_cuda", "DEF")
+_library.define(
+    "forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor? num_batches_tracked, bool training, float? momentum, "
+    "float eps) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# A list, because an operator's schema has no optional results: the gradients that are needed.
+_library.define(
+    "backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor save_mean, "
+    "Tensor save_invstd, bool training, bool need_input, bool need_weight, bool need_bias)"
+    " -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def extension_for(tensor: Tensor) -> ModuleType:
+    """The compiled module whose kernels take `tensor`: CUDA's, or its emulation on the CPU."""
+    return _extension.load_cuda() if tensor.is_cuda else _extension.load_emulated()
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise, and in training mode update the running statistics in place.
+
+    Returns output, save_mean and save_invstd; the latter two are [C] in the accumulation dtype and
+    are what was used to normalise, in either mode.
+    """
+    call = extension_for(input).forward if _is_plain(input) else torch.ops.batchnorm_cuda.forward
+    return call(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+    )
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    training: bool,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """grad_input, grad_weight and grad_bias, None where not needed. Of bias only the dtype counts."""
+    plain = _is_plain(grad_output) and _is_plain(input)
+    call = extension_for(input).backward if plain else torch.ops.batchnorm_cuda.backward
+    grads = call(
+        grad_output,
+        input,
+        weight,
+        bias,
+        save_mean,
+        save_invstd,
+        training,
+        need_input,
+        need_weight,
+        need_bias,
+    )
+    if plain:
+        return grads
+    needed = list(grads)
+    grad_input = needed.pop(0) if need_input else None
+    grad_weight = needed.pop(0) if need_weight else None
+    grad_bias = needed.pop(0) if need_bias else None
+    return grad_input, grad_weight, grad_bias
+
+
+def as_dense(tensor: Tensor) -> Tensor:
+    """`tensor` itself if it has neither gaps nor overlaps, else a copy in its suggested format.
+
+    Output and grad_input take their strides from it.
+    """
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return tensor.contiguous(memory_format=_suggest_memory_format(tensor))
+        expected *= size
+    return tensor
+
+
+_CHANNELS_LAST = {
+    4: ((1, 3, 2, 0), torch.channels_last),
+    5: ((1, 4, 3, 2, 0), torch.channels_last_3d),
+}
+
+
+def _suggest_memory_format(tensor: Tensor) -> torch.memory_format:
+    """ATen's suggest_memory_format, which has no public name in Python."""
+    order, channels_last = _CHANNELS_LAST.get(tensor.dim(), ((), torch.contiguous_format))
+    sizes, strides = tensor.shape, tensor.stride()
+    least = 0 if strides[1] > 0 else math.inf
+    for dim in order:
+        # The last alternative: N x C x 1 x 1 fits both formats, and contiguous wins.
+        if sizes[dim] == 0 or strides[dim] < least or (dim == 0 and least == strides[1]):
+            return torch.contiguous_format
+        least = strides[dim] * sizes[dim]
+    return channels_last
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.jit.is_tracing()
+    )
+
+
+def _backward_needed(grad_output: Tensor, input: Tensor, *rest: object) -> list[Tensor]:
+    grads = extension_for(input).backward(grad_output, input, *rest)
+    return [grad for grad in grads if grad is not None]
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake_forward(input: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    stats = input.new_empty(input.shape[1], dtype=_accumulation_dtype(input.dtype))
+    return torch.empty_like(as_dense(input)), stats, torch.empty_like(stats)
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    training: bool,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> list[Tensor]:
+    grads = []
+    if need_input:
+        grads.append(torch.empty_like(as_dense(input)))
+    if need_weight:
+        grads.append(input.new_empty(input.shape[1], dtype=weight.dtype))
+    if need_bias:
+        grads.append(input.new_empty(input.shape[1], dtype=bias.dtype))
+    return grads
+
+
+def _forward_kernel(input: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    return extension_for(input).forward(input, *rest)
+
+
+for _key in ("CUDA", "CPU"):
+    _library.impl("forward", _forward_kernel, _key)
+    _library.impl("backward", _backward_needed, _key)
+torch.library.register_fake("batchnorm_cuda::forward", _fake_forward, lib=_library)
+torch.library.register_fake("batchnorm_cuda::backward", _fake_backward, lib=_library)
