@@ -1,0 +1,94 @@
+"""Where the suite runs: on the GPU if there is one, else on the emulated kernels.
+
+The same tests and the same tolerances hold for both. Tests of semantics also run on the composite
+of torch operators that serves CPU tensors without emulation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+NO_GPU = "needs a GPU"
+
+# Before the first test, and for every process that a test starts.
+if not HAS_GPU:
+    os.environ["BATCHNORM_CUDA_EMULATE"] = "1"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute batch norm: what backend_for says, and the device of its tensors."""
+
+    name: str
+    device: str
+
+    @property
+    def has_kernels(self) -> bool:
+        return self.name != "aten"
+
+
+KERNELS = Backend("cuda", "cuda") if HAS_GPU else Backend("emulated", "cpu")
+ATEN = Backend("aten", "cpu")
+
+
+@pytest.fixture(params=[KERNELS, ATEN], ids=lambda backend: backend.name)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Each backend in turn."""
+    if request.param is ATEN:
+        monkeypatch.delenv("BATCHNORM_CUDA_EMULATE", raising=False)
+    return request.param
+
+
+@pytest.fixture
+def aten(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    monkeypatch.delenv("BATCHNORM_CUDA_EMULATE", raising=False)
+    return ATEN
+
+
+@pytest.fixture
+def kernels() -> Backend:
+    """The backend that runs the kernels here."""
+    return KERNELS
+
+
+@pytest.fixture
+def plan_options(kernels: Backend) -> Iterator:
+    """Forces choices of the plan for the length of a test."""
+    from batchnorm_cuda import _extension
+
+    module = _extension.load_cuda() if HAS_GPU else _extension.load_emulated()
+    yield module.set_plan_options
+    module.set_plan_options({})
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU; skipped where there is none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [
+        report
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple) and NO_GPU in report.longrepr[2]
+    ]
+    terminalreporter.write_line(
+        f"kernels ran on: {KERNELS.name}; {len(skipped)} tests skipped for lack of a GPU"
+    )

@@ -1,0 +1,85 @@
+"""Runs one problem through ours, through torch's F.batch_norm, and compares with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import reference
+import torch
+import torch.nn.functional as F
+from cases import Parameters
+from conftest import Backend
+from tolerances import assert_no_worse_than_torch, assert_unbiased, assert_within
+from torch import Tensor
+
+from batchnorm_cuda import batch_norm, ops
+
+MOMENTUM = 0.3
+EPS = 1e-5
+# Of two values of a channel both are normalised to nearly 1: their roundings are no random sample.
+FEWEST_INDEPENDENT = 8
+
+
+def forward(backend: Backend, x: Tensor, p: Parameters, training: bool) -> dict[str, Tensor]:
+    """All that a forward pass computes, by name; updates the running statistics in `p`."""
+    results = {}
+    if backend.has_kernels:
+        args = (x, p.weight, p.bias, p.running_mean, p.running_var, None, training, MOMENTUM, EPS)
+        output, results["save_mean"], results["save_invstd"] = ops.forward(*args)
+    else:
+        output = call(batch_norm, x, p, training)
+    results["output"] = output
+    if training and p.running_mean is not None:
+        results |= {"running_mean": p.running_mean, "running_var": p.running_var}
+    return results
+
+
+def torch_forward(x: Tensor, p: Parameters, training: bool) -> dict[str, Tensor]:
+    results = {"output": call(F.batch_norm, x, p, training)}
+    if training and p.running_mean is not None:
+        results |= {"running_mean": p.running_mean, "running_var": p.running_var}
+    return results
+
+
+def call(function: Callable, x: Tensor, p: Parameters, training: bool) -> Tensor:
+    return function(x, p.running_mean, p.running_var, p.weight, p.bias, training, MOMENTUM, EPS)
+
+
+def backward(
+    function: Callable, x: Tensor, p: Parameters, dy: Tensor, training: bool
+) -> dict[str, Tensor]:
+    """The gradients of all that is there, by name; running statistics are updated in a copy."""
+    leaf = x.detach().requires_grad_()
+    copy = p.clone()
+    wanted = {"grad_input": leaf}
+    for name, parameter in (("grad_weight", copy.weight), ("grad_bias", copy.bias)):
+        if parameter is not None:
+            wanted[name] = parameter.requires_grad_()
+    output = call(function, leaf, copy, training)
+    return dict(zip(wanted, torch.autograd.grad(output, wanted.values(), dy), strict=True))
+
+
+def reference_forward(x: Tensor, p: Parameters, training: bool) -> reference.Forward:
+    return reference.forward(
+        x, p.weight, p.bias, p.running_mean, p.running_var, training, MOMENTUM, EPS
+    )
+
+
+def reference_backward(dy: Tensor, x: Tensor, p: Parameters, training: bool) -> reference.Backward:
+    return reference.backward(dy, x, p.weight, p.running_mean, p.running_var, training, EPS)
+
+
+def assert_matches(
+    results: dict[str, Tensor],
+    expected: reference.Forward | reference.Backward,
+    input: Tensor,
+    torchs: dict[str, Tensor] | None = None,
+) -> None:
+    """Each result against the reference, and where torch computed it, against torch's error."""
+    for name, got in results.items():
+        want, scale = getattr(expected, name), expected.scales[name]
+        assert_within(name, got, want, scale, input.dtype)
+        if input.numel() >= FEWEST_INDEPENDENT * input.shape[1]:
+            assert_unbiased(name, got, want, scale, input.dtype)
+        if torchs is not None and name in torchs:
+            assert_no_worse_than_torch(name, got, torchs[name], want, scale, input.dtype)
