@@ -1,0 +1,53 @@
+# `make train` and `make test` need nothing but Python: they set up .venv themselves.
+#   PYTHON  the interpreter to make .venv with
+#   TORCH   the torch to install, as pip takes it: TORCH=torch==2.14.1
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(cu|cuh|cpp|h)$$')
+
+# A GPU without a toolkit to compile for it gets the compiler from PyPI with the package.
+TOOLKIT := $(PYTHON) batchnorm_cuda/_toolkit.py >/dev/null 2>&1
+NVCC_EXTRA = $(shell nvidia-smi -L >/dev/null 2>&1 && ! $(TOOLKIT) && echo ,nvcc)
+
+.PHONY: help venv train test lint cuda clean
+
+help:
+	@echo "make train   train the digits example        make lint   check formatting and style"
+	@echo "make test    run the test suite              make cuda   compile ahead of time with nvcc"
+	@echo "make venv    set up $(VENV) only               make clean  remove $(VENV) and build output"
+
+venv: $(VENV)/.ready
+
+# The package is installed editable: the sources in this tree are what runs.
+$(VENV)/.ready: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip "setuptools>=77" wheel
+	$(PIP) "$(TORCH)"
+	$(PIP) --no-build-isolation -e ".[test,train,dev$(NVCC_EXTRA)]" "$(TORCH)"
+	touch $@
+
+train: venv
+	$(BIN)/python examples/train_digits.py
+
+# On the GPU where there is one, else on the kernels' CPU emulation (tests/conftest.py chooses).
+test: venv
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+# What only nvcc can tell: builds for real architectures, which link, load and hold their code.
+cuda: venv
+	$(BIN)/python batchnorm_cuda/_toolkit.py || $(PIP) -e ".[nvcc]" "$(TORCH)"
+	$(BIN)/python batchnorm_cuda/_toolkit.py
+	$(BIN)/python -m pytest -m nvcc tests/test_build.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,77 @@
+"""Lists of GPU architectures as torch writes them ("8.0;9.0+PTX"): defaults, parsing, coverage.
+
+Standard library only, and no imports from the package: setup.py loads this file by its path.
+"""
+
+from __future__ import annotations
+
+import re
+
+# One per generation that PyTorch's own CUDA 13 wheels carry, so that an ahead-of-time build on a
+# machine without a GPU runs natively on all of them; what nvcc cannot generate is left out.
+DEFAULT = ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0")
+
+_NAMED = {
+    "Volta": "7.0",
+    "Turing": "7.5",
+    "Ampere": "8.0;8.6",
+    "Ada": "8.9",
+    "Hopper": "9.0",
+    "Blackwell": "10.0;12.0",
+}
+
+
+def parse(text: str) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST as a list: "8.0", "9.0a", "9.0+PTX"; ValueError names a bad entry."""
+    archs: list[str] = []
+    for entry in re.split(r"[;,\s]+", text.strip()):
+        name, plus, suffix = entry.partition("+")
+        expanded = _NAMED.get(name, name).split(";")
+        for arch in expanded:
+            if not re.fullmatch(r"\d+\.\d[af]?", arch) or suffix not in ("", "PTX"):
+                raise ValueError(
+                    f"TORCH_CUDA_ARCH_LIST={text!r}: {entry!r} is no architecture; "
+                    'expected entries such as "8.0", "9.0+PTX" or "Hopper", separated by ";"'
+                )
+        archs += [*expanded[:-1], expanded[-1] + plus + suffix]
+    return list(dict.fromkeys(archs))
+
+
+def capability(arch: str) -> tuple[int, int]:
+    """(9, 0) of "9.0", "9.0a" and "9.0+PTX"."""
+    major, minor = arch.split("+")[0].rstrip("af").split(".")
+    return int(major), int(minor)
+
+
+def with_newest_ptx(archs: list[str]) -> list[str]:
+    """The list in order, with PTX for the newest entry, from which later GPUs' drivers compile."""
+    ordered = sorted(archs, key=capability)
+    if not ordered[-1].endswith("+PTX"):
+        ordered[-1] += "+PTX"
+    return ordered
+
+
+def select(explicit: str | None, visible: list[tuple[int, int]], codes: list[str]) -> list[str]:
+    """What to compile for: the explicit list, else the GPUs present, else DEFAULT.
+
+    `codes` is what nvcc can generate. A GPU newer than all of them gets the newest one's PTX; one
+    older than all of them gets nothing, and is named when it is used.
+    """
+    if explicit:
+        return with_newest_ptx(parse(explicit))
+    known = sorted({capability(code) for code in codes})
+    present = {min(gpu, known[-1]) for gpu in visible if gpu >= known[0]}
+    wanted = present or {capability(arch) for arch in DEFAULT} & set(known) or {known[-1]}
+    return with_newest_ptx([f"{major}.{minor}" for major, minor in sorted(wanted)])
+
+
+def covers(archs: list[str], gpu: tuple[int, int]) -> bool:
+    """Whether a GPU runs a build: binary code of its own major version, or any older PTX."""
+    for arch in archs:
+        built = capability(arch)
+        specific = arch.split("+")[0][-1] in "af"  # "9.0a" runs on 9.0 only
+        if arch.endswith("+PTX") and not specific and built <= gpu:
+            return True
+        if built == gpu or (not specific and built[0] == gpu[0] and built[1] <= gpu[1]):
+            return True
+    return False

@@ -1,0 +1,132 @@
+"""Gives the compiled extension: `_C` for CUDA tensors, `_C_emulated` for the CPU emulation.
+
+Importing this module needs neither a GPU nor a compiler. The first `load_cuda()` takes the module
+compiled at installation if there is one that fits, else compiles it just in time (see _build.py).
+Whatever is missing for that is said in one message with the command that mends it, and every
+detour is announced on stderr.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import _build, _recipes, _sources, _toolkit
+from ._version import __version__
+
+# Written beside `_C` by an ahead-of-time build (setup.py): the versions that its binary is tied to.
+_AOT_RECORD = Path(__file__).with_name("_aot.json")
+_REINSTALL = "BATCHNORM_CUDA_AOT=1 pip install --no-build-isolation --force-reinstall --no-deps"
+
+_load_lock = threading.RLock()
+_cuda: ModuleType | None = None
+_emulated: ModuleType | None = None
+_info: dict[str, dict[str, Any]] = {}
+
+
+def emulation_enabled() -> bool:
+    """True if CPU tensors are to run through the kernels' host build."""
+    return os.environ.get("BATCHNORM_CUDA_EMULATE") == "1"
+
+
+def load_cuda() -> ModuleType:
+    """The CUDA extension, loaded once per process."""
+    global _cuda
+    if _cuda is None:  # without the lock: this is on the path of every call
+        with _load_lock:
+            if _cuda is None:
+                _cuda = _load_aot() or _load_jit("cuda")
+    return _cuda
+
+
+def load_emulated() -> ModuleType:
+    """The host build of the kernels, loaded once per process."""
+    global _emulated
+    if _emulated is None:
+        with _load_lock:
+            if _emulated is None:
+                _emulated = _load_jit("emulated")
+    return _emulated
+
+
+def build_info() -> dict[str, Any]:
+    """Versions, the cache folder, and for each extension loaded so far its file and origin."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "cache_dir": str(_build.cache_dir()),
+        "ahead_of_time": _read_aot_record(),
+        "loaded": {name: dict(info) for name, info in _info.items()},
+    }
+
+
+def _load_jit(kind: str) -> ModuleType:
+    recipe = _recipes.cuda_recipe() if kind == "cuda" else _recipes.emulated_recipe()
+    path = _build.build(recipe)
+    module = _import(recipe.name, path)
+    _info[kind] = {"origin": "just in time", "path": str(path), **recipe.key}
+    return module
+
+
+def _load_aot() -> ModuleType | None:
+    """The module compiled at installation; None if there is none, or if compiling it anew helps."""
+    spec = importlib.util.find_spec(f"{__package__}._C")
+    if spec is None or spec.origin is None:
+        return None
+    record = _read_aot_record() or {}
+    problem = aot_problem(record, spec.origin)
+    if problem is None:
+        try:
+            module = _import("_C", Path(spec.origin))
+        except ImportError as error:
+            problem = f"the extension compiled at installation does not load ({error})"
+        else:
+            _info["cuda"] = {"origin": "ahead of time", "path": spec.origin, **record}
+            return module
+    problem += f"; to rebuild it: `{_REINSTALL} batchnorm_cuda`"
+    _build.say(f"{problem}. Using a just-in-time build instead")
+    try:
+        return _load_jit("cuda")
+    except (_build.BuildError, _toolkit.ToolkitError) as error:
+        raise _build.BuildError(
+            f"{problem}. Compiling it just in time instead failed: {error}"
+        ) from error
+
+
+def aot_problem(record: dict[str, Any], path: str) -> str | None:
+    """Why the module compiled at installation must not be loaded, if so.
+
+    A C++ extension is tied to the exact PyTorch it was compiled with: another version may lack its
+    symbols or, worse, have them with other layouts.
+    """
+    built, running = record.get("torch", "unknown"), torch.__version__
+    if built != running:
+        return f"{path} was compiled for PyTorch {built}, but this is PyTorch {running}"
+    if record["sources"] != _sources.content_hash(emulated=False):
+        return f"{path} was compiled from other sources than {_sources.csrc_dir()} now holds"
+    _recipes.require_cuda_torch()
+    uncovered = _recipes.uncovered_gpu(record["archs"])
+    return f"{uncovered}, for which {path} was compiled" if uncovered else None
+
+
+def _read_aot_record() -> dict[str, Any] | None:
+    return json.loads(_AOT_RECORD.read_text()) if _AOT_RECORD.exists() else None
+
+
+def _import(name: str, path: Path) -> ModuleType:
+    qualified = f"{__package__}.{name}"
+    spec = importlib.util.spec_from_file_location(qualified, path)
+    assert spec is not None and spec.loader is not None  # the path ends in .so
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[qualified] = module
+    return module

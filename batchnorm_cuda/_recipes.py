@@ -1,0 +1,103 @@
+"""What each extension is compiled from and with, and every ingredient of its cache key."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from . import _archs, _build, _jobs, _sources, _toolkit
+from ._version import __version__
+
+
+def cuda_recipe() -> _build.Recipe:
+    """`_C` for the GPUs of this machine, or for TORCH_CUDA_ARCH_LIST."""
+    require_cuda_torch()
+    toolkit = _toolkit.resolve_toolkit(torch.version.cuda)
+    codes = toolkit.gpu_codes()
+    explicit = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    visible = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    # "native" is cpp_extension's word for the GPUs present, which is the default here.
+    archs = _archs.select(None if explicit == "native" else explicit, visible, codes)
+    listed = ";".join(archs)
+    problem = uncovered_gpu(archs)
+    if problem and explicit:
+        raise _build.BuildError(
+            f"{problem} (TORCH_CUDA_ARCH_LIST={explicit!r}): add it or unset it"
+        )
+    if problem:
+        raise _build.BuildError(
+            f"{problem}, what CUDA {toolkit.version}'s compiler can generate: such a GPU needs an "
+            "older PyTorch and CUDA toolkit"
+        )
+    return _build.Recipe(
+        name="_C",
+        label=f"the CUDA kernels for {listed} (torch {torch.__version__}, CUDA {toolkit.version})",
+        sources=_sources.cuda_sources(),
+        include_dirs=[toolkit.include_dir],
+        cflags=[*_sources.CXX_FLAGS],
+        cuda_cflags=[*_sources.NVCC_FLAGS],
+        links={"libcudart.so": toolkit.cudart} if toolkit.lacks_linker_name else {},
+        environment={"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": listed},
+        job_bytes=_jobs.CUDA_JOB_BYTES,
+        key=_common_key()
+        | {"sources": _sources.content_hash(emulated=False)}
+        | {"cuda": toolkit.version, "archs": listed},
+    )
+
+
+def emulated_recipe() -> _build.Recipe:
+    """`_C_emulated`: the same sources for the CPU, against the headers of tests/simt/include."""
+    return _build.Recipe(
+        name="_C_emulated",
+        label=f"the kernels' CPU emulation (torch {torch.__version__})",
+        sources=_sources.emulated_cpp_sources(),
+        compiled_as_cpp=_sources.kernel_sources(),
+        include_dirs=_sources.emulated_include_dirs(),
+        cflags=[*_sources.CXX_FLAGS, "-march=native", "-DBATCHNORM_CUDA_HOST_MODEL"],
+        job_bytes=_jobs.HOST_JOB_BYTES,
+        key=_common_key() | {"sources": _sources.content_hash(emulated=True), "cpu": _cpu_hash()},
+    )
+
+
+def require_cuda_torch() -> None:
+    if torch.version.cuda is None:
+        raise _build.BuildError(
+            f"PyTorch {torch.__version__} is a build without CUDA, and the kernels need one with: "
+            "`pip install --force-reinstall torch`, with the index that PyTorch's installation "
+            "page names for your CUDA version"
+        )
+
+
+def uncovered_gpu(archs: list[str]) -> str | None:
+    """Names the current GPU and the list if nothing in the list runs on it."""
+    if not torch.cuda.is_available():
+        return None
+    gpu = torch.cuda.get_device_capability()
+    if _archs.covers(archs, gpu):
+        return None
+    return (
+        f"{torch.cuda.get_device_name()} has compute capability {gpu[0]}.{gpu[1]}, which is not "
+        f"covered by {';'.join(archs)}"
+    )
+
+
+def _common_key() -> dict[str, str]:
+    """What every build depends on, apart from its sources."""
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "torch cuda": torch.version.cuda or "none",
+        "python": str(sysconfig.get_config_var("SOABI")),
+        "compiler": _toolkit.compiler_version(),
+    }
+
+
+def _cpu_hash() -> str:
+    """-march=native makes a binary for this kind of CPU; a shared cache may serve several."""
+    text = Path("/proc/cpuinfo").read_text()
+    lines = {line for line in text.splitlines() if line.startswith(("flags", "Features", "model"))}
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
