@@ -1,0 +1,219 @@
+"""One record per compiled kernel and architecture, and what must not be found in it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+
+from .compile import Job, Texts
+from .listing import (
+    Access,
+    LaunchBounds,
+    Listing,
+    Resources,
+    parse_launch_bounds,
+    parse_listing,
+    parse_resources,
+)
+from .loops import Loop, find_loops
+
+# Of every architecture here, by the CUDA programming guide's table of technical specifications.
+REGISTERS_PER_SM = 65536
+SM_PARTITIONS = 4  # each has a quarter of the registers and runs every fourth warp
+MAX_REGISTERS = 255
+THREADS_PER_SM = {"7.5": 1024, "8.0": 2048, "9.0": 2048, "10.0": 2048, "10.3": 2048}
+THREADS_PER_SM_ELSEWHERE = 1536
+
+WINDOW_BITS = 128
+WARP = 32
+
+
+@dataclass(frozen=True)
+class MainLoop:
+    """The loop that moves the most data in 16-byte accesses, without the loops inside it.
+
+    `bits` maps the width of an access to global memory to the number of such instructions.
+    """
+
+    address: int
+    instructions: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+    nested: int
+
+    @property
+    def windows(self) -> int:
+        """Windows of 16 bytes loaded and stored by one pass."""
+        accesses = Counter(self.loads) + Counter(self.stores)
+        return sum(bits // WINDOW_BITS * count for bits, count in accesses.items())
+
+    @property
+    def instructions_per_window(self) -> float | None:
+        return self.instructions / self.windows if self.windows else None
+
+    @property
+    def narrow(self) -> dict[int, int]:
+        accesses = Counter(self.loads) + Counter(self.stores)
+        return {bits: count for bits, count in accesses.items() if bits < WINDOW_BITS}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str  # "transform_input_kernel<AlongS<__half, int, true>>"
+    arch: str
+    source: str
+    bounds: LaunchBounds
+    resources: Resources
+    instructions: int  # with the helpers that it calls
+    loads: dict[int, int]  # from global memory: width in bits -> instructions
+    stores: dict[int, int]
+    local_accesses: int
+    generic_accesses: int
+    bulk_copies: int
+    main_loop: MainLoop | None
+
+    @property
+    def template(self) -> str:
+        return self.name.split("<")[0]
+
+    @property
+    def exact(self) -> bool:
+        """True if its cursor walks over full windows only, so that nothing may be narrow."""
+        return re.search(r"\bAlong[SC]<[^<>]*, true>", self.name) is not None
+
+    @property
+    def register_limit(self) -> int:
+        """What the launch bounds leave a thread, as the hardware allocates: in steps of 8."""
+        threads = self.bounds.threads or 1024
+        limit = REGISTERS_PER_SM // (threads * (self.bounds.blocks_per_sm or 1))
+        return min(limit // 8 * 8, MAX_REGISTERS)
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks of the launch bounds' size that an SM holds by registers and threads.
+
+        Shared memory is the launch's and not known here.
+        """
+        return resident_blocks(self.resources.registers, self.bounds.threads or 1024, self.arch)
+
+
+def resident_blocks(registers: int, threads: int, arch: str) -> int:
+    """By registers, which a warp gets in units of 256 within its SM partition, and by threads."""
+    per_warp = -(-registers // 8) * 8 * WARP
+    warps = REGISTERS_PER_SM // SM_PARTITIONS // per_warp * SM_PARTITIONS
+    block_warps = -(-threads // (WARP * SM_PARTITIONS)) * SM_PARTITIONS
+    by_threads = THREADS_PER_SM.get(arch, THREADS_PER_SM_ELSEWHERE) // threads
+    return min(warps // block_warps, by_threads)
+
+
+# ------------------------------------------------------------------------------- findings
+
+
+def problems(kernel: Kernel) -> list[str]:
+    """What breaks the rules: spills, local memory, narrow accesses, registers beyond the bounds."""
+    found = []
+    r = kernel.resources
+    if r.spill_store_bytes or r.spill_load_bytes:
+        found.append(f"spills {r.spill_store_bytes} bytes out, {r.spill_load_bytes} bytes in")
+    if r.stack_bytes:
+        found.append(f"has a stack frame of {r.stack_bytes} bytes")
+    if kernel.local_accesses:
+        found.append(f"makes {kernel.local_accesses} accesses to local memory")
+    if kernel.bounds.threads is None:
+        found.append("has no __launch_bounds__")
+    if r.registers > kernel.register_limit:
+        found.append(f"uses {r.registers} registers, the plan allows {kernel.register_limit}")
+    if kernel.exact:
+        found += _narrow_accesses(kernel.main_loop)
+    return found
+
+
+def _narrow_accesses(loop: MainLoop | None) -> list[str]:
+    if loop is None or not loop.windows:
+        return ["is exact, but no loop moves 16 bytes at a time"]
+    return [
+        f"makes {count} accesses of {bits} bits in its main loop"
+        for bits, count in sorted(loop.narrow.items())
+    ]
+
+
+# ------------------------------------------------------------------------------- building records
+
+
+def describe(job: Job, texts: Texts) -> list[Kernel]:
+    """Every kernel of one compiled source, by name."""
+    bounds = parse_launch_bounds(texts.ptx)
+    listings = parse_listing(texts.sass)
+    resources = parse_resources(texts.ptxas)
+    if not (bounds.keys() == listings.keys() == resources.keys()):
+        raise ValueError(f"{job.source.name}: PTX, ptxas' report and disassembly differ in kernels")
+    names = demangle(sorted(resources))
+    kernels = [
+        _kernel(names[k], job, bounds[k], resources[k], listings[k]) for k in sorted(resources)
+    ]
+    return sorted(kernels, key=lambda kernel: kernel.name)
+
+
+def _kernel(
+    name: str, job: Job, bounds: LaunchBounds, resources: Resources, listing: Listing
+) -> Kernel:
+    code = [*listing.own, *listing.helpers]
+    accesses = [i.access for i in code if i.access is not None]
+    return Kernel(
+        name=name,
+        arch=job.arch,
+        source=job.source.name,
+        bounds=bounds,
+        resources=resources,
+        instructions=len(code),
+        loads=_widths(accesses, store=False),
+        stores=_widths(accesses, store=True),
+        local_accesses=sum(access.space == "local" for access in accesses),
+        generic_accesses=sum(access.space == "generic" for access in accesses),
+        bulk_copies=sum(access.space == "bulk" for access in accesses),
+        main_loop=choose_main_loop(find_loops(listing.own)),
+    )
+
+
+def choose_main_loop(loops: list[Loop]) -> MainLoop | None:
+    """Of loops that move as much, the shortest: it is the one without the tail's conditions."""
+    described = [_describe_loop(loop) for loop in loops]
+    moving = [loop for loop in described if loop.loads or loop.stores]
+    return max(moving, key=lambda loop: (loop.windows, -loop.instructions), default=None)
+
+
+def _describe_loop(loop: Loop) -> MainLoop:
+    accesses = [i.access for i in loop.own if i.access is not None and not i.access.ordered]
+    return MainLoop(
+        loop.header,
+        len(loop.own),
+        _widths(accesses, store=False),
+        _widths(accesses, store=True),
+        loop.nested,
+    )
+
+
+def _widths(accesses: list[Access], *, store: bool) -> dict[int, int]:
+    chosen = [a.bits for a in accesses if a.space == "global" and a.store == store]
+    return dict(sorted(Counter(chosen).items(), reverse=True))
+
+
+def demangle(mangled: list[str]) -> dict[str, str]:
+    """Readable names: without return type, arguments and our own namespace."""
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
+    )
+    return dict(zip(mangled, map(shorten, done.stdout.splitlines()), strict=True))
+
+
+def shorten(name: str) -> str:
+    name = re.sub(r"\(anonymous namespace\)::|_GLOBAL__N__\w+::|batchnorm_cuda::", "", name)
+    name = name.removeprefix("void ").replace("> >", ">>")
+    depth = 0
+    for i, letter in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0:
+            return name[:i]
+    return name

@@ -1,0 +1,166 @@
+"""Parses what nvcc, ptxas and nvdisasm print about compiled kernels. Text in, records out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+# ------------------------------------------------------------------------------- PTX
+
+
+@dataclass(frozen=True)
+class LaunchBounds:
+    """The arguments of __launch_bounds__ as they reached ptxas; None where they are not given."""
+
+    threads: int | None
+    blocks_per_sm: int | None
+
+
+def parse_launch_bounds(ptx: str) -> dict[str, LaunchBounds]:
+    """By mangled kernel name."""
+    bounds = {}
+    for entry in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*?)\{", ptx, re.DOTALL):
+        threads = re.search(r"\.(?:max|req)ntid\s+([\d, ]+)", entry.group(3))
+        blocks = re.search(r"\.minnctapersm\s+(\d+)", entry.group(3))
+        total = 1
+        for size in threads.group(1).split(",") if threads else ():
+            total *= int(size)
+        bounds[entry.group(1)] = LaunchBounds(
+            total if threads else None, int(blocks.group(1)) if blocks else None
+        )
+    return bounds
+
+
+# ------------------------------------------------------------------------------- ptxas -v
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    static_shared_bytes: int
+
+
+def parse_resources(report: str) -> dict[str, Resources]:
+    """ptxas' report (--resource-usage), by mangled kernel name."""
+    found = {}
+    for part in re.split(r"Compiling entry function ", report)[1:]:
+        name = re.match(r"'([^']+)'", part)
+        # The kernel's own properties come last; functions that it calls are listed before.
+        frames = re.findall(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+        )
+        used = re.search(r"Used (\d+) registers(.*)", part)
+        if name is None or not frames or used is None:
+            raise ValueError(f"not a ptxas report: {part[:200]!r}")
+        shared = re.search(r"(\d+) bytes smem", used.group(2))
+        stack, stores, loads = (sum(int(frame[i]) for frame in frames) for i in range(3))
+        found[name.group(1)] = Resources(
+            int(used.group(1)), stack, stores, loads, int(shared.group(1)) if shared else 0
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------- nvdisasm
+
+
+@dataclass(frozen=True)
+class Access:
+    """One memory instruction."""
+
+    space: str  # "global", "local", "generic" or "bulk"
+    store: bool
+    bits: int  # 0 for bulk copies, whose size is an operand
+    ordered: bool  # an exchange between blocks (volatile, acquire, relaxed), not plain data
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    opcode: str  # with its modifiers: "LDG.E.128.CONSTANT"
+    conditional: bool  # under a predicate: it may have no effect
+    targets: tuple[int, ...] = ()  # addresses that it may branch to
+
+    @property
+    def mnemonic(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def access(self) -> Access | None:
+        return parse_access(self.opcode)
+
+
+_SPACES = {"LDG": "global", "STG": "global", "LDGSTS": "global", "LDL": "local", "STL": "local"}
+_SPACES |= {"LD": "generic", "ST": "generic", "UBLKCP": "bulk"}
+
+
+def parse_access(opcode: str) -> Access | None:
+    """The access that an opcode makes to global, local or unknown memory; None if it makes none."""
+    mnemonic, *modifiers = opcode.split(".")
+    space = _SPACES.get(mnemonic)
+    if space is None:
+        return None
+    widths = {"8": 8, "U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+    bits = next((widths[m] for m in modifiers if m in widths), 32)
+    ordered = "STRONG" in modifiers or "MMIO" in modifiers
+    return Access(space, mnemonic.startswith("ST"), 0 if space == "bulk" else bits, ordered)
+
+
+@dataclass
+class Listing:
+    """The code of one kernel: its own, and that of the helpers it calls (64-bit division, say)."""
+
+    own: list[Instruction] = field(default_factory=list)
+    helpers: list[Instruction] = field(default_factory=list)
+
+
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]+)\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)(.*?);")
+_LABEL = re.compile(r"(\.L\w+):")
+_TYPE = re.compile(r"\s+\.type\s+([^,\s]+),@function")
+# Instructions that jump to the label they name. BSSY and WARPSYNC name one too, but only as the
+# place where the warp's lanes meet again; a CALL of a local label is a jump, of a helper it is not.
+_JUMPS = {"BRA", "BRX", "BRXU", "JMP", "JMX", "CALL"}
+
+
+def parse_listing(text: str) -> dict[str, Listing]:
+    """`nvdisasm -c` output, by mangled kernel name."""
+    listings = {}
+    for section in re.split(r"^\s*\.section\s+\.text\.", text, flags=re.MULTILINE)[1:]:
+        name = re.match(r"[^,\s]+", section).group()
+        listings[name] = _parse_section(name, section.splitlines())
+    return listings
+
+
+def _parse_section(name: str, lines: list[str]) -> Listing:
+    labels: dict[str, int] = {}
+    pending: list[str] = []
+    raw: list[tuple[bool, re.Match[str]]] = []
+    in_kernel = True
+    for line in lines:
+        if label := _LABEL.match(line):
+            pending.append(label.group(1))
+        elif function := _TYPE.match(line):
+            in_kernel = function.group(1) == name
+        elif instruction := _INSTRUCTION.match(line):
+            labels |= dict.fromkeys(pending, int(instruction.group(1), 16))
+            pending.clear()
+            if instruction.group(3) != "NOP":
+                raw.append((in_kernel, instruction))
+    listing = Listing()
+    for own, match in raw:
+        (listing.own if own else listing.helpers).append(_instruction(match, labels))
+    return listing
+
+
+def _instruction(match: re.Match[str], labels: dict[str, int]) -> Instruction:
+    address, guard, opcode, operands = match.groups()
+    targets: tuple[int, ...] = ()
+    conditional = guard is not None
+    if opcode.split(".")[0] in _JUMPS:
+        names = re.findall(r"\.L\w+", operands)
+        targets = tuple(labels[label] for label in names if label in labels)
+        # "BRA P1, `(.L_x_7)" and "BRA.U !UP0, ..." carry a second condition before the label.
+        conditional |= re.match(r"\s*!?U?P\w", operands) is not None
+    return Instruction(int(address, 16), opcode, conditional, targets)

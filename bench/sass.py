@@ -1,0 +1,88 @@
+"""Compiles the kernels for every architecture and reports what the compiler made of them.
+
+    python -m bench.sass [--arch sm_80]... [--kernel transform]... [--all] [--json]
+
+Per kernel: registers against what its launch bounds allow, spills, local and shared memory, widths
+of global accesses, resident blocks per SM by registers and threads, and the instructions that the
+main loop spends on each 16 bytes it loads or stores. Exit status 1 if a kernel breaks the rules of
+bench/machine_code/kernels.py. Needs nvcc and nvdisasm, and neither a GPU nor PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from .machine_code.compile import CompileError, Job, compile_all
+from .machine_code.kernels import Kernel, describe, problems
+from .machine_code.table import instance_table, template_table
+from .toolkit import Toolkit, ToolkitError, archs, find_nvdisasm, resolve, sources
+
+
+def kernels_for(wanted: list[str], kit: Toolkit) -> list[Kernel]:
+    """Compiles every kernel source for the architectures ("8.0") and describes what came out."""
+    nvdisasm = find_nvdisasm(kit.home)
+    jobs = [Job(path, arch) for arch in wanted for path in sources.kernel_sources()]
+    texts = compile_all(jobs, kit, nvdisasm)
+    return [k for job, text in zip(jobs, texts, strict=True) for k in describe(job, text)]
+
+
+def supported(wanted: list[str], kit: Toolkit) -> list[str]:
+    codes = kit.gpu_codes()
+    for arch in wanted:
+        if arch not in codes:
+            print(f"skipping {arch}: nvcc {kit.version} cannot generate it", file=sys.stderr)
+    return [arch for arch in wanted if arch in codes]
+
+
+def as_dict(kernel: Kernel) -> dict[str, object]:
+    record = asdict(kernel) | {"exact": kernel.exact, "register_limit": kernel.register_limit}
+    record |= {"blocks_per_sm": kernel.blocks_per_sm, "problems": problems(kernel)}
+    if kernel.main_loop:
+        record["main_loop"]["windows"] = kernel.main_loop.windows
+        record["main_loop"]["instructions_per_window"] = kernel.main_loop.instructions_per_window
+    return record
+
+
+def parse_arch(text: str) -> str:
+    number = text.removeprefix("sm_").replace(".", "")
+    if len(number) < 2 or not number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no architecture such as sm_80")
+    return f"{number[:-1]}.{number[-1]}"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.sass", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--arch", action="append", type=parse_arch, help="sm_80; repeatable")
+    parser.add_argument("--kernel", action="append", help="part of a kernel's name; repeatable")
+    parser.add_argument("--all", action="store_true", help="one line per template instance")
+    parser.add_argument("--json", action="store_true", help="everything, for programs")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        kit = resolve()
+        kernels = kernels_for(supported(arguments.arch or list(archs.DEFAULT), kit), kit)
+    except (ToolkitError, CompileError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if arguments.kernel:
+        kernels = [k for k in kernels if any(part in k.name for part in arguments.kernel)]
+    if arguments.json:
+        print(json.dumps([as_dict(kernel) for kernel in kernels], indent=1))
+    else:
+        print(instance_table(kernels) if arguments.all else template_table(kernels))
+    bad = [(kernel, problem) for kernel in kernels for problem in problems(kernel)]
+    for kernel, problem in bad:
+        print(f"{kernel.name} for {kernel.arch} {problem}", file=sys.stderr)
+    print(f"{len(kernels)} kernels, {len(bad)} problems", file=sys.stderr)
+    return 1 if bad or not kernels else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
