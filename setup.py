@@ -63,7 +63,7 @@ def ahead_of_time() -> dict:
     extension = CUDAExtension(
         "batchnorm_cuda._C",
         [os.path.relpath(path, ROOT) for path in _sources.cuda_sources()],
-        include_dirs=[str(toolkit.include_dir)],
+        include_dirs=[str(path) for path in toolkit.extra_include_dirs],
         library_dirs=[str(toolkit.linker_dir(ROOT / "build" / "cudart"))],
         extra_compile_args={"cxx": [*_sources.CXX_FLAGS], "nvcc": [*_sources.NVCC_FLAGS]},
     )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from . import _build, _recipes, _sources, _toolkit
+from ._compile import BuildError
 from ._version import __version__
 
 # Written beside `_C` by an ahead-of-time build (setup.py): the versions that its binary is tied to.
@@ -96,10 +97,8 @@ def _load_aot() -> ModuleType | None:
     _build.say(f"{problem}. Using a just-in-time build instead")
     try:
         return _load_jit("cuda")
-    except (_build.BuildError, _toolkit.ToolkitError) as error:
-        raise _build.BuildError(
-            f"{problem}. Compiling it just in time instead failed: {error}"
-        ) from error
+    except (BuildError, _toolkit.ToolkitError) as error:
+        raise BuildError(f"{problem}. Compiling it just in time instead failed: {error}") from error
 
 
 def aot_problem(record: dict[str, Any], path: str) -> str | None:

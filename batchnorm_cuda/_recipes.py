@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import sysconfig
 from pathlib import Path
 
 import torch
 
-from . import _archs, _build, _jobs, _sources, _toolkit
+from . import _archs, _jobs, _sources, _toolkit
+from ._compile import BuildError, Recipe
 from ._version import __version__
 
 
-def cuda_recipe() -> _build.Recipe:
+def cuda_recipe() -> Recipe:
     """`_C` for the GPUs of this machine, or for TORCH_CUDA_ARCH_LIST."""
     require_cuda_torch()
     toolkit = _toolkit.resolve_toolkit(torch.version.cuda)
@@ -25,21 +27,19 @@ def cuda_recipe() -> _build.Recipe:
     listed = ";".join(archs)
     problem = uncovered_gpu(archs)
     if problem and explicit:
-        raise _build.BuildError(
-            f"{problem} (TORCH_CUDA_ARCH_LIST={explicit!r}): add it or unset it"
-        )
+        raise BuildError(f"{problem} (TORCH_CUDA_ARCH_LIST={explicit!r}): add it or unset it")
     if problem:
-        raise _build.BuildError(
+        raise BuildError(
             f"{problem}, what CUDA {toolkit.version}'s compiler can generate: such a GPU needs an "
             "older PyTorch and CUDA toolkit"
         )
-    return _build.Recipe(
+    headers = [f"-isystem {shlex.quote(str(path))}" for path in toolkit.extra_include_dirs]
+    return Recipe(
         name="_C",
         label=f"the CUDA kernels for {listed} (torch {torch.__version__}, CUDA {toolkit.version})",
         sources=_sources.cuda_sources(),
-        include_dirs=[toolkit.include_dir],
-        cflags=[*_sources.CXX_FLAGS],
-        cuda_cflags=[*_sources.NVCC_FLAGS],
+        cflags=[*_sources.CXX_FLAGS, *headers],
+        cuda_cflags=[*_sources.NVCC_FLAGS, *headers],
         links={"libcudart.so": toolkit.cudart} if toolkit.lacks_linker_name else {},
         environment={"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": listed},
         job_bytes=_jobs.CUDA_JOB_BYTES,
@@ -49,9 +49,9 @@ def cuda_recipe() -> _build.Recipe:
     )
 
 
-def emulated_recipe() -> _build.Recipe:
+def emulated_recipe() -> Recipe:
     """`_C_emulated`: the same sources for the CPU, against the headers of tests/simt/include."""
-    return _build.Recipe(
+    return Recipe(
         name="_C_emulated",
         label=f"the kernels' CPU emulation (torch {torch.__version__})",
         sources=_sources.emulated_cpp_sources(),
@@ -65,7 +65,7 @@ def emulated_recipe() -> _build.Recipe:
 
 def require_cuda_torch() -> None:
     if torch.version.cuda is None:
-        raise _build.BuildError(
+        raise BuildError(
             f"PyTorch {torch.__version__} is a build without CUDA, and the kernels need one with: "
             "`pip install --force-reinstall torch`, with the index that PyTorch's installation "
             "page names for your CUDA version"

@@ -42,6 +42,11 @@ class Toolkit:
         return self.version.split(".")[0]
 
     @property
+    def extra_include_dirs(self) -> list[Path]:
+        """What cpp_extension does not add itself; /usr/include, above all, must not be repeated."""
+        return [] if self.include_dir == self.home / "include" else [self.include_dir]
+
+    @property
     def lacks_linker_name(self) -> bool:
         """True if `-lcudart` finds nothing here unless a libcudart.so is put beside it."""
         return self.cudart.name != "libcudart.so"

@@ -1,0 +1,193 @@
+"""Compiles one extension into a folder of its own, reusing objects of earlier builds.
+
+The compiling is torch.utils.cpp_extension's, in a child process, because it reads CUDA_HOME when it
+is imported, and TORCH_CUDA_ARCH_LIST and MAX_JOBS from the environment, none of which is ours to
+change in a running program. What is added: the child dies with its parent, and a file whose
+contents, headers and flags are those of an earlier build is not compiled again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import _sources
+
+# Dies with the process that started it, and takes ninja and the compilers along: its standard input
+# is a pipe whose other end only that process holds, and it leads a process group of its own.
+_CHILD = """
+import json, os, signal, sys, threading
+
+def die_with_parent():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+threading.Thread(target=die_with_parent, daemon=True).start()
+with open(sys.argv[1]) as file:
+    spec = json.load(file)
+sys.path[:] = spec["sys_path"]
+from torch.utils.cpp_extension import load
+load(**spec["load"])
+"""
+
+
+class BuildError(RuntimeError):
+    """The extension could not be compiled; the message says why and what mends it."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to compile and everything that the result depends on."""
+
+    name: str  # the module's name, PyInit_<name>
+    label: str  # for the progress line
+    sources: list[Path]  # .cpp, and .cu for nvcc
+    key: dict[str, str]  # every ingredient whose change makes the old binary wrong
+    job_bytes: int
+    compiled_as_cpp: list[Path] = field(default_factory=list)  # .cu files, through wrappers
+    include_dirs: list[Path] = field(default_factory=list)  # of our own headers
+    cflags: list[str] = field(default_factory=list)
+    cuda_cflags: list[str] = field(default_factory=list)
+    ldflags: list[str] = field(default_factory=list)
+    links: dict[str, Path] = field(default_factory=dict)  # symlinks to place in the link folder
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """The cache folder's name: other sources, versions or flags give another."""
+        return f"{self.name.strip('_')}-{_digest(self.key, self._flags())}"
+
+    @property
+    def all_sources(self) -> list[Path]:
+        return [*self.sources, *self.compiled_as_cpp]
+
+    @property
+    def with_cuda(self) -> bool:
+        return any(path.suffix == ".cu" for path in self.sources)
+
+    def object_name(self, source: Path) -> str:
+        """The cache name of one compiled file: as `folder`, but for the files that it includes."""
+        settings = {name: value for name, value in self.key.items() if name != "sources"}
+        content = _sources.closure_hash(source, self.include_dirs)
+        return f"{source.stem}-{_digest(self.name, settings, self._flags(), content)}.o"
+
+    def _flags(self) -> list[object]:
+        return [self.cflags, self.cuda_cflags, self.ldflags, self.environment]
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def compile_extension(recipe: Recipe, work: Path, objects: Path, jobs: int) -> None:
+    """Leave `<name>.so` in `work`, or raise BuildError with the compiler's own words."""
+    objects.mkdir(exist_ok=True)
+    stored = {path: objects / recipe.object_name(path) for path in recipe.all_sources}
+    reused = [path for path in recipe.all_sources if touch(stored[path])]
+    if len(reused) == len(stored):  # cpp_extension links nothing without a source: the cheapest
+        reused.remove(min(reused, key=lambda path: stored[path].stat().st_size))
+    for name, target in recipe.links.items():
+        (work / name).symlink_to(target)
+    load = {
+        "name": recipe.name,
+        "sources": [
+            str(_wrap(path, work) if path in recipe.compiled_as_cpp else path)
+            for path in recipe.all_sources
+            if path not in reused
+        ],
+        "extra_include_paths": [str(path) for path in recipe.include_dirs],
+        "extra_cflags": recipe.cflags,
+        "extra_cuda_cflags": recipe.cuda_cflags,
+        "extra_ldflags": [*(str(stored[path]) for path in reused), f"-L{work}", *recipe.ldflags],
+        "with_cuda": recipe.with_cuda,
+        "build_directory": str(work),
+    }
+    (work / "spec.json").write_text(json.dumps({"sys_path": sys.path, "load": load}))
+    try:
+        status = _run_child(work, {**recipe.environment, "MAX_JOBS": str(jobs)})
+    finally:
+        _store_objects(stored, work)
+    if status != 0 or not (work / f"{recipe.name}.so").exists():
+        log = (work / "build.log").replace(work.parent / f"{recipe.folder}.log")
+        raise BuildError(
+            f"compiling {recipe.label} failed (full log: {log}):\n"
+            f"{failure_excerpt(log.read_text(errors='replace'))}"
+        )
+
+
+def _run_child(work: Path, settings: dict[str, str]) -> int:
+    environment = {**os.environ, **settings}
+    environment["PATH"] = os.pathsep.join([*_ninja_dirs(), environment.get("PATH", os.defpath)])
+    read_end, write_end = os.pipe()
+    try:
+        with (work / "build.log").open("w") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-c", _CHILD, "spec.json"],
+                cwd=work,
+                env=environment,
+                stdin=read_end,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            return child.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # all gone already, the usual case
+                os.killpg(child.pid, signal.SIGKILL)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def touch(path: Path) -> bool:
+    """Whether the file exists; marks it as used, for the pruning of the cache."""
+    with contextlib.suppress(OSError):  # a cache may be shared read-only
+        os.utime(path)
+    return path.exists()
+
+
+def _store_objects(stored: dict[Path, Path], work: Path) -> None:
+    """Keep what was compiled, also after a failure: mending one file must not cost the others.
+
+    Only outputs in ninja's log are complete; a killed compiler may leave half an object behind.
+    """
+    log = work / ".ninja_log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    finished = {line.split("\t")[3] for line in lines if line.count("\t") >= 4}
+    for path, target in stored.items():
+        for name in (f"{path.stem}.o", f"{path.stem}_cu.o", f"{path.stem}.cuda.o"):
+            if name in finished and (work / name).exists():
+                (work / name).replace(target)
+
+
+def _wrap(source: Path, work: Path) -> Path:
+    """A C++ file that includes a `.cu`: cpp_extension would give the `.cu` itself to nvcc."""
+    wrapper = work / f"{source.stem}_cu.cpp"
+    wrapper.write_text(f'#include "{source}"\n')
+    return wrapper
+
+
+def failure_excerpt(log: str, lines: int = 12) -> str:
+    """The compiler's own words: the first errors, or the end of the log if none is marked."""
+    split = log.splitlines()
+    marked = [line for line in split if "error:" in line or "cannot find" in line]
+    marked += [line for line in split if "Killed" in line]
+    return "\n".join("  " + line[:300] for line in (marked[:lines] or split[-lines:]))
+
+
+def _ninja_dirs() -> list[str]:
+    """Where the ninja package keeps its program: a venv's bin need not be on PATH."""
+    if importlib.util.find_spec("ninja") is None:
+        return []
+    import ninja
+
+    return [ninja.BIN_DIR]
