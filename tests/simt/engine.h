@@ -102,9 +102,6 @@ struct Block {
   std::unique_ptr<unsigned char[]> memory;
   unsigned char* shared = nullptr;  // 128-byte aligned in memory
   size_t shared_capacity = 0;
-  size_t dynamic_bytes = 0;
-  size_t shared_used = 0;
-  std::vector<SharedObject> objects;
   Shadow shared_shadow;
   // The last cluster barrier phase in which another block touched this block's memory.
   int64_t remote_phase = -1;
@@ -135,6 +132,9 @@ struct State {
   GroupBarrier grid_barrier;
   bool cooperative = false;
   size_t dynamic_bytes = 0;
+  // One layout for all blocks: the dynamic memory, then static objects as kernels first name them.
+  std::vector<SharedObject> shared_objects;
+  size_t shared_used = 0;
 
   Suspended scheduler = nullptr;
   std::vector<Thread*> ready;  // a queue: [ready_head, size)
@@ -193,7 +193,8 @@ void check_remote_use(const Block& block);  // when its last thread has left
 bool is_shared(const Thread& thread, const void* address);
 void check_shared(Thread* thread, const void* address, size_t bytes, Access access, bool atomic,
                   Site site);
-void open_shared(Block* block, size_t dynamic_bytes);
+void lay_out_shared(size_t dynamic_bytes);
+void open_shared(Block* block);
 void close_shared(Block* block);
 
 // device.cpp

@@ -108,6 +108,7 @@ void fail_for_warps() {
         return block->threads[w * 32 + static_cast<size_t>(__builtin_ctz(lanes))];
       };
       const Thread& absent = first_of(missing);
+      if (absent.wait == Wait::kYield || absent.wait == Wait::kRunnable) continue;
       fail(first_of(operation.arrived), operation.site,
            "divergent warp operation: waits for lanes " + lane_list(missing) +
                " of its warp, but lane " + std::to_string(absent.lane) + " " + wait_text(absent));

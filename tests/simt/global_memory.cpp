@@ -26,12 +26,13 @@ void add_buffer(const BufferUse& use) {
   fresh.writable = use.must_write || use.persistent || !use.readable;
   Buffer* same = nullptr;
   for (Buffer& other : state.buffers) {
-    if (!overlap(other, fresh) || (!other.writable && !fresh.writable)) continue;
-    if (other.begin != fresh.begin || other.end != fresh.end) {
+    if (!overlap(other, fresh)) continue;
+    if (other.begin == fresh.begin && other.end == fresh.end) {
+      same = &other;
+    } else if (other.writable || fresh.writable) {
       fail_launch(std::string("buffers '") + other.name + "' and '" + fresh.name +
                   "' overlap in part");
     }
-    same = &other;
   }
   if (same == nullptr) {
     state.buffers.push_back(std::move(fresh));
@@ -39,7 +40,7 @@ void add_buffer(const BufferUse& use) {
   }
   same->readable |= fresh.readable;
   same->must_write |= fresh.must_write;
-  same->writable = true;
+  same->writable |= fresh.writable;
 }
 
 std::string buffer_text(const Buffer& buffer) {

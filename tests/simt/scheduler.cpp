@@ -161,7 +161,7 @@ void start_block(Block* block, uint3 index, Cluster* cluster) {
     state.ready.push_back(&block->threads[i]);
   }
   state.live_threads += state.threads_per_block;
-  open_shared(block, state.dynamic_bytes);
+  open_shared(block);
 }
 
 // Makes the blocks of a cluster resident; they take the slots from first_slot on.
@@ -272,7 +272,6 @@ void run(const LaunchRequest& request) {
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   state.threads_per_block = blockDim.x * blockDim.y * blockDim.z;
-  state.dynamic_bytes = config.dynamicSmemBytes;
   state.fault.clear();
   note_progress();
   state.random.seed(current_seed());
@@ -283,6 +282,7 @@ void run(const LaunchRequest& request) {
   }
   state.grid_barrier = GroupBarrier();
   state.grid_barrier.expected = static_cast<uint32_t>(blocks * state.threads_per_block);
+  lay_out_shared(config.dynamicSmemBytes);
   open_buffers(request);
   run_grid();
   check_all_written();

@@ -16,12 +16,14 @@ const char kDynamicKey = 0;
 
 size_t round_up(size_t value, size_t align) { return (value + align - 1) / align * align; }
 
-void* add_object(Block* block, const void* key, size_t bytes, size_t align) {
-  const size_t offset = round_up(block->shared_used, std::max<size_t>(align, 16));
-  block->objects.push_back({key, offset, bytes});
-  block->shared_used = offset + bytes + kRedZone;
-  std::memset(block->shared + offset, 0xff, bytes);
-  return block->shared + offset;
+void add_object(const void* key, size_t bytes, size_t align) {
+  const size_t offset = round_up(state.shared_used, std::max<size_t>(align, 16));
+  state.shared_objects.push_back({key, offset, bytes});
+  state.shared_used = offset + bytes + kRedZone;
+}
+
+void poison(Block* block, size_t from) {
+  std::memset(block->shared + from, 0xff, state.shared_used - from);
 }
 
 Block* block_of(const Thread& thread, uintptr_t address) {
@@ -36,11 +38,11 @@ Block* block_of(const Thread& thread, uintptr_t address) {
   return nullptr;
 }
 
-const SharedObject* object_at(const Block& block, size_t offset, size_t bytes) {
-  for (const SharedObject& object : block.objects) {
-    if (offset >= object.offset && offset + bytes <= object.offset + object.bytes) return &object;
+bool in_object(size_t offset, size_t bytes) {
+  for (const SharedObject& object : state.shared_objects) {
+    if (offset >= object.offset && offset + bytes <= object.offset + object.bytes) return true;
   }
-  return nullptr;
+  return false;
 }
 
 // Distributed shared memory exists while its block runs: a cluster barrier must lie between the
@@ -88,7 +90,14 @@ AccessResult note_access(Thread* thread, Block* owner, uintptr_t address, size_t
 
 }  // namespace
 
-void open_shared(Block* block, size_t dynamic_bytes) {
+void lay_out_shared(size_t dynamic_bytes) {
+  state.dynamic_bytes = dynamic_bytes;
+  state.shared_objects.clear();
+  state.shared_used = 0;
+  add_object(&kDynamicKey, dynamic_bytes, kArenaAlign);
+}
+
+void open_shared(Block* block) {
   // Room for the red zones of a few dozen objects above what the device can give.
   const size_t capacity = static_cast<size_t>(device().shared_per_block_optin) + 8192;
   if (block->shared_capacity != capacity) {
@@ -99,10 +108,7 @@ void open_shared(Block* block, size_t dynamic_bytes) {
     block->shared_shadow.cover(reinterpret_cast<uintptr_t>(block->shared), capacity,
                                &state.shared_readers);
   }
-  block->objects.clear();
-  block->shared_used = 0;
-  block->dynamic_bytes = dynamic_bytes;
-  add_object(block, &kDynamicKey, dynamic_bytes, kArenaAlign);
+  poison(block, 0);
 }
 
 void close_shared(Block* block) { block->shared_shadow.clear(); }
@@ -117,13 +123,13 @@ void check_shared(Thread* thread, const void* pointer, size_t bytes, Access acce
   Block* owner = block_of(*thread, address);
   if (owner == nullptr) fail(*thread, site, "shared access outside the block's shared memory");
   const size_t offset = address - reinterpret_cast<uintptr_t>(owner->shared);
-  if (object_at(*owner, offset, bytes) == nullptr) {
+  if (owner != thread->block) check_remote(*thread, owner, site);
+  if (!in_object(offset, bytes)) {
     fail(*thread, site,
          "shared access of " + std::to_string(bytes) + " bytes at byte offset " +
              std::to_string(offset) + " outside the block's shared memory (" +
-             std::to_string(owner->dynamic_bytes) + " dynamic bytes)");
+             std::to_string(state.dynamic_bytes) + " dynamic bytes)");
   }
-  if (owner != thread->block) check_remote(*thread, owner, site);
   const bool vector = (bytes & (bytes - 1)) == 0 && bytes <= 16;
   if (vector && (address & (bytes - 1)) != 0) {
     fail(*thread, site,
@@ -181,13 +187,12 @@ void on_shared_access(const void* address, size_t bytes, Access access, Site sit
 void* static_shared(const void* key, size_t bytes, size_t align) {
   using namespace detail;
   Thread& self = running_thread("static shared memory", {"", 0});
-  Block& block = *self.block;
-  for (const SharedObject& object : block.objects) {
-    if (object.key == key) return block.shared + object.offset;
+  for (const SharedObject& object : state.shared_objects) {
+    if (object.key == key) return self.block->shared + object.offset;
   }
   size_t total = bytes;
-  for (const SharedObject& object : block.objects) total += object.bytes;
-  const size_t statics = total - block.dynamic_bytes;
+  for (const SharedObject& object : state.shared_objects) total += object.bytes;
+  const size_t statics = total - state.dynamic_bytes;
   if (statics > static_cast<size_t>(device().shared_per_block) ||
       total > static_cast<size_t>(device().shared_per_block_optin)) {
     fail(self, {"", 0},
@@ -196,7 +201,12 @@ void* static_shared(const void* key, size_t bytes, size_t align) {
              " with the dynamic ones (at most " + std::to_string(device().shared_per_block_optin) +
              ")");
   }
-  return add_object(&block, key, bytes, align);
+  const size_t before = state.shared_used;
+  add_object(key, bytes, align);
+  for (auto& block : state.blocks) {
+    if (block->cluster != nullptr) poison(block.get(), before);
+  }
+  return self.block->shared + state.shared_objects.back().offset;
 }
 
 void* dynamic_shared() {
