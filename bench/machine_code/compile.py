@@ -34,7 +34,6 @@ class CompileError(RuntimeError):
 class Job:
     source: Path
     arch: str  # "8.0"
-    ptxas_flags: tuple[str, ...] = ()
 
     @property
     def number(self) -> str:
@@ -72,7 +71,7 @@ def compile_one(job: Job, kit: Toolkit, nvdisasm: Path, build_dir: Path = BUILD_
 def _key(job: Job, kit: Toolkit, nvdisasm: Path) -> str:
     include_dirs = [sources.csrc_dir()]
     version = _run([nvdisasm, "--version"])
-    parts = [job.arch, *FLAGS, *job.ptxas_flags, kit.version, str(kit.nvcc), version]
+    parts = [job.arch, *FLAGS, kit.version, str(kit.nvcc), version]
     parts.append(sources.closure_hash(job.source, include_dirs))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -84,7 +83,7 @@ def _build(job: Job, kit: Toolkit, nvdisasm: Path, folder: Path, key: str) -> No
         nvcc = [kit.nvcc, *FLAGS]
         front = ["-ptx", f"-arch=compute_{job.number}", f"-I{sources.csrc_dir()}"]
         _run([*nvcc, *front, "-o", ptx, job.source])
-        back = ["-cubin", f"-arch=sm_{job.number}", "--resource-usage", *job.ptxas_flags]
+        back = ["-cubin", f"-arch=sm_{job.number}", "--resource-usage"]
         (work / "ptxas.txt").write_text(_run([*nvcc, *back, "-o", cubin, ptx]))
         (work / "kernels.sass").write_text(_run([nvdisasm, "-c", cubin]))
         (work / "key").write_text(key)
