@@ -3,6 +3,7 @@
 #include <cstring>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 
 #include "engine.h"
 
@@ -180,53 +181,28 @@ const DeviceDescription& device() { return detail::described; }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const simt::DeviceDescription& device = simt::device();
-  switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock:
-      *value = device.max_threads_per_block;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      *value = device.shared_per_block;
-      return cudaSuccess;
-    case cudaDevAttrWarpSize:
-      *value = 32;
-      return cudaSuccess;
-    case cudaDevAttrMaxRegistersPerBlock:
-    case cudaDevAttrMaxRegistersPerMultiprocessor:
-      *value = device.registers_per_sm;
-      return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount:
-      *value = device.sm_count;
-      return cudaSuccess;
-    case cudaDevAttrL2CacheSize:
-      *value = device.l2_bytes;
-      return cudaSuccess;
-    case cudaDevAttrMaxThreadsPerMultiProcessor:
-      *value = device.max_threads_per_sm;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = device.compute_major;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = device.compute_minor;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = device.shared_per_sm;
-      return cudaSuccess;
-    case cudaDevAttrCooperativeLaunch:
-      *value = device.cooperative_launch;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = device.shared_per_block_optin;
-      return cudaSuccess;
-    case cudaDevAttrMaxBlocksPerMultiprocessor:
-      *value = device.max_blocks_per_sm;
-      return cudaSuccess;
-    case cudaDevAttrReservedSharedMemoryPerBlock:
-      *value = device.shared_reserved_per_block;
-      return cudaSuccess;
-    case cudaDevAttrClusterLaunch:
-      *value = device.cluster_launch;
-      return cudaSuccess;
+  const std::pair<cudaDeviceAttr, int> attributes[] = {
+      {cudaDevAttrMaxThreadsPerBlock, device.max_threads_per_block},
+      {cudaDevAttrMaxSharedMemoryPerBlock, device.shared_per_block},
+      {cudaDevAttrWarpSize, 32},
+      {cudaDevAttrMaxRegistersPerBlock, device.registers_per_sm},
+      {cudaDevAttrMultiProcessorCount, device.sm_count},
+      {cudaDevAttrL2CacheSize, device.l2_bytes},
+      {cudaDevAttrMaxThreadsPerMultiProcessor, device.max_threads_per_sm},
+      {cudaDevAttrComputeCapabilityMajor, device.compute_major},
+      {cudaDevAttrComputeCapabilityMinor, device.compute_minor},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, device.shared_per_sm},
+      {cudaDevAttrMaxRegistersPerMultiprocessor, device.registers_per_sm},
+      {cudaDevAttrCooperativeLaunch, device.cooperative_launch},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, device.shared_per_block_optin},
+      {cudaDevAttrMaxBlocksPerMultiprocessor, device.max_blocks_per_sm},
+      {cudaDevAttrReservedSharedMemoryPerBlock, device.shared_reserved_per_block},
+      {cudaDevAttrClusterLaunch, device.cluster_launch},
+  };
+  for (const auto& [known, number] : attributes) {
+    if (known != attribute) continue;
+    *value = number;
+    return cudaSuccess;
   }
   return simt::detail::remember(cudaErrorInvalidValue);
 }

@@ -72,7 +72,6 @@ void switch_to(Suspended* from, Suspended to) {
 extern "C" void simt_switch_fiber(void** from, void* to);
 
 // Pushes the callee-saved registers, swaps stack pointers and pops the other side's.
-#if defined(__x86_64__)
 constexpr size_t kSavedWords = 6;
 asm(R"(
 .text
@@ -98,57 +97,13 @@ simt_switch_fiber:
   ret
 .size simt_switch_fiber,.-simt_switch_fiber
 )");
-#else
-constexpr size_t kSavedWords = 20;  // x19-x30 and d8-d15; x30 holds the return address
-asm(R"(
-.text
-.p2align 4
-.type simt_switch_fiber,%function
-.globl simt_switch_fiber
-.hidden simt_switch_fiber
-simt_switch_fiber:
-  sub sp, sp, #160
-  stp x19, x20, [sp, #0]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]
-  stp d10, d11, [sp, #112]
-  stp d12, d13, [sp, #128]
-  stp d14, d15, [sp, #144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp, #0]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]
-  ldp d10, d11, [sp, #112]
-  ldp d12, d13, [sp, #128]
-  ldp d14, d15, [sp, #144]
-  add sp, sp, #160
-  ret
-.size simt_switch_fiber,.-simt_switch_fiber
-)");
-#endif
 
 Suspended prepare(Stack* stack, void (*entry)()) {
   auto* top = reinterpret_cast<uint64_t*>(stack->low + stack->bytes);
-#if defined(__x86_64__)
   // The switch returns into entry, which must then see rsp = 16 k + 8 as after a call.
   uint64_t* frame = top - 2 - kSavedWords;
   std::memset(frame, 0, (kSavedWords + 2) * sizeof(uint64_t));
   frame[kSavedWords] = reinterpret_cast<uint64_t>(entry);
-#else
-  uint64_t* frame = top - kSavedWords;
-  std::memset(frame, 0, kSavedWords * sizeof(uint64_t));
-  frame[11] = reinterpret_cast<uint64_t>(entry);
-#endif
   return frame;
 }
 

@@ -4,8 +4,11 @@
 #include <cstddef>
 #include <vector>
 
-#if !defined(__x86_64__) && !defined(__aarch64__)
-#define SIMT_UCONTEXT 1
+// Elsewhere than on x86-64, or where it is asked for, the C library switches: portable but slower.
+#if !defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#define SIMT_UCONTEXT
+#endif
+#ifdef SIMT_UCONTEXT
 #include <ucontext.h>
 #endif
 

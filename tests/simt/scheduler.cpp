@@ -7,13 +7,13 @@
 
 #include "engine.h"
 
+namespace simt {
+namespace detail {
+
 uint3 threadIdx;
 uint3 blockIdx;
 dim3 blockDim;
 dim3 gridDim;
-
-namespace simt {
-namespace detail {
 
 State state;
 

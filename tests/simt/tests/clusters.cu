@@ -69,6 +69,28 @@ SIMT_CASE(cluster_block_exits_too_early) {
       {"cluster_sum_kernel", "the kernel", "shared memory"});
 }
 
+// Block 1 accesses block 0's shared memory, before or after block 0 has left the kernel.
+__global__ void remote_and_exit_kernel(int* flag, bool exits_first) {
+  int* mine = &static_shared<int>();
+  store_shared(mine, 1);
+  const auto cluster = cg::this_cluster();
+  cluster.sync();
+  const bool first = (cluster.block_rank() == 0) == exits_first;
+  while (!first && atomicAdd(flag, 0) == 0) {
+  }
+  if (cluster.block_rank() == 1) MARK, load_shared(cluster.map_shared_rank(mine, 0));
+  if (first) atomicExch(flag, 1);
+}
+
+SIMT_CASE(cluster_access_and_exit_in_either_order) {
+  for (const bool exits_first : {false, true}) {
+    int flag = 0;
+    expect_fault(
+        [&] { launch(cluster_shape(1, 2, 1), remote_and_exit_kernel, &flag, exits_first); },
+        {exits_first ? "has left the kernel" : "may still access its shared memory"});
+  }
+}
+
 __global__ void remote_race_kernel(bool sync) {
   int* mine = &static_shared<int>();
   const auto cluster = cg::this_cluster();

@@ -27,6 +27,38 @@ SIMT_CASE(barrier_missed_by_one_thread) {
                {"divergent barrier", "thread (7,3,0)"});
 }
 
+// Thread 0 leaves the kernel and thread 1 waits for it, whichever `leaves_first` says first.
+template <typename Wait>
+__device__ void leave_or_wait(int* flag, bool leaves_first, Wait wait) {
+  const bool leaves = threadIdx.x == 0;
+  if (leaves == leaves_first) {
+    atomicExch(flag, 1);
+  } else {
+    while (atomicAdd(flag, 0) == 0) {
+    }
+  }
+  if (!leaves) wait();
+}
+
+__global__ void leave_barrier_kernel(int* flag, bool leaves_first) {
+  leave_or_wait(flag, leaves_first, [] { MARK, __syncthreads(); });
+}
+__global__ void leave_pair_kernel(int* flag, bool leaves_first) {
+  leave_or_wait(flag, leaves_first, [] { MARK, __syncwarp(3); });
+}
+
+SIMT_CASE(threads_missing_before_and_after) {
+  for (const bool leaves_first : {false, true}) {
+    int flag = 0;
+    expect_fault([&] { launch({1, 2}, leave_barrier_kernel, &flag, leaves_first); },
+                 {"divergent barrier", leaves_first ? "threads have left" : "the thread left"});
+    flag = 0;
+    expect_fault([&] { launch({1, 2}, leave_pair_kernel, &flag, leaves_first); },
+                 {"divergent warp operation",
+                  leaves_first ? "lanes that have left the kernel: 0" : "the thread left"});
+  }
+}
+
 __global__ void two_barriers_kernel() {
   if (threadIdx.x % 2 == 0) {
     __syncthreads();

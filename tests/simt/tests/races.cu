@@ -1,4 +1,7 @@
 // Planted: accesses of two threads to the same bytes that nothing orders; and what does order them.
+#include <set>
+#include <string>
+
 #include "harness.h"
 
 namespace simt_test {
@@ -133,6 +136,32 @@ SIMT_CASE(global_read_write_race_in_place) {
   launch({1, 64}, shift_in_place_kernel, values.as(Use::kInPlace), 64u);
   expect_fault([&] { launch({2, 32}, shift_in_place_kernel, values.as(Use::kInPlace), 64u); },
                {"global memory race", "of 'buffer'"});
+}
+
+__global__ void read_and_write_kernel(Buffer<int> value) {
+  if (blockIdx.x == 0) load_global(value.data);
+  if (blockIdx.x == 1) store_global(value.data, 1);
+}
+
+SIMT_CASE(global_race_in_either_order) {
+  Memory<int> value(1, 2);
+  std::set<std::string> orders;
+  for (uint64_t seed = 0; seed < 16; ++seed) {
+    simt::set_seed(seed);
+    expect_fault(
+        [&] {
+          try {
+            launch({2, 1}, read_and_write_kernel, value.as(Use::kInPlace));
+          } catch (const simt::Fault& fault) {
+            const bool reads =
+                std::string(fault.what()).find("reads byte offset") != std::string::npos;
+            orders.insert(reads ? "reads" : "writes");
+            throw;
+          }
+        },
+        {"global memory race", "byte offset 0"});
+  }
+  EXPECT(orders.size() == 2);
 }
 
 // Block 0 hands a value to block 1 through plain memory and a flag.

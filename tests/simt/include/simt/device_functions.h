@@ -11,14 +11,14 @@
 #include "simt.h"
 #include "simt/vector_types.h"
 
-// Set by the scheduler whenever it switches threads.
+namespace simt::detail {
+
+// Set by the scheduler whenever it switches threads. In a namespace, so that no library of CUDA in
+// the same process can be taken for their definition.
 extern uint3 threadIdx;
 extern uint3 blockIdx;
 extern dim3 blockDim;
 extern dim3 gridDim;
-constexpr int warpSize = 32;
-
-namespace simt::detail {
 
 enum class BarrierKind { kPlain, kCount, kAnd, kOr };
 enum class WarpKind { kSync, kBallot, kShuffle, kShuffleUp, kShuffleDown, kShuffleXor };
@@ -72,6 +72,12 @@ T atomic_update(T* address, F f, Site site) {
 }
 
 }  // namespace simt::detail
+
+using simt::detail::blockDim;
+using simt::detail::blockIdx;
+using simt::detail::gridDim;
+using simt::detail::threadIdx;
+constexpr int warpSize = 32;
 
 inline void __syncthreads(simt::Site site = simt::Site::current()) {
   simt::detail::block_barrier(simt::detail::BarrierKind::kPlain, false, site);
