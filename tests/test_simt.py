@@ -31,7 +31,6 @@ FLAGS = [
     "-DBATCHNORM_CUDA_HOST_MODEL",
     f"-I{SIMT / 'include'}",
     f"-I{ROOT / 'csrc'}",
-    f"-I{SIMT}",
 ]
 
 
