@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <string>
 
 #include "device_context.h"
 #include "dispatch.h"
@@ -28,15 +29,34 @@ const char* dtype_name(at::ScalarType type) {
       return "torch.int64";
     case at::kInt:
       return "torch.int32";
+    case at::kShort:
+      return "torch.int16";
+    case at::kChar:
+      return "torch.int8";
+    case at::kByte:
+      return "torch.uint8";
+    case at::kBool:
+      return "torch.bool";
+    case at::kComplexFloat:
+      return "torch.complex64";
+    case at::kComplexDouble:
+      return "torch.complex128";
     default:
       return c10::toString(type);
   }
 }
 
+// As Python prints it, where there is one likely to come.
+std::string layout_name(at::Layout layout) {
+  return layout == at::kSparse      ? "torch.sparse_coo"
+         : layout == at::kSparseCsr ? "torch.sparse_csr"
+                                    : c10::str(layout);
+}
+
 void check_strided(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.defined() && tensor.layout() == at::kStrided, "batch_norm: expected ",
                    name, " to be a strided tensor, got ",
-                   tensor.defined() ? c10::str(tensor.layout()) : "an undefined tensor");
+                   tensor.defined() ? layout_name(tensor.layout()) : "an undefined tensor");
 }
 
 void check_same_device(const at::Tensor& tensor, const char* name, const at::Tensor& input) {
