@@ -47,7 +47,8 @@ def batch_norm(
     per_channel = [1, -1] + [1] * (x.dim() - 2)
     reduced = [0, *range(2, x.dim())]
     if training:
-        count = max(math.prod(x.shape[dim] for dim in reduced), 1)  # of nothing, statistics are 0
+        # Statistics of nothing are 0; they are not used, but take part in gradients.
+        count = max(x.numel() // max(x.shape[1], 1), 1)
         mean = x.sum(reduced, keepdim=True) / count
         centred = x - mean
         # The sum of large values rounds; what it missed is the mean of what is left.
@@ -68,14 +69,15 @@ def batch_norm(
     if bias is not None:
         output = output + bias.to(acc).view(per_channel)
     output = _with_strides_of(dense, output.to(input.dtype))
-    if output.requires_grad:
-        # grad_input then has the input's strides, too, whatever those of grad_output.
+    if output.requires_grad and not torch.compiler.is_compiling():
+        # grad_input then has the input's strides, too, whatever those of grad_output. A compiler
+        # chooses strides by itself, and traces no hook that looks at them.
         output.register_hook(lambda grad: _with_strides_of(dense, grad))
     return output
 
 
-def _with_strides_of(dense: Tensor, values: Tensor) -> Tensor:
-    if values.stride() == dense.stride():
+def _with_strides_of(dense: Tensor, values: Tensor | None) -> Tensor | None:
+    if values is None or values.stride() == dense.stride():  # None: a gradient of zero
         return values
     return torch.empty_like(dense, dtype=values.dtype).copy_(values)
 

@@ -79,7 +79,7 @@ def backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """grad_input, grad_weight and grad_bias, None where not needed. Of bias only the dtype counts."""
+    """grad_input, grad_weight, grad_bias; None where not needed. bias lends only its dtype."""
     plain = _is_plain(grad_output) and _is_plain(input)
     call = extension_for(input).backward if plain else torch.ops.batchnorm_cuda.backward
     grads = call(
