@@ -82,10 +82,10 @@ def assert_unbiased(
     A value rounded to nearest is off by at most ROUNDOFF relative, uniformly: in the root mean
     square by ROUNDOFF/sqrt(3). The mean of n such errors is within 5/sqrt(n) of that, 5 standard
     deviations, where values cut towards zero would show half a roundoff. Equal values round alike:
-    over the few powers of two that matter, n is no larger than 2/ROUNDOFF.
+    only the distinct ones count, and over the few powers of two that matter at most 2/ROUNDOFF.
     """
     error = got.detach().cpu().double() - expected
-    n = min(error.numel(), 2 / ROUNDOFF[got.dtype])
+    n = min(expected.unique().numel(), 2 / ROUNDOFF[got.dtype])
     rounding = ROUNDOFF[got.dtype] / 3**0.5 * expected.pow(2).mean().sqrt()
     rounding = rounding.clamp_min(SMALLEST_STEP[got.dtype])
     noise = UNITS[name] * (ROUNDOFF[accumulation(input_dtype)] + 2.0**-52) * scale.mean()
