@@ -1,0 +1,67 @@
+"""batchnorm_cuda/_C.pyi says what the compiled module has: names, arguments, types, defaults."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from conftest import KERNELS, Backend
+
+import batchnorm_cuda
+from batchnorm_cuda import _extension
+
+STUB = Path(batchnorm_cuda.__file__).with_name("_C.pyi")
+
+# pybind11 spells a parameter that converts by its protocol; a caller passes the type.
+SPELLINGS = {
+    "typing.SupportsInt | typing.SupportsIndex": "int",
+    "typing.SupportsFloat | typing.SupportsIndex": "float",
+    "torch.Tensor": "Tensor",
+    "dict[str, Any]": "dict",
+    "dict[str, object]": "dict",
+}
+
+
+def normalised(signature: str) -> str:
+    for theirs, ours in SPELLINGS.items():
+        signature = signature.replace(theirs, ours)
+    signature = re.sub(r"Optional\[([^\[\]]*)\]", r"\1 | None", signature)
+    return " ".join(signature.split())
+
+
+def stub_signatures() -> dict[str, str]:
+    functions = [
+        node for node in ast.parse(STUB.read_text()).body if isinstance(node, ast.FunctionDef)
+    ]
+    return {
+        f.name: normalised(f"{f.name}({spelled(f.args)}) -> {ast.unparse(f.returns)}")
+        for f in functions
+    }
+
+
+def spelled(arguments: ast.arguments) -> str:
+    """As pybind11 writes them: `name: type = default`."""
+    plain = [None] * (len(arguments.args) - len(arguments.defaults))
+    pairs = zip(arguments.args, [*plain, *arguments.defaults], strict=True)
+    return ", ".join(
+        f"{a.arg}: {ast.unparse(a.annotation)}" + (f" = {ast.unparse(d)}" if d else "")
+        for a, d in pairs
+    )
+
+
+def module_signatures() -> dict[str, str]:
+    load = _extension.load_cuda if KERNELS.name == "cuda" else _extension.load_emulated
+    module = load()
+    names = [name for name in dir(module) if not name.startswith("_")]
+    return {name: normalised(getattr(module, name).__doc__.splitlines()[0]) for name in names}
+
+
+def test_same_names(kernels: Backend) -> None:
+    assert sorted(stub_signatures()) == sorted(module_signatures())
+
+
+@pytest.mark.parametrize("name", sorted(stub_signatures()))
+def test_same_signature(kernels: Backend, name: str) -> None:
+    assert stub_signatures()[name] == module_signatures()[name]
