@@ -7,11 +7,14 @@ of torch operators that serves CPU tensors without emulation.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import pytest
 import torch
+
+from batchnorm_cuda import _extension
 
 HAS_GPU = torch.cuda.is_available()
 NO_GPU = "needs a GPU"
@@ -57,14 +60,17 @@ def kernels() -> Backend:
     return KERNELS
 
 
-@pytest.fixture
-def plan_options(kernels: Backend) -> Iterator:
-    """Forces choices of the plan for the length of a test."""
-    from batchnorm_cuda import _extension
+@pytest.fixture(scope="session")
+def extension() -> ModuleType:
+    """The compiled module that the kernels backend calls."""
+    return _extension.load_cuda() if HAS_GPU else _extension.load_emulated()
 
-    module = _extension.load_cuda() if HAS_GPU else _extension.load_emulated()
-    yield module.set_plan_options
-    module.set_plan_options({})
+
+@pytest.fixture
+def plan_options(extension: ModuleType) -> Iterator[Callable[[dict], None]]:
+    """Forces choices of the plan for the length of a test."""
+    yield extension.set_plan_options
+    extension.set_plan_options({})
 
 
 @pytest.fixture(autouse=True)
