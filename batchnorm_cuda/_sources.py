@@ -15,12 +15,15 @@ _PACKAGE = Path(__file__).resolve().parent
 # Relative to csrc/. The emulated extension compiles the same bindings, operators, plan and kernels,
 # and its own stand-in for device_context.cpp (streams, guards and device properties).
 HOST_SOURCES = (
+    "backward.cpp",
     "bindings.cpp",
     "checks.cpp",
     "device_query.cpp",
-    "ops.cpp",
+    "forward.cpp",
     "plan.cpp",
     "plan_dict.cpp",
+    "plan_team.cpp",
+    "tensors.cpp",
 )
 DEVICE_CONTEXT = "device_context.cpp"
 KERNEL_SOURCES = (
@@ -29,6 +32,8 @@ KERNEL_SOURCES = (
     "merge.cu",
     "normalize.cu",
     "statistics.cu",
+    "team_backward.cu",
+    "team_forward.cu",
 )
 
 # Hidden symbols: `_C` and `_C_emulated` define the same functions and may share a process.

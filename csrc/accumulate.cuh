@@ -26,26 +26,32 @@ __device__ __forceinline__ void for_each_value(
 
 // Merges a batch into the statistics of each of the thread's channels. The batch's mean and M2 are
 // taken in two passes over the registers, corrected by the residual that the rounded mean leaves
-// (Chan, Golub and LeVeque 1983, eq. 1.7); one division serves the batch.
+// (Chan, Golub and LeVeque 1983, eq. 1.7); one division serves the batch. Masked lanes hold zeros.
 template <typename Cursor, bool kFull, typename acc_t, int kWindows>
 __device__ __forceinline__ void add_statistics(
     Welford<acc_t> (&stats)[Cursor::kChannels],
     const Vec<typename Cursor::scalar_t> (&vec)[kWindows],
     const Window<typename Cursor::index_t> (&windows)[kWindows]) {
-  constexpr int kValues = kWindows * Cursor::kVecSize / Cursor::kChannels;
+  constexpr int kLanes = Cursor::kVecSize / Cursor::kChannels;
+  int present = kWindows;  // exact tiling: a window is there or not
+  if (!kFull && Cursor::kExact) {
+    present = 0;
+#pragma unroll
+    for (int u = 0; u < kWindows; ++u) present += windows[u].hi > 0;
+  }
 #pragma unroll
   for (int c = 0; c < Cursor::kChannels; ++c) {
     Welford<acc_t> batch;
     acc_t sum = 0;
+    int count = present * kLanes;
+    if (!kFull && !Cursor::kExact) count = 0;
     for_each_value<Cursor, kFull>(vec, windows, c, [&](acc_t x, bool valid) {
-      if (valid) {
-        sum += x;
-        batch.count += 1;
-      }
+      sum += x;
+      if (!kFull && !Cursor::kExact) count += valid;
     });
-    if (kFull) batch.count = kValues;
+    batch.count = static_cast<acc_t>(count);
     const acc_t reciprocal =
-        kFull ? acc_t(1) / kValues : acc_t(1) / (batch.count > 0 ? batch.count : acc_t(1));
+        kFull ? acc_t(1) / (kWindows * kLanes) : acc_t(1) / (count > 0 ? batch.count : acc_t(1));
     batch.shift = sum * reciprocal;
     acc_t residual = 0;
     for_each_value<Cursor, kFull>(vec, windows, c, [&](acc_t x, bool valid) {

@@ -2,6 +2,7 @@
 // CUDA; the host build brings an answer of its own for CPU tensors.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 
 #include "launch.h"
@@ -17,5 +18,10 @@ const DeviceInfo& device_info(c10::Device device);
 
 // The stream that torch work on the device goes to at present, in this thread.
 cudaStream_t current_stream(c10::Device device);
+
+// `words` 64-bit words in device memory for launches on the device's current stream to order their
+// blocks by: zero at first, then as the last launch on the stream left them. While a graph is being
+// captured they are fresh, and zeroed by the graph itself, because a replay runs on any stream.
+at::Tensor sync_words(c10::Device device, int64_t words);
 
 }  // namespace batchnorm_cuda

@@ -6,6 +6,10 @@
 
 namespace batchnorm_cuda {
 
+inline dim3 block_of(const Traversal& t) {
+  return dim3(static_cast<unsigned>(t.threads_x), static_cast<unsigned>(t.threads_y));
+}
+
 template <typename Params>
 inline LaunchStatus launch_kernel(void (*kernel)(Params), int64_t grid, dim3 block,
                                   int64_t shared_bytes, cudaStream_t stream, const Params& params) {
@@ -15,6 +19,42 @@ inline LaunchStatus launch_kernel(void (*kernel)(Params), int64_t grid, dim3 blo
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
   return static_cast<LaunchStatus>(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+// Launches a team kernel. Dynamic shared memory beyond the default is opted into; a grid that must
+// be co-resident is first held against the occupancy of this very kernel.
+template <typename... Args>
+inline LaunchStatus launch_team(void (*kernel)(Args...), const Team& team, cudaStream_t stream,
+                                const Args&... args) {
+  const dim3 block = block_of(team.traversal);
+  const auto shared_bytes = static_cast<int>(team.shared_bytes);
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (status != cudaSuccess) return static_cast<LaunchStatus>(status);
+  if (team.scope == Scope::kGrid) {
+    int blocks = 0;
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &blocks, kernel, static_cast<int>(block.x * block.y), static_cast<size_t>(shared_bytes));
+    if (status != cudaSuccess) return static_cast<LaunchStatus>(status);
+    if (blocks < team.blocks_per_sm) return kNotResident;
+  }
+  cudaLaunchAttribute attribute = {};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(team.grid));
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  if (team.scope == Scope::kGrid) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    config.numAttrs = 1;
+  } else if (team.scope == Scope::kCluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(team.size), 1, 1};
+    config.numAttrs = 1;
+  }
+  return static_cast<LaunchStatus>(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 template <typename Cursor>
@@ -33,10 +73,6 @@ inline LaunchStatus with_cursor(Pattern pattern, const Traversal& t, Launch&& la
   if (!t.exact) return launch(CursorTag<AlongC<scalar_t, int64_t, false>>{});
   if (t.index_bits == 64) return launch(CursorTag<AlongC<scalar_t, int64_t, true>>{});
   return launch(CursorTag<AlongC<scalar_t, int32_t, true>>{});
-}
-
-inline dim3 block_of(const Traversal& t) {
-  return dim3(static_cast<unsigned>(t.threads_x), static_cast<unsigned>(t.threads_y));
 }
 
 }  // namespace batchnorm_cuda

@@ -43,6 +43,18 @@ LaunchStatus launch_backward_elementwise(Pattern pattern,
                                          const BackwardElementwiseParams<scalar_t>& params,
                                          cudaStream_t stream);
 
+// The team kernels. kNotResident: a cooperative grid does not fit the device after all (other
+// limits than the plan knows of); nothing was launched.
+constexpr LaunchStatus kNotResident = -1;
+
+template <typename scalar_t>
+LaunchStatus launch_team_forward(Pattern pattern, const TeamForwardParams<scalar_t>& params,
+                                 cudaStream_t stream);
+
+template <typename scalar_t>
+LaunchStatus launch_team_backward(Pattern pattern, const TeamBackwardParams<scalar_t>& params,
+                                  cudaStream_t stream);
+
 // The text of a LaunchStatus.
 const char* describe_status(LaunchStatus status);
 

@@ -3,9 +3,9 @@
 // the two sums of the backward pass with grad_weight and grad_bias.
 //
 // threadIdx.x is the channel, threadIdx.y takes every threads_y-th row; column_reduce merges.
-#include "formulas.cuh"
 #include "launch.cuh"
 #include "partials.cuh"
+#include "statistics.cuh"
 
 namespace batchnorm_cuda {
 namespace {
@@ -20,20 +20,7 @@ __device__ __forceinline__ int64_t partial_column(const Partials<acc_t>& partial
 template <typename acc_t>
 __device__ __forceinline__ void finish(const MergeStatisticsParams<acc_t>& p, int64_t channel,
                                        const Welford<acc_t>& total) {
-  const acc_t count = static_cast<acc_t>(p.count);
-  const acc_t mean = total.shift + total.mean;
-  const acc_t var = total.m2 / count;  // biased: for normalising
-  store_global(p.save_mean + channel, mean);
-  store_global(p.save_invstd + channel, inverse_sqrt(var + static_cast<acc_t>(p.eps)));
-  if (p.running_mean.data == nullptr) return;
-  const acc_t momentum = p.num_batches_tracked
-                             ? acc_t(1) / static_cast<acc_t>(load_global(p.num_batches_tracked))
-                             : static_cast<acc_t>(p.momentum);
-  const acc_t unbiased = total.m2 / (count > 1 ? count - 1 : acc_t(1));
-  store_param(p.running_mean, channel,
-              update_running(load_param<acc_t>(p.running_mean, channel), mean, momentum));
-  store_param(p.running_var, channel,
-              update_running(load_param<acc_t>(p.running_var, channel), unbiased, momentum));
+  ChannelStatistics<acc_t>(p.statistics, total).save(p.statistics, channel);
 }
 
 template <typename acc_t>

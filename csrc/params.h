@@ -55,24 +55,33 @@ struct StatisticsParams {
   }
 };
 
+// Where the statistics of a batch go, and by what rule.
 template <typename acc_t>
-struct MergeStatisticsParams {
-  static constexpr int kFields = 4;
-  Partials<acc_t> partials;
-  int shift;      // of the traversal that wrote the partials, 0 along S
-  int64_t count;  // values per channel
+struct StatisticsOutput {
+  int64_t c, count;  // channels; values per channel
   double eps, momentum;
   const int64_t* num_batches_tracked;      // [1]; given: momentum is 1/num_batches_tracked
   acc_t *save_mean, *save_invstd;          // [C]
   ParamPointer running_mean, running_var;  // [C] or absent
   template <typename F>
   void visit_buffers(F&& f) const {
-    f("partials", partials.data, partials.bytes(kFields), true, false);
     f("num_batches_tracked", num_batches_tracked, sizeof(int64_t), true, false);
-    f("save_mean", save_mean, sizeof(acc_t) * partials.c, false, true);
-    f("save_invstd", save_invstd, sizeof(acc_t) * partials.c, false, true);
-    f("running_mean", running_mean.data, running_mean.bytes(partials.c), true, true);
-    f("running_var", running_var.data, running_var.bytes(partials.c), true, true);
+    f("save_mean", save_mean, sizeof(acc_t) * c, false, true);
+    f("save_invstd", save_invstd, sizeof(acc_t) * c, false, true);
+    f("running_mean", running_mean.data, running_mean.bytes(c), true, true);
+    f("running_var", running_var.data, running_var.bytes(c), true, true);
+  }
+};
+
+template <typename acc_t>
+struct MergeStatisticsParams {
+  Partials<acc_t> partials;  // 4 planes
+  int shift;                 // of the traversal that wrote the partials, 0 along S
+  StatisticsOutput<acc_t> statistics;
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    f("partials", partials.data, partials.bytes(4), true, false);
+    statistics.visit_buffers(f);
   }
 };
 
@@ -122,14 +131,13 @@ struct BackwardReduceParams {
 
 template <typename acc_t>
 struct MergeGradientsParams {
-  static constexpr int kFields = 2;
-  Partials<acc_t> partials;
+  Partials<acc_t> partials;             // 2 planes
   int shift;                            // as in MergeStatisticsParams
   acc_t *sum_dy, *sum_dy_xhat;          // [C] or null
   ParamPointer grad_weight, grad_bias;  // [C] or absent
   template <typename F>
   void visit_buffers(F&& f) const {
-    f("partials", partials.data, partials.bytes(kFields), true, false);
+    f("partials", partials.data, partials.bytes(2), true, false);
     f("sum_dy", sum_dy, sizeof(acc_t) * partials.c, false, true);
     f("sum_dy_xhat", sum_dy_xhat, sizeof(acc_t) * partials.c, false, true);
     f("grad_weight", grad_weight.data, grad_weight.bytes(partials.c), false, true);
@@ -159,6 +167,67 @@ struct BackwardElementwiseParams {
     f("invstd", invstd, c, true, false);
     f("sum_dy", sum_dy, c, true, false);
     f("sum_dy_xhat", sum_dy_xhat, c, true, false);
+  }
+};
+
+// Workspace of a team kernel whose blocks exchange through global memory; null otherwise.
+template <typename acc_t, typename F>
+void visit_team_workspace(const Team& team, acc_t* slots, uint64_t* sync, F&& f) {
+  f("slots", slots, static_cast<size_t>(team.exchange_bytes), false, false);
+  f("sync", sync, sizeof(uint64_t) * team.sync_words, true, true);
+}
+
+template <typename scalar_type>
+struct TeamForwardParams {
+  using scalar_t = scalar_type;
+  using acc_t = acc_type<scalar_t>;
+  Team team;
+  bool input_aligned;         // the input shares the output's 16-byte boundaries
+  const scalar_t* input;      // [N, C, S]
+  scalar_t* output;           // [N, C, S]
+  ParamPointer weight, bias;  // [C] or absent
+  StatisticsOutput<acc_t> statistics;
+  acc_t* slots;
+  uint64_t* sync;
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    const Traversal& t = team.traversal;
+    f("input", input, sizeof(scalar_t) * t.numel, true, false);
+    f("output", output, sizeof(scalar_t) * t.numel, false, true);
+    f("weight", weight.data, weight.bytes(t.c), true, false);
+    f("bias", bias.data, bias.bytes(t.c), true, false);
+    statistics.visit_buffers(f);
+    visit_team_workspace(team, slots, sync, f);
+  }
+};
+
+template <typename scalar_type>
+struct TeamBackwardParams {
+  using scalar_t = scalar_type;
+  using acc_t = acc_type<scalar_t>;
+  Team team;
+  bool grad_output_aligned, input_aligned;  // share grad_input's 16-byte boundaries
+  bool training;                            // the statistics depend on the input
+  int64_t count;                            // values per channel
+  const scalar_t *grad_output, *input;      // [N, C, S]
+  scalar_t* grad_input;                     // [N, C, S]
+  ParamPointer weight;                      // [C] or absent
+  const acc_t *mean, *invstd;               // [C]
+  ParamPointer grad_weight, grad_bias;      // [C] or absent
+  acc_t* slots;
+  uint64_t* sync;
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    const Traversal& t = team.traversal;
+    f("grad_output", grad_output, sizeof(scalar_t) * t.numel, true, false);
+    f("input", input, sizeof(scalar_t) * t.numel, true, false);
+    f("grad_input", grad_input, sizeof(scalar_t) * t.numel, false, true);
+    f("weight", weight.data, weight.bytes(t.c), true, false);
+    f("mean", mean, sizeof(acc_t) * t.c, true, false);
+    f("invstd", invstd, sizeof(acc_t) * t.c, true, false);
+    f("grad_weight", grad_weight.data, grad_weight.bytes(t.c), false, true);
+    f("grad_bias", grad_bias.data, grad_bias.bytes(t.c), false, true);
+    visit_team_workspace(team, slots, sync, f);
   }
 };
 

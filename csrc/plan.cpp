@@ -124,7 +124,7 @@ MergeGeometry plan_merge(const Traversal& reduce, int fields, int acc_size,
   m.threads_y = static_cast<int>(
       std::min<int64_t>(round_up_to_power_of_two(m.rows), kMergeThreads / m.threads_x));
   m.grid = std::min(ceil_div(reduce.c, m.threads_x), device.max_grid);
-  m.shared_bytes = int64_t{m.threads_x} * m.threads_y * fields * acc_size;
+  m.shared_bytes = column_scratch_values(m.threads_x, m.threads_y, 1, fields) * acc_size;
   return m;
 }
 
@@ -138,15 +138,8 @@ void predict_bytes(Plan& plan, const Problem& p) {
   plan.compulsory_bytes = tensor * (std::max(reduce_reads, elementwise_reads) + output);
 }
 
-}  // namespace
-
-Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptions& options) {
-  check_sizes(problem);
-  Plan plan;
-  plan.pattern = problem.s > 1 ? Pattern::kAlongS : Pattern::kAlongC;
-  plan.vec = kWindowBytes / dtype_bytes(problem.dtype);
-  if (problem.n == 0 || problem.c == 0 || problem.s == 0) return plan;
-
+void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
+                 const PlanOptions& options) {
   const bool forward = problem.op == Op::kForwardTraining || problem.op == Op::kForwardEval;
   plan.has_reduce = problem.op == Op::kForwardTraining || problem.op == Op::kBackwardTraining ||
                     (problem.op == Op::kBackwardEval && problem.need_sums);
@@ -157,12 +150,11 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptio
                        {forward ? -1 : problem.grad_output_shift}, plan.vec, device, options);
     const int fields = forward ? 4 : 2;  // Welford and GradSums of reduce.cuh
     const int acc = acc_bytes(problem.dtype);
-    if (plan.pattern == Pattern::kAlongC) {
-      plan.reduce.shared_bytes =
-          int64_t{plan.reduce.threads_x} * plan.reduce.threads_y * plan.vec * fields * acc;
-    } else {
-      plan.reduce.shared_bytes = int64_t{kStageThreads / kWarpSize} * fields * acc;
-    }
+    const int64_t scratch =
+        plan.pattern == Pattern::kAlongC
+            ? column_scratch_values(plan.reduce.threads_x, plan.reduce.threads_y, plan.vec, fields)
+            : int64_t{kStageThreads / kWarpSize} * fields;
+    plan.reduce.shared_bytes = scratch * acc;
     plan.merge = plan_merge(plan.reduce, fields, acc, device);
     plan.workspace_bytes = plan.merge.rows * problem.c * fields * acc;
     plan.launches += 2;
@@ -174,7 +166,32 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptio
                                       plan.vec, device, options);
     plan.launches += 1;
   }
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptions& options) {
+  check_sizes(problem);
+  Plan plan;
+  plan.pattern = problem.s > 1 ? Pattern::kAlongS : Pattern::kAlongC;
+  plan.vec = kWindowBytes / dtype_bytes(problem.dtype);
+  if (problem.n == 0 || problem.c == 0 || problem.s == 0) {
+    plan.reason = "there is nothing to do";
+    return plan;
+  }
+  plan_stages(plan, problem, device, options);
   predict_bytes(plan, problem);
+  if (options.strategy == Strategy::kTwoPass) {
+    plan.reason = "two passes are forced";
+    return plan;
+  }
+  plan.team = plan_team(problem, plan.pattern, device, options, &plan.reason);
+  if (plan.team.size > 0) {
+    plan.strategy = Strategy::kTeam;
+    plan.launches = 1;
+    plan.workspace_bytes = plan.team.exchange_bytes;
+    plan.predicted_bytes = plan.compulsory_bytes + plan.team.streamed_bytes;
+  }
   return plan;
 }
 

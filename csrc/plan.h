@@ -23,16 +23,57 @@ constexpr int kStageBlocksPerSm = 2;
 constexpr int kMergeThreads = 512;
 // Windows a thread has in flight, and the batch it reduces in registers before one merge.
 constexpr int kUnroll = 4;
-
+// Threads of a team kernel's block. Two blocks an SM work on different channel groups, so that one
+// loads while the other exchanges or stores.
+constexpr int kTeamThreads = 256;
 enum class Dtype : int { kHalf, kBFloat16, kFloat, kDouble };
 enum class Op : int { kForwardTraining, kForwardEval, kBackwardTraining, kBackwardEval };
 enum class Pattern : int { kAlongS, kAlongC };
+// kTwoPass: stage kernels, activations read once to reduce and once more to transform.
+// kTeam: a team of blocks keeps a channel group on chip between the two, in one launch.
+enum class Strategy : int { kAuto, kTwoPass, kTeam };
+// How the blocks of a team exchange partial results: not at all (one block), through the shared
+// memory of a thread-block cluster, or through global memory under a cooperative launch.
+enum class Scope : int { kAuto, kBlock, kCluster, kGrid };
 
 inline constexpr int dtype_bytes(Dtype dtype) {
   return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
 }
 // Statistics and sums are float32, float64 for float64 input; never the activation dtype.
 inline constexpr int acc_bytes(Dtype dtype) { return dtype == Dtype::kDouble ? 8 : 4; }
+
+#ifdef __CUDACC__
+#define BATCHNORM_CUDA_HOST_DEVICE __host__ __device__
+#else
+#define BATCHNORM_CUDA_HOST_DEVICE
+#endif
+
+// Windows of all its tensors together that a thread of a team kernel keeps in registers, in the
+// small and the large variant of the kernel. Along C and in masked tilings there is less room
+// beside them.
+constexpr int kTeamWindowsSmall = 4;
+BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows_large(Pattern pattern, bool exact) {
+  return pattern == Pattern::kAlongS && exact ? 16 : 12;
+}
+
+// Blocks of a team kernel that an SM must be able to hold, which bounds its registers: 80 a thread
+// for three blocks, 128 for two. Along C a thread has accumulators for each lane.
+BATCHNORM_CUDA_HOST_DEVICE constexpr int team_blocks_per_sm(Pattern pattern, int windows) {
+  return pattern == Pattern::kAlongS && windows == kTeamWindowsSmall ? 3 : 2;
+}
+
+// Rows of a block of columns x rows threads that column_reduce merges by warp shuffles: all rows of
+// a warp where a warp is whole rows and the block whole warps, else one.
+BATCHNORM_CUDA_HOST_DEVICE inline int rows_merged_by_shuffles(int columns, int rows) {
+  const bool whole =
+      columns <= kWarpSize && kWarpSize % columns == 0 && rows % (kWarpSize / columns) == 0;
+  return whole ? kWarpSize / columns : 1;
+}
+
+// Values of shared memory that column_reduce needs for accumulators of `fields` values.
+inline int64_t column_scratch_values(int columns, int rows, int lanes, int fields) {
+  return int64_t{columns} * (rows / rows_merged_by_shuffles(columns, rows)) * lanes * fields;
+}
 
 struct DeviceInfo {
   std::string name = "unknown";
@@ -45,7 +86,8 @@ struct DeviceInfo {
   int64_t shared_bytes_per_block_optin = 101376;  // with opting in
   int64_t l2_bytes = 4 << 20;
   int64_t max_grid = 2147483647;
-  bool cooperative = true;
+  bool cooperative = true;  // cooperative launch
+  int max_cluster = 0;      // blocks of a portable cluster, 0 without clusters (before 9.0)
 };
 
 struct Problem {
@@ -62,6 +104,9 @@ struct Problem {
 struct PlanOptions {
   int index_bits = 0;  // 32 is honoured only where it is safe
   int64_t splits = 0;  // blocks per channel group, clamped to what there is to split
+  Strategy strategy = Strategy::kAuto;
+  Scope scope = Scope::kAuto;  // of a team
+  int team_size = 0;           // blocks of a team
 };
 
 // How the blocks of one kernel walk over the tensor. A task is one (channel block, split) pair;
@@ -91,7 +136,30 @@ struct MergeGeometry {
   int64_t shared_bytes = 0;
 };
 
+// A team kernel: `size` blocks share each channel block of the traversal, one split each, and
+// `teams` teams take the channel blocks in turn.
+struct Team {
+  Traversal traversal;
+  Scope scope = Scope::kBlock;
+  int size = 1;
+  int64_t teams = 0, rounds = 0, grid = 0;
+  int tensors = 1;            // activations kept on chip: x, or dy and x
+  int register_windows = 0;   // per thread and tensor
+  int shared_windows = 0;     // per thread and tensor
+  int blocks_per_sm = 1;      // resident, by registers, threads and shared memory
+  int64_t slot_values = 0;    // partial result of one block and round
+  int64_t scratch_bytes = 0;  // shared memory of the block's own reduction, before the slots
+  int64_t data_offset = 0;    // where the windows begin in shared memory
+  int64_t shared_bytes = 0;
+  int64_t exchange_bytes = 0;  // global workspace: two slots a block (kGrid)
+  int64_t sync_words = 0;      // 64-bit words: epoch, finished blocks, one flag a block (kGrid)
+  int64_t streamed_bytes = 0;  // of all tensors, read twice for want of room
+};
+
 struct Plan {
+  Strategy strategy = Strategy::kTwoPass;
+  std::string reason;  // why this strategy
+  Team team;           // kTeam
   Pattern pattern = Pattern::kAlongS;
   int vec = 1;
   bool has_reduce = false, has_elementwise = false;
@@ -102,6 +170,10 @@ struct Plan {
   int64_t compulsory_bytes = 0;  // every tensor once
   int64_t predicted_bytes = 0;   // activations as the kernels below read and write them
 };
+
+// The best team for the problem, or one with size 0 where there is none; `reason` says why.
+Team plan_team(const Problem& problem, Pattern pattern, const DeviceInfo& device,
+               const PlanOptions& options, std::string* reason);
 
 // Throws std::invalid_argument for sizes that are negative or overflow 63 bits.
 Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptions& options = {});

@@ -22,6 +22,7 @@ void visit_fields(Info& d, F&& f) {
   f("l2_bytes", d.l2_bytes);
   f("max_grid", d.max_grid);
   f("cooperative", d.cooperative);
+  f("max_cluster", d.max_cluster);
 }
 
 // Takes what it knows out of `left`; what stays was misspelt.
@@ -68,12 +69,49 @@ py::dict to_dict(const Traversal& t) {
                   "shared_bytes"_a = t.shared_bytes);
 }
 
+const char* scope_name(Scope scope) {
+  return scope == Scope::kBlock ? "block" : scope == Scope::kCluster ? "cluster" : "grid";
+}
+
+py::dict to_dict(const Team& team) {
+  using py::literals::operator""_a;
+  return py::dict("traversal"_a = to_dict(team.traversal), "scope"_a = scope_name(team.scope),
+                  "size"_a = team.size, "teams"_a = team.teams, "rounds"_a = team.rounds,
+                  "grid"_a = team.grid, "tensors"_a = team.tensors,
+                  "register_windows"_a = team.register_windows,
+                  "shared_windows"_a = team.shared_windows, "blocks_per_sm"_a = team.blocks_per_sm,
+                  "shared_bytes"_a = team.shared_bytes, "exchange_bytes"_a = team.exchange_bytes,
+                  "sync_words"_a = team.sync_words, "streamed_bytes"_a = team.streamed_bytes);
+}
+
+Strategy parse_strategy(const std::string& name) {
+  if (name == "auto") return Strategy::kAuto;
+  if (name == "two_pass") return Strategy::kTwoPass;
+  if (name == "team") return Strategy::kTeam;
+  throw py::value_error("make_plan: expected strategy to be auto, two_pass or team, got " + name);
+}
+
+Scope parse_scope(const std::string& name) {
+  if (name == "auto") return Scope::kAuto;
+  if (name == "block") return Scope::kBlock;
+  if (name == "cluster") return Scope::kCluster;
+  if (name == "grid") return Scope::kGrid;
+  throw py::value_error("make_plan: expected scope to be auto, block, cluster or grid, got " +
+                        name);
+}
+
 py::dict to_dict(const Plan& plan) {
   using py::literals::operator""_a;
   py::dict result(
+      "strategy"_a = plan.strategy == Strategy::kTeam ? "team" : "two_pass",
+      "reason"_a = plan.reason,
       "pattern"_a = plan.pattern == Pattern::kAlongS ? "along_s" : "along_c", "vec"_a = plan.vec,
       "launches"_a = plan.launches, "workspace_bytes"_a = plan.workspace_bytes,
       "compulsory_bytes"_a = plan.compulsory_bytes, "predicted_bytes"_a = plan.predicted_bytes);
+  if (plan.strategy == Strategy::kTeam) {
+    result["team"] = to_dict(plan.team);
+    return result;
+  }
   if (plan.has_reduce) {
     result["reduce"] = to_dict(plan.reduce);
     result["merge"] = py::dict("rows"_a = plan.merge.rows, "threads_x"_a = plan.merge.threads_x,
@@ -97,6 +135,12 @@ PlanOptions options_from_dict(const py::dict& options) {
   py::dict left(options.attr("copy")());
   take(left, "index_bits", parsed.index_bits);
   take(left, "splits", parsed.splits);
+  take(left, "team_size", parsed.team_size);
+  std::string strategy = "auto", scope = "auto";
+  take(left, "strategy", strategy);
+  take(left, "scope", scope);
+  parsed.strategy = parse_strategy(strategy);
+  parsed.scope = parse_scope(scope);
   check_empty(left, "options");
   return parsed;
 }

@@ -13,7 +13,20 @@
 #include <cstdint>
 
 #ifdef BATCHNORM_CUDA_HOST_MODEL
+#include <cooperative_groups.h>
+
+#include <cstring>
+
 #include "simt.h"
+#define BATCHNORM_CUDA_HAS_CLUSTERS 1
+#else
+#include <cooperative_groups.h>
+#include <cuda_pipeline_primitives.h>
+
+#include <cuda/atomic>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define BATCHNORM_CUDA_HAS_CLUSTERS 1
+#endif
 #endif
 
 namespace batchnorm_cuda {
@@ -60,6 +73,80 @@ __device__ __forceinline__ void store_shared(T* address, const T& value,
   simt::on_shared_access(address, sizeof(T), simt::Access::kWrite, site);
 #endif
   *address = value;
+}
+
+// Starts a copy of 16 bytes from global to shared memory that does not pass through registers
+// (cp.async from 8.0 on). Only this thread may read it, after wait_for_copies().
+__device__ __forceinline__ void copy_async(uint4* shared, const uint4* global,
+                                           Site site = Site::current()) {
+#ifdef BATCHNORM_CUDA_HOST_MODEL
+  simt::on_global_access(global, sizeof(uint4), simt::Access::kRead, site);
+  simt::on_shared_access(shared, sizeof(uint4), simt::Access::kWrite, site);
+  *shared = *global;
+#else
+  __pipeline_memcpy_async(shared, global, sizeof(uint4));
+#endif
+}
+
+__device__ __forceinline__ void wait_for_copies() {
+#ifndef BATCHNORM_CUDA_HOST_MODEL
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+#endif
+}
+
+// Publishes `value`: what this thread wrote before, and what it saw written by way of a barrier,
+// is visible to a thread of the device that reads the value by load_acquire.
+template <typename T>
+__device__ __forceinline__ void store_release(T* address, T value, Site site = Site::current()) {
+#ifdef BATCHNORM_CUDA_HOST_MODEL
+  simt::on_atomic_access(address, sizeof(T), simt::Access::kWrite, simt::Order::kRelease, site);
+  *address = value;
+#else
+  cuda::atomic_ref<T, cuda::thread_scope_device>(*address).store(value, cuda::memory_order_release);
+#endif
+}
+
+template <typename T>
+__device__ __forceinline__ T load_acquire(T* address, Site site = Site::current()) {
+#ifdef BATCHNORM_CUDA_HOST_MODEL
+  simt::on_atomic_access(address, sizeof(T), simt::Access::kRead, simt::Order::kAcquire, site);
+  return *address;
+#else
+  return cuda::atomic_ref<T, cuda::thread_scope_device>(*address).load(cuda::memory_order_acquire);
+#endif
+}
+
+// Adds and returns the old value; both publishes and observes.
+template <typename T>
+__device__ __forceinline__ T fetch_add(T* address, T value, Site site = Site::current()) {
+#ifdef BATCHNORM_CUDA_HOST_MODEL
+  simt::on_atomic_access(address, sizeof(T), simt::Access::kUpdate, simt::Order::kAcquireRelease,
+                         site);
+  const T old = *address;
+  *address = old + value;
+  return old;
+#else
+  return cuda::atomic_ref<T, cuda::thread_scope_device>(*address).fetch_add(
+      value, cuda::memory_order_acq_rel);
+#endif
+}
+
+// The same shared-memory object in block `rank` of the cluster.
+template <typename T>
+__device__ __forceinline__ T* cluster_shared(T* address, int rank) {
+#ifdef BATCHNORM_CUDA_HAS_CLUSTERS
+  return cooperative_groups::this_cluster().map_shared_rank(address, rank);
+#else
+  return address;  // the plan never chooses clusters here
+#endif
+}
+
+// Barrier over the threads of all blocks of the cluster; orders their shared-memory accesses.
+__device__ __forceinline__ void cluster_barrier() {
+#ifdef BATCHNORM_CUDA_HAS_CLUSTERS
+  cooperative_groups::this_cluster().sync();
+#endif
 }
 
 // The block's one statically sized shared-memory object of type T, uninitialised. Every thread of

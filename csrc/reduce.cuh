@@ -59,8 +59,8 @@ __device__ __forceinline__ Acc shuffle_down(Acc acc, int offset, int width) {
 
 // Merges the accumulators of `group` consecutive threads (a power of two dividing the block).
 // Every thread of the block must call, the block is whole warps; `shared` holds one accumulator a
-// warp, field by field. The result is in the group's first thread only; a barrier ends the call
-// where shared memory was used, so that it may be called again.
+// warp, field by field. Every thread gets its group's result; a barrier ends the call where shared
+// memory was used, so that it may be called again.
 template <typename Acc, typename acc_t>
 __device__ __forceinline__ Acc group_reduce(Acc acc, int group, acc_t* shared) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
@@ -70,53 +70,92 @@ __device__ __forceinline__ Acc group_reduce(Acc acc, int group, acc_t* shared) {
   }
   if (group > kWarpSize) {
     const int warps = blockDim.x * blockDim.y / kWarpSize;
-    const int warp = thread / kWarpSize;
+    const int first = thread / group * (group / kWarpSize);  // the group's first warp
     if (thread % kWarpSize == 0) {
-      for (int f = 0; f < Acc::kFields; ++f) store_shared(shared + f * warps + warp, acc.field(f));
-    }
-    __syncthreads();
-    if (thread % group == 0) {
-      for (int w = warp + 1; w < warp + group / kWarpSize; ++w) {
-        Acc other;
-        for (int f = 0; f < Acc::kFields; ++f) other.field(f) = load_shared(shared + f * warps + w);
-        acc.merge(other);
+#pragma unroll
+      for (int f = 0; f < Acc::kFields; ++f) {
+        store_shared(shared + f * warps + thread / kWarpSize, acc.field(f));
       }
     }
     __syncthreads();
+    acc = Acc();
+    for (int warp = first; warp < first + group / kWarpSize; ++warp) {
+      Acc other;
+#pragma unroll
+      for (int f = 0; f < Acc::kFields; ++f) {
+        other.field(f) = load_shared(shared + f * warps + warp);
+      }
+      acc.merge(other);
+    }
+    __syncthreads();
+  } else {
+#pragma unroll
+    for (int f = 0; f < Acc::kFields; ++f) {
+      acc.field(f) = __shfl_sync(0xffffffffu, acc.field(f), 0, width);
+    }
   }
   return acc;
 }
 
 // Merges kLanes accumulators per thread over threadIdx.y, for every threadIdx.x on its own. Every
-// thread of the block must call; `shared` holds kLanes accumulators a thread, field by field. The
-// result is in the threads with threadIdx.y == 0; a barrier ends the call.
+// thread of the block must call; `shared` is column_scratch_values(...) of plan.h long. The result
+// is in the threads with threadIdx.y == 0; a barrier ends the call. Where whole rows fit a warp,
+// shuffles merge the warp's rows first: less shared memory and fewer barriers.
 template <int kLanes, typename Acc, typename acc_t>
 __device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared) {
-  const int threads = blockDim.x * blockDim.y;
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-  int rows = blockDim.y;
+  const int columns = blockDim.x;
+  const int warp_rows = rows_merged_by_shuffles(blockDim.x, blockDim.y);
+  for (int offset = warp_rows * columns / 2; offset >= columns; offset /= 2) {
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l) acc[l].merge(shuffle_down(acc[l], offset, kWarpSize));
+  }
+  const bool holds = threadIdx.y % warp_rows == 0;
+  const int row = threadIdx.y / warp_rows;
+  int rows = blockDim.y / warp_rows;
+  const int plane = rows * columns;
+  const int mine = row * columns + threadIdx.x;
   while (rows > 1) {
     const int half = (rows + 1) / 2;
-    if (static_cast<int>(threadIdx.y) >= half && static_cast<int>(threadIdx.y) < rows) {
+    if (holds && row >= half && row < rows) {
 #pragma unroll
       for (int i = 0; i < kLanes * Acc::kFields; ++i) {
-        store_shared(shared + i * threads + thread, acc[i / Acc::kFields].field(i % Acc::kFields));
+        store_shared(shared + i * plane + mine, acc[i / Acc::kFields].field(i % Acc::kFields));
       }
     }
     __syncthreads();
-    if (static_cast<int>(threadIdx.y) + half < rows) {
-      const int partner = thread + half * blockDim.x;
+    if (holds && row + half < rows) {
 #pragma unroll
       for (int l = 0; l < kLanes; ++l) {
         Acc other;
 #pragma unroll
         for (int f = 0; f < Acc::kFields; ++f) {
-          other.field(f) = load_shared(shared + (l * Acc::kFields + f) * threads + partner);
+          other.field(f) =
+              load_shared(shared + (l * Acc::kFields + f) * plane + mine + half * columns);
         }
         acc[l].merge(other);
       }
     }
     rows = half;
+  }
+  __syncthreads();
+}
+
+// Hands the accumulators of the threads with threadIdx.y == 0 to all threads of their column. Every
+// thread of the block must call; `shared` holds kLanes accumulators a column; a barrier ends it.
+template <int kLanes, typename Acc, typename acc_t>
+__device__ __forceinline__ void column_broadcast(Acc (&acc)[kLanes], acc_t* shared) {
+  if (threadIdx.y == 0) {
+#pragma unroll
+    for (int i = 0; i < kLanes * Acc::kFields; ++i) {
+      store_shared(shared + i * blockDim.x + threadIdx.x,
+                   acc[i / Acc::kFields].field(i % Acc::kFields));
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kLanes * Acc::kFields; ++i) {
+    acc[i / Acc::kFields].field(i % Acc::kFields) =
+        load_shared(shared + i * blockDim.x + threadIdx.x);
   }
   __syncthreads();
 }

@@ -18,6 +18,7 @@ struct AlongS {
   using index_t = index;
   static constexpr bool kExact = exact;
   static constexpr int kVecSize = kVec<scalar_t>;
+  static constexpr Pattern kPattern = Pattern::kAlongS;
   static constexpr int kChannels = 1;  // channels per thread: all lanes are of the same one
 
   index_t left = 0;
@@ -39,17 +40,27 @@ struct AlongS {
   }
 
   __device__ __forceinline__ Window<index_t> take() {
-    Window<index_t> window{run_start_ + column_ * kVecSize, 0, kVecSize};
-    if (!kExact) {
-      // Windows lie on the reference tensor's 16-byte boundaries: step back to the one before.
-      window.offset -= (run_start_ + t_.shift) & (kVecSize - 1);
-      const index_t before = run_start_ - window.offset;
-      const index_t until = before + static_cast<index_t>(t_.s);
-      window.lo = before > 0 ? static_cast<int>(before) : 0;
-      window.hi = until < kVecSize ? static_cast<int>(until) : kVecSize;
+    const Window<index_t> window = current();
+    column_ += step_columns_;
+    run_start_ += step_elements_;
+    if (column_ >= static_cast<index_t>(t_.row_windows)) {
+      column_ -= static_cast<index_t>(t_.row_windows);
+      run_start_ += static_cast<index_t>(t_.c * t_.s);
     }
-    advance();
+    --left;
     return window;
+  }
+
+  // The window before the next one: undoes a take().
+  __device__ __forceinline__ Window<index_t> take_back() {
+    column_ -= step_columns_;
+    run_start_ -= step_elements_;
+    if (column_ < 0) {
+      column_ += static_cast<index_t>(t_.row_windows);
+      run_start_ -= static_cast<index_t>(t_.c * t_.s);
+    }
+    ++left;
+    return current();
   }
 
   // The threads that share a channel, and this one among them.
@@ -66,14 +77,17 @@ struct AlongS {
   }
 
  private:
-  __device__ __forceinline__ void advance() {
-    column_ += step_columns_;
-    run_start_ += step_elements_;
-    if (column_ >= static_cast<index_t>(t_.row_windows)) {
-      column_ -= static_cast<index_t>(t_.row_windows);
-      run_start_ += static_cast<index_t>(t_.c * t_.s);
+  __device__ __forceinline__ Window<index_t> current() const {
+    Window<index_t> window{run_start_ + column_ * kVecSize, 0, kVecSize};
+    if (!kExact) {
+      // Windows lie on the reference tensor's 16-byte boundaries: step back to the one before.
+      window.offset -= (run_start_ + t_.shift) & (kVecSize - 1);
+      const index_t before = run_start_ - window.offset;
+      const index_t until = before + static_cast<index_t>(t_.s);
+      window.lo = before > 0 ? static_cast<int>(before) : 0;
+      window.hi = until < kVecSize ? static_cast<int>(until) : kVecSize;
     }
-    --left;
+    return window;
   }
 
   const Traversal& t_;
@@ -90,6 +104,7 @@ struct AlongC {
   using index_t = index;
   static constexpr bool kExact = exact;
   static constexpr int kVecSize = kVec<scalar_t>;
+  static constexpr Pattern kPattern = Pattern::kAlongC;
   static constexpr int kChannels = kVecSize;  // one channel per lane
 
   index_t left = 0;
@@ -106,17 +121,20 @@ struct AlongC {
   }
 
   __device__ __forceinline__ Window<index_t> take() {
-    Window<index_t> window{offset_, 0, kVecSize};
-    if (!kExact) {
-      const int64_t until = t_.numel - offset_;
-      window.lo = offset_ < 0 ? static_cast<int>(-offset_) : 0;
-      window.hi = until < kVecSize ? static_cast<int>(until) : kVecSize;
-    }
+    const Window<index_t> window = current();
     offset_ += step_;
     --left;
     return window;
   }
 
+  // The window before the next one: undoes a take().
+  __device__ __forceinline__ Window<index_t> take_back() {
+    offset_ -= step_;
+    ++left;
+    return current();
+  }
+
+  // The threads that share a channel, and this one among them.
   __device__ __forceinline__ static int member() { return threadIdx.y; }
   __device__ __forceinline__ static int members() { return blockDim.y; }
 
@@ -136,6 +154,16 @@ struct AlongC {
   }
 
  private:
+  __device__ __forceinline__ Window<index_t> current() const {
+    Window<index_t> window{offset_, 0, kVecSize};
+    if (!kExact) {
+      const int64_t until = t_.numel - offset_;
+      window.lo = offset_ < 0 ? static_cast<int>(-offset_) : 0;
+      window.hi = until < kVecSize ? static_cast<int>(until) : kVecSize;
+    }
+    return window;
+  }
+
   const Traversal& t_;
   int64_t split_, column_;
   index_t offset_ = 0, step_ = 0;

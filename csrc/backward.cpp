@@ -1,0 +1,155 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "checks.h"
+#include "device_context.h"
+#include "dispatch.h"
+#include "ops.h"
+#include "tensors.h"
+
+namespace batchnorm_cuda {
+namespace {
+
+// Everything one backward call works on.
+struct Backward {
+  at::Tensor grad_output, input, save_mean, save_invstd;
+  OptionalTensor weight, grad_input, grad_weight, grad_bias;
+  Problem problem;
+
+  bool training() const { return problem.op == Op::kBackwardTraining; }
+};
+
+template <typename T>
+const T* pointer_to(const at::Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename scalar_t>
+LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) {
+  using acc_t = acc_type<scalar_t>;
+  const Workspace workspace = allocate_workspace(plan, b.input);
+  TeamBackwardParams<scalar_t> params{};
+  params.team = plan.team;
+  params.grad_output_aligned = b.problem.grad_output_shift == b.problem.output_shift;
+  params.input_aligned = b.problem.input_shift == b.problem.output_shift;
+  params.training = b.training();
+  params.count = b.problem.n * b.problem.s;
+  params.grad_output = pointer_to<scalar_t>(b.grad_output);
+  params.input = pointer_to<scalar_t>(b.input);
+  params.grad_input = static_cast<scalar_t*>(b.grad_input->data_ptr());
+  params.weight = param_pointer(b.weight);
+  params.mean = pointer_to<acc_t>(b.save_mean);
+  params.invstd = pointer_to<acc_t>(b.save_invstd);
+  params.grad_weight = param_pointer(b.grad_weight);
+  params.grad_bias = param_pointer(b.grad_bias);
+  params.slots = workspace.data<acc_t>();
+  params.sync = workspace.words();
+  return launch_team_backward(plan.pattern, params, stream);
+}
+
+// The two sums of every channel, undefined where only grad_weight and grad_bias are wanted.
+struct Sums {
+  at::Tensor dy, dy_xhat;
+};
+
+template <typename scalar_t>
+Sums run_reduce(const Backward& b, const Plan& plan, cudaStream_t stream) {
+  using acc_t = acc_type<scalar_t>;
+  const Workspace workspace = allocate_workspace(plan, b.input);
+  BackwardReduceParams<scalar_t> params{};
+  params.traversal = plan.reduce;
+  params.grad_output_aligned = b.problem.grad_output_shift == b.problem.input_shift;
+  params.grad_output = pointer_to<scalar_t>(b.grad_output);
+  params.input = pointer_to<scalar_t>(b.input);
+  params.mean = pointer_to<acc_t>(b.save_mean);
+  params.invstd = pointer_to<acc_t>(b.save_invstd);
+  params.partials = {workspace.data<acc_t>(), plan.merge.rows, plan.reduce.c};
+  check_launch(launch_backward_reduce(plan.pattern, params, stream), "backward_reduce_kernel");
+
+  Sums sums;
+  MergeGradientsParams<acc_t> merge{};
+  merge.partials = params.partials;
+  merge.shift = plan.pattern == Pattern::kAlongC ? plan.reduce.shift : 0;
+  if (b.training() && b.grad_input) {
+    sums.dy = channel_vector(b.input);
+    sums.dy_xhat = channel_vector(b.input);
+    merge.sum_dy = static_cast<acc_t*>(sums.dy.data_ptr());
+    merge.sum_dy_xhat = static_cast<acc_t*>(sums.dy_xhat.data_ptr());
+  }
+  merge.grad_weight = param_pointer(b.grad_weight);
+  merge.grad_bias = param_pointer(b.grad_bias);
+  check_launch(launch_merge_gradients(plan.merge, merge, stream), "merge_kernel");
+  return sums;
+}
+
+template <typename scalar_t>
+void run_elementwise(const Backward& b, const Plan& plan, const Sums& sums, cudaStream_t stream) {
+  using acc_t = acc_type<scalar_t>;
+  BackwardElementwiseParams<scalar_t> params{};
+  params.traversal = plan.elementwise;
+  params.grad_output_aligned = b.problem.grad_output_shift == b.problem.output_shift;
+  params.input_aligned = b.problem.input_shift == b.problem.output_shift;
+  params.count = b.problem.n * b.problem.s;
+  params.grad_output = pointer_to<scalar_t>(b.grad_output);
+  params.grad_input = static_cast<scalar_t*>(b.grad_input->data_ptr());
+  params.weight = param_pointer(b.weight);
+  params.mean = pointer_to<acc_t>(b.save_mean);
+  params.invstd = pointer_to<acc_t>(b.save_invstd);
+  if (b.training()) {
+    params.input = pointer_to<scalar_t>(b.input);
+    params.sum_dy = pointer_to<acc_t>(sums.dy);
+    params.sum_dy_xhat = pointer_to<acc_t>(sums.dy_xhat);
+  }
+  check_launch(launch_backward_elementwise(plan.pattern, params, stream),
+               "backward_elementwise_kernel");
+}
+
+template <typename scalar_t>
+void run(const Backward& b) {
+  const DeviceInfo& device = device_info(b.input.device());
+  const cudaStream_t stream = current_stream(b.input.device());
+  PlanOptions options = plan_options();
+  Plan plan = make_plan(b.problem, device, options);
+  if (plan.strategy == Strategy::kTeam) {
+    const LaunchStatus status = run_team<scalar_t>(b, plan, stream);
+    if (status != kNotResident) return check_launch(status, "team_kernel");
+    options.strategy = Strategy::kTwoPass;
+    plan = make_plan(b.problem, device, options);
+  }
+  Sums sums;
+  if (plan.has_reduce) sums = run_reduce<scalar_t>(b, plan, stream);
+  if (plan.has_elementwise) run_elementwise<scalar_t>(b, plan, sums, stream);
+}
+
+}  // namespace
+
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const at::Tensor& save_mean, const at::Tensor& save_invstd,
+    bool training, bool need_input, bool need_weight, bool need_bias) {
+  check_backward(grad_output, input, weight, bias, save_mean, save_invstd, need_weight, need_bias);
+  const c10::DeviceGuard guard(input.device());
+  Backward b;
+  b.input = dense(input);
+  if (need_input) b.grad_input = at::empty_like(b.input);
+  if (need_weight) b.grad_weight = at::empty({input.size(1)}, weight->options());
+  if (need_bias) b.grad_bias = at::empty({input.size(1)}, bias->options());
+  if (input.numel() == 0) {
+    if (need_weight) b.grad_weight->zero_();
+    if (need_bias) b.grad_bias->zero_();
+    return {b.grad_input, b.grad_weight, b.grad_bias};
+  }
+  b.grad_output = dense_like(grad_output, b.input);
+  b.weight = packed(weight);
+  b.save_mean = save_mean.contiguous();
+  b.save_invstd = save_invstd.contiguous();
+  b.problem = describe(training ? Op::kBackwardTraining : Op::kBackwardEval, b.input);
+  b.problem.grad_output_shift = shift_of(b.grad_output);
+  b.problem.output_shift = need_input ? shift_of(*b.grad_input) : -1;
+  b.problem.need_sums = need_weight || need_bias;
+  dispatch_dtype(b.problem.dtype, [&](auto tag) { run<typename decltype(tag)::type>(b); });
+  return {b.grad_input, b.grad_weight, b.grad_bias};
+}
+
+}  // namespace batchnorm_cuda

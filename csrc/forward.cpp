@@ -1,0 +1,155 @@
+#include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "checks.h"
+#include "device_context.h"
+#include "dispatch.h"
+#include "ops.h"
+#include "tensors.h"
+
+namespace batchnorm_cuda {
+namespace {
+
+// A running statistic as the kernel updates it; copied back where its own memory has gaps.
+struct UpdatedInPlace {
+  explicit UpdatedInPlace(const OptionalTensor& tensor) : original(tensor), dense(packed(tensor)) {}
+  void finish() const {
+    if (dense && !dense->is_same(*original)) original->copy_(*dense);
+  }
+  const OptionalTensor& original;
+  OptionalTensor dense;
+};
+
+// Everything one forward call works on.
+struct Forward {
+  at::Tensor input, output, save_mean, save_invstd;
+  OptionalTensor weight, bias, running_mean, running_var, num_batches_tracked;
+  bool training;
+  std::optional<double> momentum;
+  double eps;
+  Problem problem;
+};
+
+template <typename acc_t>
+StatisticsOutput<acc_t> statistics_output(const Forward& f) {
+  StatisticsOutput<acc_t> result{};
+  result.c = f.problem.c;
+  result.count = f.problem.n * f.problem.s;
+  result.eps = f.eps;
+  result.momentum = f.momentum.value_or(0.0);
+  if (!f.momentum && f.num_batches_tracked) {
+    result.num_batches_tracked = f.num_batches_tracked->const_data_ptr<int64_t>();
+  }
+  result.save_mean = static_cast<acc_t*>(f.save_mean.data_ptr());
+  result.save_invstd = static_cast<acc_t*>(f.save_invstd.data_ptr());
+  result.running_mean = param_pointer(f.running_mean);
+  result.running_var = param_pointer(f.running_var);
+  return result;
+}
+
+template <typename scalar_t>
+LaunchStatus run_team(const Forward& f, const Plan& plan, cudaStream_t stream) {
+  using acc_t = acc_type<scalar_t>;
+  const Workspace workspace = allocate_workspace(plan, f.input);
+  TeamForwardParams<scalar_t> params{};
+  params.team = plan.team;
+  params.input_aligned = f.problem.input_shift == f.problem.output_shift;
+  params.input = static_cast<const scalar_t*>(f.input.const_data_ptr());
+  params.output = static_cast<scalar_t*>(f.output.data_ptr());
+  params.weight = param_pointer(f.weight);
+  params.bias = param_pointer(f.bias);
+  params.statistics = statistics_output<acc_t>(f);
+  params.slots = workspace.data<acc_t>();
+  params.sync = workspace.words();
+  return launch_team_forward(plan.pattern, params, stream);
+}
+
+template <typename scalar_t>
+void run_statistics(const Forward& f, const Plan& plan, cudaStream_t stream) {
+  using acc_t = acc_type<scalar_t>;
+  const Workspace workspace = allocate_workspace(plan, f.input);
+  StatisticsParams<scalar_t> params{};
+  params.traversal = plan.reduce;
+  params.input = static_cast<const scalar_t*>(f.input.const_data_ptr());
+  params.partials = {workspace.data<acc_t>(), plan.merge.rows, plan.reduce.c};
+  check_launch(launch_statistics(plan.pattern, params, stream), "collect_statistics_kernel");
+  MergeStatisticsParams<acc_t> merge{};
+  merge.partials = params.partials;
+  merge.shift = plan.pattern == Pattern::kAlongC ? plan.reduce.shift : 0;
+  merge.statistics = statistics_output<acc_t>(f);
+  check_launch(launch_merge_statistics(plan.merge, merge, stream), "merge_kernel");
+}
+
+template <typename scalar_t>
+void run_normalize(const Forward& f, const Plan& plan, cudaStream_t stream) {
+  using acc_t = acc_type<scalar_t>;
+  NormalizeParams<scalar_t> params{};
+  params.traversal = plan.elementwise;
+  params.input_aligned = f.problem.input_shift == f.problem.output_shift;
+  params.use_running = !f.training;
+  params.eps = f.eps;
+  params.input = static_cast<const scalar_t*>(f.input.const_data_ptr());
+  params.output = static_cast<scalar_t*>(f.output.data_ptr());
+  params.weight = param_pointer(f.weight);
+  params.bias = param_pointer(f.bias);
+  if (!f.training) {
+    params.running_mean = param_pointer(f.running_mean);
+    params.running_var = param_pointer(f.running_var);
+  }
+  params.mean = static_cast<acc_t*>(f.save_mean.data_ptr());
+  params.invstd = static_cast<acc_t*>(f.save_invstd.data_ptr());
+  check_launch(launch_normalize(plan.pattern, params, stream), "transform_input_kernel");
+}
+
+template <typename scalar_t>
+void run(const Forward& f) {
+  const DeviceInfo& device = device_info(f.input.device());
+  const cudaStream_t stream = current_stream(f.input.device());
+  PlanOptions options = plan_options();
+  Plan plan = make_plan(f.problem, device, options);
+  if (plan.strategy == Strategy::kTeam) {
+    const LaunchStatus status = run_team<scalar_t>(f, plan, stream);
+    if (status != kNotResident) return check_launch(status, "team_kernel");
+    options.strategy = Strategy::kTwoPass;
+    plan = make_plan(f.problem, device, options);
+  }
+  if (plan.has_reduce) run_statistics<scalar_t>(f, plan, stream);
+  run_normalize<scalar_t>(f, plan, stream);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
+    double eps) {
+  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
+                momentum, eps);
+  const c10::DeviceGuard guard(input.device());
+  Forward f;
+  f.input = dense(input);
+  f.output = at::empty_like(f.input);
+  f.save_mean = channel_vector(input);
+  f.save_invstd = channel_vector(input);
+  if (input.numel() == 0) return {f.output, f.save_mean.zero_(), f.save_invstd.zero_()};
+  const UpdatedInPlace mean(running_mean), var(running_var);
+  f.weight = packed(weight);
+  f.bias = packed(bias);
+  f.running_mean = mean.dense;
+  f.running_var = var.dense;
+  f.num_batches_tracked = num_batches_tracked;
+  f.training = training;
+  f.momentum = momentum;
+  f.eps = eps;
+  f.problem = describe(training ? Op::kForwardTraining : Op::kForwardEval, f.input);
+  f.problem.output_shift = shift_of(f.output);
+  dispatch_dtype(f.problem.dtype, [&](auto tag) { run<typename decltype(tag)::type>(f); });
+  if (training) {
+    mean.finish();
+    var.finish();
+  }
+  return {f.output, f.save_mean, f.save_invstd};
+}
+
+}  // namespace batchnorm_cuda

@@ -1,0 +1,44 @@
+// From a channel's merged accumulator to what the channel needs: mean, invstd and the update of the
+// running statistics, for the merge kernel and the team kernel alike.
+#pragma once
+
+#include "formulas.cuh"
+#include "params.h"
+#include "reduce.cuh"
+#include "vec_io.cuh"
+
+namespace batchnorm_cuda {
+
+template <typename acc_t>
+struct ChannelStatistics {
+  acc_t mean, invstd, unbiased_var;
+
+  __device__ __forceinline__ ChannelStatistics(const StatisticsOutput<acc_t>& p,
+                                               const Welford<acc_t>& total) {
+    const acc_t count = static_cast<acc_t>(p.count);
+    mean = total.shift + total.mean;
+    invstd = inverse_sqrt(total.m2 / count + static_cast<acc_t>(p.eps));  // biased variance
+    unbiased_var = total.m2 / (count > 1 ? count - 1 : acc_t(1));
+  }
+
+  // To be called by one thread per channel and launch.
+  __device__ __forceinline__ void save(const StatisticsOutput<acc_t>& p, int64_t channel) const {
+    store_global(p.save_mean + channel, mean);
+    store_global(p.save_invstd + channel, invstd);
+    if (p.running_mean.data == nullptr) return;
+    const acc_t momentum = p.num_batches_tracked
+                               ? acc_t(1) / static_cast<acc_t>(load_global(p.num_batches_tracked))
+                               : static_cast<acc_t>(p.momentum);
+    update(p.running_mean, channel, mean, momentum);
+    update(p.running_var, channel, unbiased_var, momentum);
+  }
+
+ private:
+  __device__ __forceinline__ static void update(const ParamPointer& running, int64_t channel,
+                                                acc_t batch, acc_t momentum) {
+    store_param(running, channel,
+                update_running(load_param<acc_t>(running, channel), batch, momentum));
+  }
+};
+
+}  // namespace batchnorm_cuda

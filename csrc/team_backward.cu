@@ -1,0 +1,97 @@
+// Backward in two reads and one write of the activations: both sums and grad_input of a channel
+// group by one team of blocks (team_kernel.cuh), which keeps dy and x on chip in between.
+#include "formulas.cuh"
+#include "team_kernel.cuh"
+
+namespace batchnorm_cuda {
+namespace {
+
+template <typename Cursor>
+struct TeamBackward {
+  using scalar_t = typename Cursor::scalar_t;
+  using acc_t = acc_type<scalar_t>;
+  using Params = TeamBackwardParams<scalar_t>;
+  using Acc = GradSums<acc_t>;
+  static constexpr int kTensors = 2;  // dy, x
+  static constexpr int kChannels = Cursor::kChannels;
+
+  GradInput<acc_t> channel[kChannels];  // scale holds the weight until finish()
+  acc_t mean[kChannels], invstd[kChannels];
+
+  __device__ __forceinline__ static const scalar_t* tensor(const Params& p, int k) {
+    return k == 0 ? p.grad_output : p.input;
+  }
+  __device__ __forceinline__ static bool aligned(const Params& p, int k) {
+    return k == 0 ? p.grad_output_aligned : p.input_aligned;
+  }
+  __device__ __forceinline__ static scalar_t* output(const Params& p) { return p.grad_input; }
+
+  __device__ __forceinline__ TeamBackward(const Params& p, const Cursor& cursor) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      mean[c] = cursor.channel_valid(c) ? load_global(p.mean + cursor.channel(c)) : acc_t(0);
+    }
+  }
+
+  __device__ __forceinline__ void prefetch(const Params& p, const Cursor& cursor) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      channel[c].scale = 1;
+      invstd[c] = 0;
+      if (!cursor.channel_valid(c)) continue;
+      channel[c].scale = load_param_or<acc_t>(p.weight, cursor.channel(c), 1);
+      invstd[c] = load_global(p.invstd + cursor.channel(c));
+    }
+  }
+
+  template <bool kFull, int kBatch>
+  __device__ __forceinline__ void accumulate(Acc (&acc)[kChannels],
+                                             const Vec<scalar_t> (&vec)[kTensors][kBatch],
+                                             const Window<typename Cursor::index_t> (&)[kBatch]) {
+    add_gradients<Cursor>(acc, vec[0], vec[1], mean);
+  }
+
+  __device__ __forceinline__ void finish(const Params& p, const Cursor& cursor,
+                                         const Acc (&acc)[kChannels]) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      if (!cursor.channel_valid(c)) continue;
+      const acc_t sum_dy_xhat = acc[c].sum_dy_xhat * invstd[c];
+      if (cursor.owns_channel(c)) {
+        if (p.grad_weight.data) store_param(p.grad_weight, cursor.channel(c), sum_dy_xhat);
+        if (p.grad_bias.data) store_param(p.grad_bias, cursor.channel(c), acc[c].sum_dy);
+      }
+      if (p.training) {
+        channel[c] = make_grad_input<acc_t>(channel[c].scale, mean[c], invstd[c], acc[c].sum_dy,
+                                            sum_dy_xhat, static_cast<acc_t>(p.count));
+      } else {
+        channel[c] = {channel[c].scale * invstd[c]};
+      }
+    }
+  }
+
+  __device__ __forceinline__ acc_t form(const Vec<scalar_t> (&vec)[kTensors], int l) const {
+    return channel[l * kChannels / Cursor::kVecSize](to_acc(vec[0].lane[l]),
+                                                     to_acc(vec[1].lane[l]));
+  }
+};
+
+}  // namespace
+
+// ---------------------------------------------------------------------------- launchers
+
+template <typename scalar_t>
+LaunchStatus launch_team_backward(Pattern pattern, const TeamBackwardParams<scalar_t>& params,
+                                  cudaStream_t stream) {
+  return launch_team_pattern<TeamBackward>(pattern, params, stream);
+}
+
+template LaunchStatus launch_team_backward(Pattern, const TeamBackwardParams<__half>&,
+                                           cudaStream_t);
+template LaunchStatus launch_team_backward(Pattern, const TeamBackwardParams<__nv_bfloat16>&,
+                                           cudaStream_t);
+template LaunchStatus launch_team_backward(Pattern, const TeamBackwardParams<float>&, cudaStream_t);
+template LaunchStatus launch_team_backward(Pattern, const TeamBackwardParams<double>&,
+                                           cudaStream_t);
+
+}  // namespace batchnorm_cuda

@@ -1,0 +1,77 @@
+// Training forward in one read and one write of the activations: statistics and normalisation of a
+// channel group by one team of blocks (team_kernel.cuh). y = (x - mean) * invstd * weight + bias.
+#include "statistics.cuh"
+#include "team_kernel.cuh"
+
+namespace batchnorm_cuda {
+namespace {
+
+template <typename Cursor>
+struct TeamForward {
+  using scalar_t = typename Cursor::scalar_t;
+  using acc_t = acc_type<scalar_t>;
+  using Params = TeamForwardParams<scalar_t>;
+  using Acc = Welford<acc_t>;
+  static constexpr int kTensors = 1;
+  static constexpr int kChannels = Cursor::kChannels;
+
+  // scale holds the weight until the statistics are known.
+  Normalize<acc_t> channel[kChannels];
+
+  __device__ __forceinline__ static const scalar_t* tensor(const Params& p, int) { return p.input; }
+  __device__ __forceinline__ static bool aligned(const Params& p, int) { return p.input_aligned; }
+  __device__ __forceinline__ static scalar_t* output(const Params& p) { return p.output; }
+
+  __device__ __forceinline__ TeamForward(const Params&, const Cursor&) {}
+
+  __device__ __forceinline__ void prefetch(const Params& p, const Cursor& cursor) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      channel[c] = {0, 1, 0};
+      if (!cursor.channel_valid(c)) continue;
+      channel[c].scale = load_param_or<acc_t>(p.weight, cursor.channel(c), 1);
+      channel[c].bias = load_param_or<acc_t>(p.bias, cursor.channel(c), 0);
+    }
+  }
+
+  template <bool kFull, int kBatch>
+  __device__ __forceinline__ void accumulate(
+      Acc (&acc)[kChannels], const Vec<scalar_t> (&vec)[kTensors][kBatch],
+      const Window<typename Cursor::index_t> (&windows)[kBatch]) {
+    add_statistics<Cursor, kFull>(acc, vec[0], windows);
+  }
+
+  __device__ __forceinline__ void finish(const Params& p, const Cursor& cursor,
+                                         const Acc (&acc)[kChannels]) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      if (!cursor.channel_valid(c)) continue;
+      const ChannelStatistics<acc_t> statistics(p.statistics, acc[c]);
+      channel[c].mean = statistics.mean;
+      channel[c].scale *= statistics.invstd;
+      if (cursor.owns_channel(c)) statistics.save(p.statistics, cursor.channel(c));
+    }
+  }
+
+  __device__ __forceinline__ acc_t form(const Vec<scalar_t> (&vec)[kTensors], int l) const {
+    return channel[l * kChannels / Cursor::kVecSize](to_acc(vec[0].lane[l]));
+  }
+};
+
+}  // namespace
+
+// ---------------------------------------------------------------------------- launchers
+
+template <typename scalar_t>
+LaunchStatus launch_team_forward(Pattern pattern, const TeamForwardParams<scalar_t>& params,
+                                 cudaStream_t stream) {
+  return launch_team_pattern<TeamForward>(pattern, params, stream);
+}
+
+template LaunchStatus launch_team_forward(Pattern, const TeamForwardParams<__half>&, cudaStream_t);
+template LaunchStatus launch_team_forward(Pattern, const TeamForwardParams<__nv_bfloat16>&,
+                                          cudaStream_t);
+template LaunchStatus launch_team_forward(Pattern, const TeamForwardParams<float>&, cudaStream_t);
+template LaunchStatus launch_team_forward(Pattern, const TeamForwardParams<double>&, cudaStream_t);
+
+}  // namespace batchnorm_cuda

@@ -1,0 +1,97 @@
+#include "tensors.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <mutex>
+
+#include "device_context.h"
+#include "dispatch.h"
+
+namespace batchnorm_cuda {
+namespace {
+
+std::mutex options_mutex;
+PlanOptions forced_options;
+
+bool same_memory_order(const at::Tensor& a, const at::Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+void set_plan_options(const PlanOptions& options) {
+  const std::lock_guard<std::mutex> lock(options_mutex);
+  forced_options = options;
+}
+
+PlanOptions plan_options() {
+  const std::lock_guard<std::mutex> lock(options_mutex);
+  return forced_options;
+}
+
+void check_launch(LaunchStatus status, const char* kernel) {
+  TORCH_CHECK(status == 0, "batch_norm: launching ", kernel, " failed: ", describe_status(status));
+}
+
+at::Tensor dense(const at::Tensor& tensor) {
+  const at::Tensor resolved = tensor.resolve_neg();
+  return resolved.is_non_overlapping_and_dense()
+             ? resolved
+             : resolved.contiguous(resolved.suggest_memory_format());
+}
+
+at::Tensor dense_like(const at::Tensor& tensor, const at::Tensor& like) {
+  const at::Tensor resolved = tensor.resolve_neg();
+  return same_memory_order(resolved, like) ? resolved : at::empty_like(like).copy_(resolved);
+}
+
+int shift_of(const at::Tensor& tensor) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return static_cast<int>(address % kWindowBytes / tensor.element_size());
+}
+
+Problem describe(Op op, const at::Tensor& input) {
+  Problem problem;
+  problem.op = op;
+  problem.dtype = to_dtype(input.scalar_type());
+  problem.c = input.size(1);
+  problem.s = problem.c == 1 ? input.numel() : input.stride(1);
+  problem.n = input.numel() / (problem.c * problem.s);
+  problem.input_shift = shift_of(input);
+  problem.output_shift = -1;
+  return problem;
+}
+
+at::Tensor channel_vector(const at::Tensor& input) {
+  const at::ScalarType type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return at::empty({input.size(1)}, input.options().dtype(type));
+}
+
+OptionalTensor packed(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+}
+
+ParamPointer param_pointer(const at::Tensor& tensor) {
+  return {tensor.data_ptr(), to_dtype(tensor.scalar_type())};
+}
+
+ParamPointer param_pointer(const OptionalTensor& tensor) {
+  return tensor ? param_pointer(*tensor) : ParamPointer{};
+}
+
+Workspace allocate_workspace(const Plan& plan, const at::Tensor& input) {
+  Workspace workspace;
+  if (plan.workspace_bytes > 0) {
+    workspace.bytes = at::empty({plan.workspace_bytes}, input.options().dtype(at::kByte));
+  }
+  if (plan.strategy == Strategy::kTeam && plan.team.sync_words > 0) {
+    workspace.sync = sync_words(input.device(), plan.team.sync_words);
+  }
+  return workspace;
+}
+
+}  // namespace batchnorm_cuda

@@ -1,0 +1,55 @@
+// From tensors to what plans and kernels take: memory order, alignment, pointers, workspaces.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "launch.h"
+#include "ops.h"
+
+namespace batchnorm_cuda {
+
+// What set_plan_options forced.
+PlanOptions plan_options();
+
+// Throws where the status is an error.
+void check_launch(LaunchStatus status, const char* kernel);
+
+// The tensor itself where its memory has no gaps or overlaps, else a copy in the suggested format.
+// Any such tensor is [N, C, S] in memory with S the channel stride: dimensions of smaller stride fill
+// S elements, the others repeat the C*S block.
+at::Tensor dense(const at::Tensor& tensor);
+
+// The tensor, or a copy, in the memory order of `like`.
+at::Tensor dense_like(const at::Tensor& tensor, const at::Tensor& like);
+
+// Elements by which the tensor lies past a 16-byte boundary.
+int shift_of(const at::Tensor& tensor);
+
+// The geometry of a dense input, with its shift; the other tensors take no part yet.
+Problem describe(Op op, const at::Tensor& input);
+
+// An uninitialised [C] vector in the statistics' dtype, on the input's device.
+at::Tensor channel_vector(const at::Tensor& input);
+
+// Read-only parameters of any stride, packed: [C] values are cheap to copy.
+OptionalTensor packed(const OptionalTensor& tensor);
+
+ParamPointer param_pointer(const at::Tensor& tensor);
+ParamPointer param_pointer(const OptionalTensor& tensor);
+
+// Device memory that one call works in; both are undefined where the plan asks for none.
+struct Workspace {
+  at::Tensor bytes;  // partial results or a team's slots, uninitialised
+  at::Tensor sync;   // see device_context.h
+  template <typename T>
+  T* data() const {
+    return bytes.defined() ? static_cast<T*>(bytes.data_ptr()) : nullptr;
+  }
+  uint64_t* words() const {
+    return sync.defined() ? static_cast<uint64_t*>(sync.data_ptr()) : nullptr;
+  }
+};
+
+Workspace allocate_workspace(const Plan& plan, const at::Tensor& input);
+
+}  // namespace batchnorm_cuda
