@@ -54,13 +54,13 @@ def with_newest_ptx(archs: list[str]) -> list[str]:
 def select(explicit: str | None, visible: list[tuple[int, int]], codes: list[str]) -> list[str]:
     """What to compile for: the explicit list, else the GPUs present, else DEFAULT.
 
-    `codes` is what nvcc can generate. A GPU newer than all of them gets the newest one's PTX; one
-    older than all of them gets nothing, and is named when it is used.
+    `codes` is what nvcc can generate. A GPU that it does not know gets the next older one's code
+    and PTX; one older than all of them gets nothing, and is named when it is used.
     """
     if explicit:
         return with_newest_ptx(parse(explicit))
     known = sorted({capability(code) for code in codes})
-    present = {min(gpu, known[-1]) for gpu in visible if gpu >= known[0]}
+    present = {max(code for code in known if code <= gpu) for gpu in visible if gpu >= known[0]}
     wanted = present or {capability(arch) for arch in DEFAULT} & set(known) or {known[-1]}
     return with_newest_ptx([f"{major}.{minor}" for major, minor in sorted(wanted)])
 

@@ -23,12 +23,13 @@ from . import _sources
 
 # Dies with the process that started it, and takes ninja and the compilers along: its standard input
 # is a pipe whose other end only that process holds, and it leads a process group of its own.
+# SIGTERM, because ninja gives each compiler another group, and passes this signal on to them.
 _CHILD = """
 import json, os, signal, sys, threading
 
 def die_with_parent():
     os.read(0, 1)
-    os.killpg(0, signal.SIGKILL)
+    os.killpg(0, signal.SIGTERM)
 
 threading.Thread(target=die_with_parent, daemon=True).start()
 with open(sys.argv[1]) as file:
@@ -142,7 +143,7 @@ def _run_child(work: Path, settings: dict[str, str]) -> int:
             return child.wait()
         finally:
             with contextlib.suppress(ProcessLookupError):  # all gone already, the usual case
-                os.killpg(child.pid, signal.SIGKILL)
+                os.killpg(child.pid, signal.SIGTERM)
     finally:
         os.close(read_end)
         os.close(write_end)

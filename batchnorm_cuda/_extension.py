@@ -80,18 +80,18 @@ def _load_jit(kind: str) -> ModuleType:
 
 def _load_aot() -> ModuleType | None:
     """The module compiled at installation; None if there is none, or if compiling it anew helps."""
-    spec = importlib.util.find_spec(f"{__package__}._C")
-    if spec is None or spec.origin is None:
+    path = _aot_path()
+    if path is None:
         return None
     record = _read_aot_record() or {}
-    problem = aot_problem(record, spec.origin)
+    problem = aot_problem(record, path)
     if problem is None:
         try:
-            module = _import("_C", Path(spec.origin))
+            module = _import("_C", path)
         except ImportError as error:
             problem = f"the extension compiled at installation does not load ({error})"
         else:
-            _info["cuda"] = {"origin": "ahead of time", "path": spec.origin, **record}
+            _info["cuda"] = {"origin": "ahead of time", "path": str(path), **record}
             return module
     problem += f"; to rebuild it: `{_REINSTALL} batchnorm_cuda`"
     _build.say(f"{problem}. Using a just-in-time build instead")
@@ -101,7 +101,7 @@ def _load_aot() -> ModuleType | None:
         raise BuildError(f"{problem}. Compiling it just in time instead failed: {error}") from error
 
 
-def aot_problem(record: dict[str, Any], path: str) -> str | None:
+def aot_problem(record: dict[str, Any], path: Path) -> str | None:
     """Why the module compiled at installation must not be loaded, if so.
 
     A C++ extension is tied to the exact PyTorch it was compiled with: another version may lack its
@@ -115,6 +115,11 @@ def aot_problem(record: dict[str, Any], path: str) -> str | None:
     _recipes.require_cuda_torch()
     uncovered = _recipes.uncovered_gpu(record["archs"])
     return f"{uncovered}, for which {path} was compiled" if uncovered else None
+
+
+def _aot_path() -> Path | None:
+    spec = importlib.util.find_spec(f"{__package__}._C")
+    return Path(spec.origin) if spec is not None and spec.origin else None
 
 
 def _read_aot_record() -> dict[str, Any] | None:

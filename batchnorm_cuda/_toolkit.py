@@ -20,6 +20,7 @@ INSTALL_HINT = (
     "`pip install 'batchnorm_cuda[nvcc]'` fetches the compiler for CUDA 13 from PyPI; else install "
     "NVIDIA's toolkit and set CUDA_HOME to it"
 )
+USUAL_PLACE = Path("/usr/local")  # where NVIDIA's installers put cuda and cuda-<version>
 
 
 class ToolkitError(RuntimeError):
@@ -137,8 +138,8 @@ def _candidates() -> Iterator[tuple[str, Path]]:
         for nvcc in sorted(Path(entry or ".").glob("nvidia/cu*/bin/nvcc"), reverse=True):
             yield "PyPI", nvcc.parent.parent
     for pattern in ("cuda", "cuda-*"):
-        for home in sorted(Path("/usr/local").glob(pattern), reverse=True):
-            yield "/usr/local", home
+        for home in sorted(USUAL_PLACE.glob(pattern), reverse=True):
+            yield str(USUAL_PLACE), home
 
 
 def _homes_of(nvcc: Path) -> list[Path]:

@@ -1,0 +1,231 @@
+"""The cache of just-in-time builds: what makes a new one, and what happens when things go wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fake_toolkit import make_toolkit, write_program
+
+import batchnorm_cuda
+from batchnorm_cuda import _build, _compile, _recipes, _sources, _toolkit
+
+# A module without torch's headers compiles in a second.
+TOY = """
+#include <Python.h>
+#include "toy_value.h"
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "toy", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_toy(void) {
+  PyObject* module = PyModule_Create(&definition);
+  PyModule_AddIntConstant(module, "value", toy_value());
+  return module;
+}
+"""
+HEADER = "int toy_value();\n"
+VALUE = '#include "toy_value.h"\nint toy_value() { return 42; }\n'
+
+# Builds the toy of the folder in argv[1] and prints its value.
+WORKER = """
+import importlib.util, sys
+from pathlib import Path
+from test_build import toy_recipe
+from batchnorm_cuda import _build
+spec = importlib.util.spec_from_file_location("toy", _build.build(toy_recipe(Path(sys.argv[1]))))
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.value)
+"""
+
+
+def toy_recipe(folder: Path) -> _compile.Recipe:
+    sources = [folder / "toy.cpp", folder / "toy_value.cpp"]
+    texts = [path.read_text() for path in (*sources, folder / "toy_value.h")]
+    key = {"sources": "".join(texts), "torch": torch.__version__}
+    return _compile.Recipe("toy", "a toy", sources, key, job_bytes=1 << 20)
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the toy's sources, and an empty cache beside it."""
+    monkeypatch.setenv("BATCHNORM_CUDA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    (folder / "toy.cpp").write_text(TOY)
+    (folder / "toy_value.cpp").write_text(VALUE)
+    (folder / "toy_value.h").write_text(HEADER)
+    return folder
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which files have been compiled so far, as seen by the compiler."""
+    log = tmp_path / "compiled"
+    script = f'#!/bin/sh\ncase "$*" in *" -c "*) echo "$*" >> {log} ;; esac\nexec c++ "$@"\n'
+    monkeypatch.setenv("CXX", str(write_program(tmp_path / "bin" / "c++", script)))
+    return lambda: sorted(
+        Path(word).name
+        for line in (log.read_text().splitlines() if log.exists() else [])
+        for word in line.split()
+        if word.endswith(".cpp")
+    )
+
+
+def start_worker(toy: Path, **variables: str) -> subprocess.Popen:
+    paths = [Path(batchnorm_cuda.__file__).parent.parent, Path(__file__).parent]
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(toy)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_four_processes_build_once_and_all_load(toy: Path) -> None:
+    workers = [start_worker(toy) for _ in range(4)]
+    printed = [worker.communicate(timeout=300) for worker in workers]
+    assert [out.strip() for out, _ in printed] == ["42"] * 4
+    assert "".join(err for _, err in printed).count("batchnorm_cuda: compiling a toy in") == 1
+
+
+def test_killed_build_blocks_nobody_and_leaves_nothing_running(toy: Path, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    hang = f'#!/bin/sh\ncase "$*" in *" -c "*) echo $$ > {pid_file}; exec sleep 600 ;; esac\n'
+    hanging = write_program(tmp_path / "bin" / "c++", hang + 'exec c++ "$@"\n')
+    victim = start_worker(toy, CXX=str(hanging))
+    _wait_for(lambda: pid_file.exists() and pid_file.read_text().strip())
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.communicate()
+    left = [path.name for path in (tmp_path / "cache").glob("*.tmp-*")]
+    assert left, "the killed build should have left its folder behind"
+    start = time.monotonic()
+    assert _build.build(toy_recipe(toy)).exists()
+    assert time.monotonic() - start < 60
+    assert not list((tmp_path / "cache").glob("*.tmp-*"))
+    compiler = int(pid_file.read_text())
+    _wait_for(lambda: not Path(f"/proc/{compiler}").exists())
+
+
+def _wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+def test_failure_quotes_the_compiler_and_keeps_the_other_objects(toy: Path, compiled) -> None:
+    (toy / "toy_value.cpp").write_text("int toy_value() { return forty_two; }\n")
+    with pytest.raises(_compile.BuildError, match=r"error: .*forty_two") as error:
+        _build.build(toy_recipe(toy))
+    log = Path(str(error.value).split("full log: ")[1].split(")")[0])
+    assert "forty_two" in log.read_text()
+    (toy / "toy_value.cpp").write_text(VALUE)
+    before = compiled()
+    _build.build(toy_recipe(toy))
+    assert compiled().count("toy_value.cpp") == before.count("toy_value.cpp") + 1
+    assert compiled().count("toy.cpp") <= 2  # again only if the failure stopped it
+
+
+def test_only_what_an_edit_reaches_is_compiled_again(toy: Path, compiled) -> None:
+    first = _build.build(toy_recipe(toy))
+    assert compiled() == ["toy.cpp", "toy_value.cpp"]
+    (toy / "toy_value.cpp").write_text(VALUE.replace("42", "43"))
+    second = _build.build(toy_recipe(toy))
+    assert compiled() == ["toy.cpp", "toy_value.cpp", "toy_value.cpp"]
+    assert second != first and first.exists()
+    (toy / "toy_value.h").write_text(HEADER + "// touched\n")
+    _build.build(toy_recipe(toy))
+    assert compiled() == ["toy.cpp"] * 2 + ["toy_value.cpp"] * 3
+    assert _build.build(toy_recipe(toy)) and len(compiled()) == 5
+
+
+def test_unwritable_cache_names_the_variable(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("BATCHNORM_CUDA_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(_compile.BuildError, match="set BATCHNORM_CUDA_CACHE_DIR"):
+        _build.build(toy_recipe(toy))
+
+
+def test_cache_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BATCHNORM_CUDA_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert _build.cache_dir() == Path("/somewhere/batchnorm_cuda")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/user")
+    assert _build.cache_dir() == Path("/home/user/.cache/batchnorm_cuda")
+    monkeypatch.setenv("BATCHNORM_CUDA_CACHE_DIR", "~/mine")
+    assert _build.cache_dir() == Path("/home/user/mine")
+
+
+@pytest.fixture
+def fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A described machine: CUDA 13.0 and no GPU. Returns a copy of the sources to edit."""
+    monkeypatch.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "cuda-13.0")))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, source in (("csrc", _sources.csrc_dir()), ("simt", _sources.simt_dir())):
+        subprocess.run(["cp", "-r", str(source), str(tmp_path / name)], check=True)
+    monkeypatch.setattr(_sources, "csrc_dir", lambda: tmp_path / "csrc")
+    monkeypatch.setattr(_sources, "simt_dir", lambda: tmp_path / "simt")
+    return tmp_path
+
+
+def _append(path: Path) -> None:
+    path.write_text(path.read_text() + "\n// edited\n")
+
+
+COMMON_CHANGES = {
+    "version": lambda m, _: m.setattr(_recipes, "__version__", "0.0.0"),
+    "torch": lambda m, _: m.setattr(torch, "__version__", "2.0.0+cu130"),
+    "torch's CUDA": lambda m, _: m.setattr(torch.version, "cuda", "13.1"),
+    "python ABI": lambda m, _: m.setattr(_recipes.sysconfig, "get_config_var", lambda _: "cp399"),
+    "compiler": lambda m, _: m.setattr(_toolkit, "compiler_version", lambda: "c++ 99"),
+    "flags": lambda m, _: m.setattr(_sources, "CXX_FLAGS", ("-O1",)),
+    "kernel": lambda m, root: _append(root / "csrc" / "normalize.cu"),
+    "header": lambda m, root: _append(root / "csrc" / "platform.cuh"),
+    "new file": lambda m, root: (root / "csrc" / "extra.cuh").touch(),
+}
+CUDA_CHANGES = COMMON_CHANGES | {
+    "nvcc": lambda m, root: m.setenv("CUDA_HOME", str(make_toolkit(root / "cuda-13.9", "13.9"))),
+    "architectures": lambda m, _: m.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0"),
+}
+EMULATED_CHANGES = COMMON_CHANGES | {
+    "cpu": lambda m, _: m.setattr(_recipes, "_cpu_hash", lambda: "another"),
+    "host model": lambda m, root: _append(root / "simt" / "include" / "cuda_runtime.h"),
+}
+
+
+@pytest.mark.parametrize("name", CUDA_CHANGES)
+def test_cuda_key_changes_with(name: str, fixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _recipes.cuda_recipe().folder
+    assert _recipes.cuda_recipe().folder == before
+    CUDA_CHANGES[name](monkeypatch, fixed)
+    assert _recipes.cuda_recipe().folder != before
+
+
+@pytest.mark.parametrize("name", EMULATED_CHANGES)
+def test_emulated_key_changes_with(name: str, fixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _recipes.emulated_recipe().folder
+    assert _recipes.emulated_recipe().folder == before
+    EMULATED_CHANGES[name](monkeypatch, fixed)
+    assert _recipes.emulated_recipe().folder != before
+
+
+def test_lists_of_sources_are_complete() -> None:
+    """No file is forgotten, and no two give one object (ninja would not say so)."""
+    written = {p for p in _sources.csrc_dir().iterdir() if p.suffix in (".cpp", ".cu")}
+    assert set(_sources.cuda_sources()) == written
+    emulated = _recipes.emulated_recipe().all_sources
+    assert len({path.stem for path in emulated}) == len(emulated)
+    assert all(path.is_file() for path in emulated)

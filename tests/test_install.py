@@ -1,0 +1,190 @@
+"""Installing: what the wheel carries, and builds ahead of time and by a user's own call.
+
+The tests marked `nvcc` compile for real and take minutes; `make cuda` runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from fake_toolkit import make_toolkit
+
+from batchnorm_cuda import _sources, _toolkit
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists(), reason="needs the source tree that the tests came from"
+)
+
+TREE = ("batchnorm_cuda", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what an installation reads, so that nothing is built in the checkout itself."""
+    copy = tmp_path / "tree"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "_aot.json")
+    for name in TREE:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, copy / name)
+    shutil.copytree(ROOT / "tests" / "simt", copy / "tests" / "simt", ignore=ignored)
+    return copy
+
+
+def fake_torch(folder: Path, text: str) -> dict[str, str]:
+    """Environment in which `import torch` runs `text` instead."""
+    folder.mkdir()
+    (folder / "torch.py").write_text(text)
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def pip(*arguments: str | Path, environment: dict[str, str], cwd: Path) -> str:
+    """Run pip without any network; its output, whether it succeeded or not."""
+    command = [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--no-index"]
+    command += ["--no-build-isolation", "--disable-pip-version-check", "-v"]
+    done = subprocess.run(command, env=environment, cwd=cwd, text=True, capture_output=True)
+    return done.stdout + done.stderr
+
+
+def test_plain_wheel_needs_no_torch_and_ships_every_source(tree: Path, tmp_path: Path) -> None:
+    environment = fake_torch(tmp_path / "no-torch", "raise ImportError('torch is not here')")
+    environment.pop("BATCHNORM_CUDA_AOT", None)
+    output = pip("wheel", ".", "-w", tmp_path / "dist", environment=environment, cwd=tree)
+    wheels = list((tmp_path / "dist").glob("*.whl"))
+    assert len(wheels) == 1, output
+    assert wheels[0].name.endswith("-py3-none-any.whl")  # nothing compiled
+    names = set(zipfile.ZipFile(wheels[0]).namelist())
+
+    suffixes = (".cpp", ".cu", ".cuh", ".h")
+    csrc = {f"batchnorm_cuda/csrc/{path.name}" for path in _sources.csrc_dir().iterdir()}
+    emulated = {p for p in _sources.emulated_cpp_sources() if _sources.simt_dir() in p.parents}
+    simt = {p for p in (_sources.simt_dir() / "include").rglob("*") if p.suffix in suffixes}
+    simt |= emulated | set(_sources.simt_dir().glob("*.h"))
+    expected = {name for name in csrc if name.endswith(suffixes)}
+    expected |= {f"batchnorm_cuda/simt/{p.relative_to(_sources.simt_dir())}" for p in simt}
+    expected |= {f"batchnorm_cuda/{path.name}" for path in (ROOT / "batchnorm_cuda").glob("*.py")}
+    assert expected <= names, sorted(expected - names)
+    assert not [name for name in names if name.startswith(("tests/", "csrc/"))]
+
+
+def test_installed_package_finds_its_own_sources(tree: Path, tmp_path: Path) -> None:
+    """From another folder and without the checkout: the copies inside the package are taken."""
+    target = tmp_path / "site"
+    output = pip("install", ".", "--target", target, environment={**os.environ}, cwd=tree)
+    script = (
+        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+        "from batchnorm_cuda import _sources, _recipes\n"
+        "recipe = _recipes.emulated_recipe()\n"
+        "paths = [*recipe.all_sources, *recipe.include_dirs]\n"
+        "print(all(path.exists() for path in paths), _sources.csrc_dir(), _sources.simt_dir())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True
+    )
+    package = target / "batchnorm_cuda"
+    expected = f"True {package / 'csrc'} {package / 'simt'}"
+    assert done.stdout.strip() == expected, done.stderr + output
+
+
+@pytest.mark.parametrize(
+    ("module", "home", "said"),
+    [
+        ("raise ImportError('torch is not here')", "13.0", "torch, which cannot be imported"),
+        ("cuda = None", "13.0", "needs a CUDA build of torch"),
+        ("cuda = '12.8'", "13.0", "PyTorch was built with CUDA 12.8, but the CUDA toolkit at"),
+        ("cuda = '13.0'", None, "has no bin/nvcc): `pip install 'batchnorm_cuda[nvcc]'`"),
+    ],
+    ids=["no torch", "no CUDA in torch", "other major version", "no toolkit"],
+)
+def test_ahead_of_time_build_fails_by_name(
+    tree: Path, tmp_path: Path, module: str, home: str | None, said: str
+) -> None:
+    fake = f"class version:\n    {module}\n__version__ = '2.14.1'\n"
+    environment = fake_torch(tmp_path / "torch", fake if "cuda" in module else module)
+    toolkit = make_toolkit(tmp_path / "toolkit", home) if home else tmp_path / "nowhere"
+    environment |= {"BATCHNORM_CUDA_AOT": "1", "CUDA_HOME": str(toolkit)}
+    output = pip("wheel", ".", "-w", tmp_path / "dist", environment=environment, cwd=tree)
+    assert said in output
+    assert not list(tmp_path.glob("dist/*.whl"))
+
+
+@pytest.fixture(scope="module")
+def toolkit() -> _toolkit.Toolkit:
+    if torch.version.cuda is None:
+        pytest.skip(f"torch {torch.__version__} is a build without CUDA")
+    try:
+        return _toolkit.resolve_toolkit(torch.version.cuda)
+    except _toolkit.ToolkitError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.nvcc
+def test_users_own_load_of_the_sources(toolkit: _toolkit.Toolkit, tmp_path: Path) -> None:
+    """Compile, link and import by torch's own function, with no flag or path of ours."""
+    script = (
+        "import sys\n"
+        "from torch.utils.cpp_extension import load\n"
+        "module = load(name='mine', sources=sys.argv[1:], build_directory='.')\n"
+        "print(module.__name__, callable(module.forward), callable(module.make_plan))\n"
+    )
+    environment = {**os.environ, "CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": "8.0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, _sources.cuda_sources())],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
+    assert done.stdout.strip().endswith("mine True True"), done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.nvcc
+def test_ahead_of_time_install(toolkit: _toolkit.Toolkit, tree: Path, tmp_path: Path) -> None:
+    """Compiled, linked and imported without a GPU; holds code for 8.0 and 9.0, and PTX for 9.0."""
+    target = tmp_path / "site"
+    environment = {**os.environ, "BATCHNORM_CUDA_AOT": "1", "TORCH_CUDA_ARCH_LIST": "8.0;9.0"}
+    for variable in ("CUDA_HOME", "CUDA_PATH"):  # the build is to find the toolkit by itself
+        environment.pop(variable, None)
+    output = pip("install", ".", "--target", target, environment=environment, cwd=tree)
+    modules = list((target / "batchnorm_cuda").glob("_C*.so"))
+    assert len(modules) == 1, output[-5000:]
+
+    script = (
+        f"import json, sys; sys.path.insert(0, {str(target)!r})\n"
+        "from batchnorm_cuda import _extension\n"
+        "_extension._recipes.uncovered_gpu = lambda archs: None  # this machine's GPU, if any\n"
+        "_extension.load_cuda()\n"
+        "print(json.dumps(_extension.build_info()['loaded']['cuda']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    info = json.loads(done.stdout)
+    assert info["origin"] == "ahead of time" and info["path"] == str(modules[0])
+    assert info["archs"] == ["8.0", "9.0+PTX"] and info["torch"] == torch.__version__
+
+    kernels = len(_sources.KERNEL_SOURCES)
+    elf = cuobjdump("--list-elf", modules[0])
+    assert elf.count(".sm_80.cubin") == elf.count(".sm_90.cubin") == kernels
+    assert cuobjdump("--list-ptx", modules[0]).count(".sm_90.ptx") == kernels
+
+
+def cuobjdump(option: str, path: Path) -> str:
+    """From the package nvidia-cuda-cuobjdump (the `dev` extra), or from PATH."""
+    packaged = (p for entry in sys.path for p in Path(entry).glob("nvidia/cu*/bin/cuobjdump"))
+    program = next((str(path) for path in packaged), None) or shutil.which("cuobjdump")
+    assert program, "cuobjdump is missing: pip install nvidia-cuda-cuobjdump"
+    return subprocess.run(
+        [program, option, str(path)], check=True, text=True, capture_output=True
+    ).stdout
