@@ -45,7 +45,7 @@ LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) 
   params.grad_bias = param_pointer(b.grad_bias);
   params.slots = workspace.data<acc_t>();
   params.sync = workspace.words();
-  return launch_team_backward(plan.pattern, params, stream);
+  return launch_team_backward(params, stream);
 }
 
 // The two sums of every channel, undefined where only grad_weight and grad_bias are wanted.

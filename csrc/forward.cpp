@@ -61,7 +61,7 @@ LaunchStatus run_team(const Forward& f, const Plan& plan, cudaStream_t stream) {
   params.statistics = statistics_output<acc_t>(f);
   params.slots = workspace.data<acc_t>();
   params.sync = workspace.words();
-  return launch_team_forward(plan.pattern, params, stream);
+  return launch_team_forward(params, stream);
 }
 
 template <typename scalar_t>

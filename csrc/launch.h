@@ -48,12 +48,10 @@ LaunchStatus launch_backward_elementwise(Pattern pattern,
 constexpr LaunchStatus kNotResident = -1;
 
 template <typename scalar_t>
-LaunchStatus launch_team_forward(Pattern pattern, const TeamForwardParams<scalar_t>& params,
-                                 cudaStream_t stream);
+LaunchStatus launch_team_forward(const TeamForwardParams<scalar_t>& params, cudaStream_t stream);
 
 template <typename scalar_t>
-LaunchStatus launch_team_backward(Pattern pattern, const TeamBackwardParams<scalar_t>& params,
-                                  cudaStream_t stream);
+LaunchStatus launch_team_backward(const TeamBackwardParams<scalar_t>& params, cudaStream_t stream);
 
 // The text of a LaunchStatus.
 const char* describe_status(LaunchStatus status);

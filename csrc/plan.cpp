@@ -185,7 +185,7 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptio
     plan.reason = "two passes are forced";
     return plan;
   }
-  plan.team = plan_team(problem, plan.pattern, device, options, &plan.reason);
+  plan.team = plan_team(problem, device, options, &plan.reason);
   if (plan.team.size > 0) {
     plan.strategy = Strategy::kTeam;
     plan.launches = 1;

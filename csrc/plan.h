@@ -28,7 +28,9 @@ constexpr int kUnroll = 4;
 constexpr int kTeamThreads = 256;
 enum class Dtype : int { kHalf, kBFloat16, kFloat, kDouble };
 enum class Op : int { kForwardTraining, kForwardEval, kBackwardTraining, kBackwardEval };
-enum class Pattern : int { kAlongS, kAlongC };
+// Along a row (team kernels only): like along C, but several columns of a row belong to one
+// channel, either S neighbours (S > 1, rows of C*S) or every C-th (rows of several times C).
+enum class Pattern : int { kAlongS, kAlongC, kAlongRow };
 // kTwoPass: stage kernels, activations read once to reduce and once more to transform.
 // kTeam: a team of blocks keeps a channel group on chip between the two, in one launch.
 enum class Strategy : int { kAuto, kTwoPass, kTeam };
@@ -55,9 +57,13 @@ constexpr int kTeamWindowsSmall = 4;
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows_large(Pattern pattern, bool exact) {
   return pattern == Pattern::kAlongS && exact ? 16 : 12;
 }
+// Along C and along rows a thread has accumulators for every lane: a small variant saves nothing.
+BATCHNORM_CUDA_HOST_DEVICE constexpr bool team_has_small(Pattern pattern) {
+  return pattern == Pattern::kAlongS;
+}
 
 // Blocks of a team kernel that an SM must be able to hold, which bounds its registers: 80 a thread
-// for three blocks, 128 for two. Along C a thread has accumulators for each lane.
+// for three blocks, 128 for two.
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_blocks_per_sm(Pattern pattern, int windows) {
   return pattern == Pattern::kAlongS && windows == kTeamWindowsSmall ? 3 : 2;
 }
@@ -122,6 +128,9 @@ struct Traversal {
   int64_t rows = 1;         // along S: N runs per channel;  along C: row groups
   int64_t row_repeat = 1;   // along C: rows of C elements in a row group; along S: 1
   int64_t channel_blocks = 1;
+  // Along a row: the channels of a channel block, and the columns of channel k among the block's:
+  // k * segment_step + i * segment_stride for i < segment_size.
+  int64_t segments = 0, segment_size = 1, segment_step = 1, segment_stride = 1;
   int64_t splits = 1;
   int64_t per_split = 1;  // along S: windows of the channel; along C: row groups
   int64_t tasks = 0, grid = 0;
@@ -139,6 +148,7 @@ struct MergeGeometry {
 // A team kernel: `size` blocks share each channel block of the traversal, one split each, and
 // `teams` teams take the channel blocks in turn.
 struct Team {
+  Pattern pattern = Pattern::kAlongS;
   Traversal traversal;
   Scope scope = Scope::kBlock;
   int size = 1;
@@ -172,8 +182,8 @@ struct Plan {
 };
 
 // The best team for the problem, or one with size 0 where there is none; `reason` says why.
-Team plan_team(const Problem& problem, Pattern pattern, const DeviceInfo& device,
-               const PlanOptions& options, std::string* reason);
+Team plan_team(const Problem& problem, const DeviceInfo& device, const PlanOptions& options,
+               std::string* reason);
 
 // Throws std::invalid_argument for sizes that are negative or overflow 63 bits.
 Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptions& options = {});

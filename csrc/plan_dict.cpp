@@ -64,7 +64,9 @@ py::dict to_dict(const Traversal& t) {
   return py::dict("exact"_a = t.exact, "index_bits"_a = t.index_bits, "shift"_a = t.shift,
                   "threads_x"_a = t.threads_x, "threads_y"_a = t.threads_y,
                   "row_windows"_a = t.row_windows, "rows"_a = t.rows, "row_repeat"_a = t.row_repeat,
-                  "channel_blocks"_a = t.channel_blocks, "splits"_a = t.splits,
+                  "channel_blocks"_a = t.channel_blocks, "segments"_a = t.segments,
+                  "segment_size"_a = t.segment_size, "segment_step"_a = t.segment_step,
+                  "segment_stride"_a = t.segment_stride, "splits"_a = t.splits,
                   "per_split"_a = t.per_split, "tasks"_a = t.tasks, "grid"_a = t.grid,
                   "shared_bytes"_a = t.shared_bytes);
 }
@@ -73,11 +75,17 @@ const char* scope_name(Scope scope) {
   return scope == Scope::kBlock ? "block" : scope == Scope::kCluster ? "cluster" : "grid";
 }
 
+const char* pattern_name(Pattern pattern) {
+  return pattern == Pattern::kAlongS   ? "along_s"
+         : pattern == Pattern::kAlongC ? "along_c"
+                                       : "along_row";
+}
+
 py::dict to_dict(const Team& team) {
   using py::literals::operator""_a;
-  return py::dict("traversal"_a = to_dict(team.traversal), "scope"_a = scope_name(team.scope),
-                  "size"_a = team.size, "teams"_a = team.teams, "rounds"_a = team.rounds,
-                  "grid"_a = team.grid, "tensors"_a = team.tensors,
+  return py::dict("pattern"_a = pattern_name(team.pattern), "traversal"_a = to_dict(team.traversal),
+                  "scope"_a = scope_name(team.scope), "size"_a = team.size, "teams"_a = team.teams,
+                  "rounds"_a = team.rounds, "grid"_a = team.grid, "tensors"_a = team.tensors,
                   "register_windows"_a = team.register_windows,
                   "shared_windows"_a = team.shared_windows, "blocks_per_sm"_a = team.blocks_per_sm,
                   "shared_bytes"_a = team.shared_bytes, "exchange_bytes"_a = team.exchange_bytes,
@@ -104,8 +112,7 @@ py::dict to_dict(const Plan& plan) {
   using py::literals::operator""_a;
   py::dict result(
       "strategy"_a = plan.strategy == Strategy::kTeam ? "team" : "two_pass",
-      "reason"_a = plan.reason,
-      "pattern"_a = plan.pattern == Pattern::kAlongS ? "along_s" : "along_c", "vec"_a = plan.vec,
+      "reason"_a = plan.reason, "pattern"_a = pattern_name(plan.pattern), "vec"_a = plan.vec,
       "launches"_a = plan.launches, "workspace_bytes"_a = plan.workspace_bytes,
       "compulsory_bytes"_a = plan.compulsory_bytes, "predicted_bytes"_a = plan.predicted_bytes);
   if (plan.strategy == Strategy::kTeam) {

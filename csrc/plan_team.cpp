@@ -5,6 +5,7 @@
 // access takes at full bandwidth. Only ratios matter, and only between choices for one problem.
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "plan.h"
 
@@ -21,6 +22,10 @@ constexpr int64_t kReservedSharedBytes = 1024;  // per block, by the system
 constexpr int kMaxBlocksPerSm = 32;
 // Width of a slab of channels along C: 128 bytes, four sectors, where C has that much.
 constexpr int kSlabWindows = 8;
+// Runs of up to this many bytes go along a row unless they are whole windows of whole sectors:
+// beyond it the two shared sectors at a run's ends are under a tenth of it.
+constexpr int64_t kShortRun = 640;
+constexpr int64_t kSectorBytes = 32;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -43,6 +48,63 @@ bool all_aligned(const Problem& p) {
   return p.output_shift == 0 && p.input_shift <= 0 && p.grad_output_shift <= 0;
 }
 
+// Columns that lie in one channel block along a row: whole channels, whole windows, at least a
+// slab.
+int64_t row_block_windows(const Problem& p, int vec) {
+  const int64_t unit = std::lcm(p.s > 1 ? p.s : p.c, static_cast<int64_t>(vec)) / vec;
+  return p.s > 1 ? unit * ceil_div(kSlabWindows, unit) : unit;
+}
+
+// The access pattern of a team: along S or C where whole windows are, along a row where runs are
+// short or odd, or C is.
+Pattern choose_pattern(const Problem& p, int vec) {
+  const bool aligned = all_aligned(p);
+  if (p.s == 1 && aligned && p.c % vec == 0) return Pattern::kAlongC;
+  const int64_t bytes = p.s * dtype_bytes(p.dtype);
+  const bool odd_run = p.s > 1 && (p.s % vec != 0 || bytes < kSectorBytes) && bytes <= kShortRun;
+  const int64_t row = p.s > 1 ? p.c * p.s : std::lcm(p.c, static_cast<int64_t>(vec));
+  const bool whole = aligned && row % vec == 0 && (p.n * p.c * p.s) % row == 0;
+  if ((p.s == 1 || odd_run) && whole && row_block_windows(p, vec) <= kTeamThreads) {
+    return Pattern::kAlongRow;
+  }
+  return p.s == 1 ? Pattern::kAlongC : Pattern::kAlongS;
+}
+
+void lay_out_along_s(const Request& r, Traversal& t) {
+  t.row_windows = r.exact ? t.s / r.vec : ceil_div(t.s + r.vec - 1, r.vec);
+  t.rows = t.n;
+  const int64_t windows = t.rows * t.row_windows;
+  const int64_t held = kTeamWindowsSmall / r.tensors;
+  const int64_t threads = std::max(std::min<int64_t>(windows, kWarpSize), ceil_div(windows, held));
+  t.threads_x = static_cast<int>(std::min<int64_t>(kTeamThreads, power_of_two_at_least(threads)));
+  t.threads_y = kTeamThreads / t.threads_x;
+  t.channel_blocks = ceil_div(t.c, t.threads_y);
+}
+
+void lay_out_along_c(const Request& r, Traversal& t) {
+  t.row_windows = t.c / r.vec;
+  t.rows = t.n;
+  t.threads_x =
+      static_cast<int>(std::min<int64_t>(kSlabWindows, power_of_two_at_least(t.row_windows)));
+  t.threads_y = kTeamThreads / t.threads_x;
+  t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
+}
+
+void lay_out_along_row(const Request& r, Traversal& t) {
+  const bool runs = t.s > 1;
+  const int64_t row = runs ? t.c * t.s : std::lcm(t.c, static_cast<int64_t>(r.vec));
+  t.row_windows = row / r.vec;
+  t.rows = t.numel / row;
+  t.row_repeat = runs ? 1 : row / t.c;
+  t.threads_x = static_cast<int>(row_block_windows(r.problem, r.vec));
+  t.threads_y = kTeamThreads / t.threads_x;
+  t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
+  t.segment_size = runs ? t.s : t.row_repeat;
+  t.segment_step = runs ? t.s : 1;
+  t.segment_stride = runs ? 1 : t.c;
+  t.segments = runs ? t.threads_x * r.vec / t.s : t.c;
+}
+
 // Threads and windows of the traversal, before it is split over a team.
 Traversal base_traversal(const Request& r) {
   const Problem& p = r.problem;
@@ -54,24 +116,9 @@ Traversal base_traversal(const Request& r) {
   t.shift = p.output_shift;
   t.exact = r.exact;
   t.index_bits = r.exact ? 32 : 64;
-  if (r.pattern == Pattern::kAlongS) {
-    t.row_windows = r.exact ? p.s / r.vec : ceil_div(p.s + r.vec - 1, r.vec);
-    t.rows = p.n;
-    const int64_t windows = t.rows * t.row_windows;
-    const int64_t held = kTeamWindowsSmall / r.tensors;
-    const int64_t threads =
-        std::max(std::min<int64_t>(windows, kWarpSize), ceil_div(windows, held));
-    t.threads_x = static_cast<int>(std::min<int64_t>(kTeamThreads, power_of_two_at_least(threads)));
-    t.threads_y = kTeamThreads / t.threads_x;
-    t.channel_blocks = ceil_div(p.c, t.threads_y);
-  } else {
-    t.row_windows = p.c / r.vec;
-    t.rows = p.n;
-    t.threads_x =
-        static_cast<int>(std::min<int64_t>(kSlabWindows, power_of_two_at_least(t.row_windows)));
-    t.threads_y = kTeamThreads / t.threads_x;
-    t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
-  }
+  if (r.pattern == Pattern::kAlongS) lay_out_along_s(r, t);
+  if (r.pattern == Pattern::kAlongC) lay_out_along_c(r, t);
+  if (r.pattern == Pattern::kAlongRow) lay_out_along_row(r, t);
   return t;
 }
 
@@ -86,10 +133,14 @@ void lay_out_shared(const Request& r, Team& team) {
   const int acc = acc_bytes(r.problem.dtype);
   const bool along_s = r.pattern == Pattern::kAlongS;
   const int lanes = along_s ? 1 : r.vec;
-  team.slot_values = int64_t{along_s ? t.threads_y : t.threads_x} * lanes * r.fields;
-  const int64_t scratch = along_s
-                              ? int64_t{kTeamThreads / kWarpSize} * r.fields
-                              : column_scratch_values(t.threads_x, t.threads_y, lanes, r.fields);
+  const int64_t columns = int64_t{t.threads_x} * lanes;
+  int64_t scratch = along_s ? int64_t{kTeamThreads / kWarpSize} * r.fields
+                            : column_scratch_values(t.threads_x, t.threads_y, lanes, r.fields);
+  team.slot_values = (along_s ? int64_t{t.threads_y} : columns) * r.fields;
+  if (r.pattern == Pattern::kAlongRow) {
+    scratch = std::max(scratch, (columns + t.segments) * r.fields);
+    team.slot_values = t.segments * r.fields;
+  }
   team.scratch_bytes = ceil_div(scratch * acc, kWindowBytes) * kWindowBytes;
   const int64_t slots = team.scope == Scope::kCluster ? 2 * team.slot_values * acc : 0;
   team.data_offset = team.scratch_bytes + ceil_div(slots, kWindowBytes) * kWindowBytes;
@@ -99,7 +150,7 @@ void lay_out_shared(const Request& r, Team& team) {
 // as far as it leaves team.blocks_per_sm blocks resident.
 void place_windows(const Request& r, Team& team, int64_t per_thread) {
   const int large = team_windows_large(r.pattern, r.exact);
-  const bool small = per_thread * r.tensors <= kTeamWindowsSmall;
+  const bool small = team_has_small(r.pattern) && per_thread * r.tensors <= kTeamWindowsSmall;
   const int windows = small ? kTeamWindowsSmall : large;
   team.tensors = r.tensors;
   team.register_windows = windows / r.tensors;
@@ -137,6 +188,7 @@ Scope scope_of(const Request& r, int64_t size) {
 // Completes a team of `size` blocks; false where there is none.
 bool build(const Request& r, const Traversal& base, int64_t size, Team& team) {
   team = Team{};
+  team.pattern = r.pattern;
   Traversal& t = team.traversal;
   t = base;
   const int64_t work = work_of(t, r.pattern);
@@ -218,17 +270,18 @@ std::string unsuitable(const Request& r, const Traversal& base) {
 
 }  // namespace
 
-Team plan_team(const Problem& problem, Pattern pattern, const DeviceInfo& device,
-               const PlanOptions& options, std::string* reason) {
+Team plan_team(const Problem& problem, const DeviceInfo& device, const PlanOptions& options,
+               std::string* reason) {
   const bool forward = problem.op == Op::kForwardTraining || problem.op == Op::kForwardEval;
   const int vec = kWindowBytes / dtype_bytes(problem.dtype);
-  const bool exact =
-      all_aligned(problem) && (pattern == Pattern::kAlongS ? problem.s : problem.c) % vec == 0;
+  const Pattern pattern = choose_pattern(problem, vec);
+  const int64_t run = pattern == Pattern::kAlongS ? problem.s : problem.c;
+  const bool exact = pattern == Pattern::kAlongRow || (all_aligned(problem) && run % vec == 0);
   const Request r{problem, pattern, device, options, exact, vec, forward ? 1 : 2, forward ? 4 : 2};
   Team best;
   best.size = 0;
   if (pattern == Pattern::kAlongC && !exact) {
-    *reason = "channels last with C no multiple of the vector, or a misaligned tensor";
+    *reason = "channels last with misaligned tensors, or rows that make no whole windows";
     return best;
   }
   const Traversal base = base_traversal(r);

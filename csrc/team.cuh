@@ -45,20 +45,12 @@ class TeamExchange {
 
   // Merges the accumulators of all threads of the team that serve the same channels; every thread
   // gets the result. Every thread of every block of the team must call.
-  __device__ __forceinline__ void all_reduce(Acc (&acc)[Cursor::kChannels]) {
-    reduce_members<Cursor>(acc, scratch_);
-    if (team_.scope != Scope::kBlock) {
-      if (Cursor::member() == 0) publish(acc);
-      wait_for_team();
-#pragma unroll
-      for (int c = 0; c < Cursor::kChannels; ++c) acc[c] = Acc();
-      for (int rank = Cursor::member(); rank < team_.size; rank += Cursor::members()) {
-        merge_slot(acc, rank);
-      }
-      reduce_members<Cursor>(acc, scratch_);
-      ++round_;
+  __device__ __forceinline__ void all_reduce(const Cursor& cursor, Acc (&acc)[Cursor::kChannels]) {
+    if constexpr (Cursor::kPattern == Pattern::kAlongRow) {
+      all_reduce_segments(cursor, acc);
+    } else {
+      all_reduce_columns(acc);
     }
-    if constexpr (Cursor::kChannels > 1) column_broadcast(acc, scratch_);
   }
 
   // To be called once by every thread when the block has no more rounds.
@@ -77,6 +69,95 @@ class TeamExchange {
   }
 
  private:
+  // A thread's lanes are whole channels, or one: the same threads of each block hold a channel.
+  __device__ __forceinline__ void all_reduce_columns(Acc (&acc)[Cursor::kChannels]) {
+    reduce_members<Cursor>(acc, scratch_);
+    if (team_.scope != Scope::kBlock) {
+      if (Cursor::member() == 0) publish(acc);
+      wait_for_team();
+#pragma unroll
+      for (int c = 0; c < Cursor::kChannels; ++c) acc[c] = Acc();
+      for (int rank = Cursor::member(); rank < team_.size; rank += Cursor::members()) {
+        merge_slot(acc, rank);
+      }
+      reduce_members<Cursor>(acc, scratch_);
+      ++round_;
+    }
+    if constexpr (Cursor::kChannels > 1) column_broadcast(acc, scratch_);
+  }
+
+  // Several columns are one channel. Threads merge over rows as along C; then a warp takes a
+  // channel at a time and merges its columns, and in the same way the ranks' results for it.
+  __device__ __forceinline__ void all_reduce_segments(const Cursor& cursor,
+                                                      Acc (&acc)[Cursor::kChannels]) {
+    const Traversal& t = team_.traversal;
+    const int segments = static_cast<int>(t.segments);
+    const int columns = blockDim.x * Cursor::kChannels;
+    const int threads = blockDim.x * blockDim.y;
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    acc_t* const channels = scratch_ + Acc::kFields * columns;  // after the columns, field by field
+    column_reduce(acc, scratch_);
+    if (threadIdx.y == 0) {
+#pragma unroll
+      for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
+        const int c = i / Acc::kFields, f = i % Acc::kFields;
+        store_shared(scratch_ + f * columns + threadIdx.x * Cursor::kChannels + c, acc[c].field(f));
+      }
+    }
+    __syncthreads();
+    reduce_segments(channels, static_cast<int>(t.segment_size), [&](int k, int i, int f) {
+      const int column = static_cast<int>(k * t.segment_step + i * t.segment_stride);
+      return load_shared(scratch_ + f * columns + column);
+    });
+    if (team_.scope != Scope::kBlock) {
+      for (int i = thread; i < segments * Acc::kFields; i += threads) {
+        store_slot(i, load_shared(channels + i));
+      }
+      wait_for_team();
+      reduce_segments(channels, team_.size,
+                      [&](int k, int rank, int f) { return load_slot(rank, f * segments + k); });
+      ++round_;
+    }
+#pragma unroll
+    for (int c = 0; c < Cursor::kChannels; ++c) {
+      const int k = cursor.segment(c);
+#pragma unroll
+      for (int f = 0; f < Acc::kFields; ++f) {
+        acc[c].field(f) = load_shared(channels + f * segments + k);
+      }
+    }
+    __syncthreads();
+  }
+
+  // channels[f][k] = merge over i < size of value(k, i, f), one warp a channel; whole warps only,
+  // so that every lane takes part in the shuffles. A barrier ends the call.
+  template <typename Value>
+  __device__ __forceinline__ void reduce_segments(acc_t* channels, int size, Value&& value) {
+    const int segments = static_cast<int>(team_.traversal.segments);
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    const int warps = blockDim.x * blockDim.y / kWarpSize;
+    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
+    for (int k = warp < warps ? warp : segments; k < segments; k += warps) {
+      Acc acc;
+      for (int i = lane; i < size; i += kWarpSize) {
+        Acc other;
+#pragma unroll
+        for (int f = 0; f < Acc::kFields; ++f) other.field(f) = value(k, i, f);
+        acc.merge(other);
+      }
+      for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+        acc.merge(shuffle_down(acc, offset, kWarpSize));
+      }
+      if (lane == 0) {
+#pragma unroll
+        for (int f = 0; f < Acc::kFields; ++f) {
+          store_shared(channels + f * segments + k, acc.field(f));
+        }
+      }
+    }
+    __syncthreads();
+  }
+
   // This thread's place in a slot: field f of its channel c.
   __device__ __forceinline__ int64_t index(int c, int f) const {
     const int column = Cursor::kChannels == 1 ? threadIdx.y : threadIdx.x;
@@ -92,17 +173,27 @@ class TeamExchange {
     return global_slots_ + (team() * team_.size + rank) * 2 * team_.slot_values + parity_offset();
   }
 
+  // Value i of this block's slot of the round.
+  __device__ __forceinline__ void store_slot(int64_t i, acc_t value) const {
+    if (team_.scope == Scope::kCluster) {
+      store_shared(shared_slots_ + parity_offset() + i, value);
+    } else {
+      store_global(global_slot(rank()) + i, value);
+    }
+  }
+
+  __device__ __forceinline__ acc_t load_slot(int rank, int64_t i) const {
+    if (team_.scope == Scope::kCluster) {
+      return load_shared(cluster_shared(shared_slots_ + parity_offset(), rank) + i);
+    }
+    return load_global(global_slot(rank) + i);
+  }
+
   __device__ __forceinline__ void publish(Acc (&acc)[Cursor::kChannels]) {
 #pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) {
-#pragma unroll
-      for (int f = 0; f < Acc::kFields; ++f) {
-        if (team_.scope == Scope::kCluster) {
-          store_shared(shared_slots_ + parity_offset() + index(c, f), acc[c].field(f));
-        } else {
-          store_global(global_slot(rank()) + index(c, f), acc[c].field(f));
-        }
-      }
+    for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
+      const int c = i / Acc::kFields, f = i % Acc::kFields;
+      store_slot(index(c, f), acc[c].field(f));
     }
   }
 
@@ -111,14 +202,7 @@ class TeamExchange {
     for (int c = 0; c < Cursor::kChannels; ++c) {
       Acc other;
 #pragma unroll
-      for (int f = 0; f < Acc::kFields; ++f) {
-        if (team_.scope == Scope::kCluster) {
-          acc_t* const slot = cluster_shared(shared_slots_ + parity_offset(), rank);
-          other.field(f) = load_shared(slot + index(c, f));
-        } else {
-          other.field(f) = load_global(global_slot(rank) + index(c, f));
-        }
-      }
+      for (int f = 0; f < Acc::kFields; ++f) other.field(f) = load_slot(rank, index(c, f));
       acc[c].merge(other);
     }
   }

@@ -81,17 +81,13 @@ struct TeamBackward {
 // ---------------------------------------------------------------------------- launchers
 
 template <typename scalar_t>
-LaunchStatus launch_team_backward(Pattern pattern, const TeamBackwardParams<scalar_t>& params,
-                                  cudaStream_t stream) {
-  return launch_team_pattern<TeamBackward>(pattern, params, stream);
+LaunchStatus launch_team_backward(const TeamBackwardParams<scalar_t>& params, cudaStream_t stream) {
+  return launch_team_pattern<TeamBackward>(params, stream);
 }
 
-template LaunchStatus launch_team_backward(Pattern, const TeamBackwardParams<__half>&,
-                                           cudaStream_t);
-template LaunchStatus launch_team_backward(Pattern, const TeamBackwardParams<__nv_bfloat16>&,
-                                           cudaStream_t);
-template LaunchStatus launch_team_backward(Pattern, const TeamBackwardParams<float>&, cudaStream_t);
-template LaunchStatus launch_team_backward(Pattern, const TeamBackwardParams<double>&,
-                                           cudaStream_t);
+template LaunchStatus launch_team_backward(const TeamBackwardParams<__half>&, cudaStream_t);
+template LaunchStatus launch_team_backward(const TeamBackwardParams<__nv_bfloat16>&, cudaStream_t);
+template LaunchStatus launch_team_backward(const TeamBackwardParams<float>&, cudaStream_t);
+template LaunchStatus launch_team_backward(const TeamBackwardParams<double>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

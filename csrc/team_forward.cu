@@ -63,15 +63,13 @@ struct TeamForward {
 // ---------------------------------------------------------------------------- launchers
 
 template <typename scalar_t>
-LaunchStatus launch_team_forward(Pattern pattern, const TeamForwardParams<scalar_t>& params,
-                                 cudaStream_t stream) {
-  return launch_team_pattern<TeamForward>(pattern, params, stream);
+LaunchStatus launch_team_forward(const TeamForwardParams<scalar_t>& params, cudaStream_t stream) {
+  return launch_team_pattern<TeamForward>(params, stream);
 }
 
-template LaunchStatus launch_team_forward(Pattern, const TeamForwardParams<__half>&, cudaStream_t);
-template LaunchStatus launch_team_forward(Pattern, const TeamForwardParams<__nv_bfloat16>&,
-                                          cudaStream_t);
-template LaunchStatus launch_team_forward(Pattern, const TeamForwardParams<float>&, cudaStream_t);
-template LaunchStatus launch_team_forward(Pattern, const TeamForwardParams<double>&, cudaStream_t);
+template LaunchStatus launch_team_forward(const TeamForwardParams<__half>&, cudaStream_t);
+template LaunchStatus launch_team_forward(const TeamForwardParams<__nv_bfloat16>&, cudaStream_t);
+template LaunchStatus launch_team_forward(const TeamForwardParams<float>&, cudaStream_t);
+template LaunchStatus launch_team_forward(const TeamForwardParams<double>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(Cursor::kPatt
     resident.fetch(cursor);
     resident.accumulate(operation, cursor, acc);
     operation.prefetch(p, cursor);
-    exchange.all_reduce(acc);
+    exchange.all_reduce(cursor, acc);
     operation.finish(p, cursor, acc);
     resident.write(operation, cursor, epilogue);
   }
@@ -207,26 +207,31 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(Cursor::kPatt
 template <typename Cursor, template <typename> class OperationOf, typename Params>
 LaunchStatus launch_team_variant(const Params& params, cudaStream_t stream) {
   using Epilogue = Identity<typename Params::acc_t>;
-  constexpr int kTensors = OperationOf<Cursor>::kTensors;
   constexpr int kLarge = team_windows_large(Cursor::kPattern, Cursor::kExact);
-  if (params.team.register_windows * kTensors == kTeamWindowsSmall) {
-    return launch_team(team_kernel<Cursor, OperationOf, kTeamWindowsSmall, Epilogue>, params.team,
-                       stream, params, Epilogue{});
+  if constexpr (team_has_small(Cursor::kPattern)) {
+    if (params.team.register_windows * OperationOf<Cursor>::kTensors == kTeamWindowsSmall) {
+      return launch_team(team_kernel<Cursor, OperationOf, kTeamWindowsSmall, Epilogue>, params.team,
+                         stream, params, Epilogue{});
+    }
   }
   return launch_team(team_kernel<Cursor, OperationOf, kLarge, Epilogue>, params.team, stream,
                      params, Epilogue{});
 }
 
 template <template <typename> class OperationOf, typename Params>
-LaunchStatus launch_team_pattern(Pattern pattern, const Params& params, cudaStream_t stream) {
+LaunchStatus launch_team_pattern(const Params& params, cudaStream_t stream) {
   using scalar_t = typename Params::scalar_t;
-  if (pattern == Pattern::kAlongC) {
-    return launch_team_variant<AlongC<scalar_t, int32_t, true>, OperationOf>(params, stream);
+  switch (params.team.pattern) {
+    case Pattern::kAlongC:
+      return launch_team_variant<AlongC<scalar_t, int32_t, true>, OperationOf>(params, stream);
+    case Pattern::kAlongRow:
+      return launch_team_variant<AlongRow<scalar_t, int32_t>, OperationOf>(params, stream);
+    default:
+      if (params.team.traversal.exact) {
+        return launch_team_variant<AlongS<scalar_t, int32_t, true>, OperationOf>(params, stream);
+      }
+      return launch_team_variant<AlongS<scalar_t, int64_t, false>, OperationOf>(params, stream);
   }
-  if (params.team.traversal.exact) {
-    return launch_team_variant<AlongS<scalar_t, int32_t, true>, OperationOf>(params, stream);
-  }
-  return launch_team_variant<AlongS<scalar_t, int64_t, false>, OperationOf>(params, stream);
 }
 
 }  // namespace batchnorm_cuda

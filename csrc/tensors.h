@@ -15,8 +15,8 @@ PlanOptions plan_options();
 void check_launch(LaunchStatus status, const char* kernel);
 
 // The tensor itself where its memory has no gaps or overlaps, else a copy in the suggested format.
-// Any such tensor is [N, C, S] in memory with S the channel stride: dimensions of smaller stride fill
-// S elements, the others repeat the C*S block.
+// Any such tensor is [N, C, S] in memory with S the channel stride: dimensions of smaller stride
+// fill S elements, the others repeat the C*S block.
 at::Tensor dense(const at::Tensor& tensor);
 
 // The tensor, or a copy, in the memory order of `like`.

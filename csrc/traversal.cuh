@@ -153,7 +153,7 @@ struct AlongC {
     return split_ == 0 && member() == 0 && channel_valid(lane) && column_ * kVecSize + lane < t_.c;
   }
 
- private:
+ protected:
   __device__ __forceinline__ Window<index_t> current() const {
     Window<index_t> window{offset_, 0, kVecSize};
     if (!kExact) {
@@ -167,6 +167,35 @@ struct AlongC {
   const Traversal& t_;
   int64_t split_, column_;
   index_t offset_ = 0, step_ = 0;
+};
+
+// Along a row: columns as along C, but several of them are one channel (plan.h). For runs too short
+// or too odd for whole windows along S, and for channels-last rows that are no whole windows: a row
+// of all channels, or a few rows together, always is.
+template <typename scalar, typename index>
+struct AlongRow : AlongC<scalar, index, true> {
+  using Base = AlongC<scalar, index, true>;
+  static constexpr Pattern kPattern = Pattern::kAlongRow;
+
+  __device__ __forceinline__ AlongRow(const Traversal& t, int64_t task) : Base(t, task) {}
+
+  // The channel of a lane among those of the channel block.
+  __device__ __forceinline__ int segment(int lane) const {
+    const int position = threadIdx.x * Base::kVecSize + lane;
+    const Traversal& t = this->t_;
+    return t.s > 1 ? position / static_cast<int>(t.s) : position % static_cast<int>(t.c);
+  }
+  __device__ __forceinline__ int64_t channel(int lane) const {
+    const int64_t position = this->column_ * Base::kVecSize + lane;
+    const Traversal& t = this->t_;
+    return t.s > 1 ? position / t.s : position % t.c;
+  }
+  __device__ __forceinline__ bool owns_channel(int lane) const {
+    const int64_t position = this->column_ * Base::kVecSize + lane;
+    const Traversal& t = this->t_;
+    const bool first = t.s > 1 ? position % t.s == 0 : position < t.c;
+    return this->split_ == 0 && Base::member() == 0 && this->channel_valid(lane) && first;
+  }
 };
 
 }  // namespace batchnorm_cuda

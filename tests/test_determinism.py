@@ -63,8 +63,9 @@ def test_order_of_blocks(run: Callable, case: Case, monkeypatch: pytest.MonkeyPa
 @every_case
 def test_index_width(run: Callable, plan_options: Callable, case: Case) -> None:
     """64-bit offsets, which only huge tensors need, compute the same."""
+    plan_options({"strategy": "two_pass"})
     first = run(case)
-    plan_options({"index_bits": 64})
+    plan_options({"strategy": "two_pass", "index_bits": 64})
     assert_same_bits(first, run(case))
 
 
@@ -72,7 +73,7 @@ def test_index_width(run: Callable, plan_options: Callable, case: Case) -> None:
 @pytest.mark.parametrize("case", SPLIT_CASES, ids=lambda case: case.id)
 def test_splits(run: Callable, plan_options: Callable, case: Case, splits: int) -> None:
     """Any number of blocks to a channel is as right as the planner's own choice."""
-    plan_options({"splits": splits})
+    plan_options({"strategy": "two_pass", "splits": splits})
     results = run(case)
     torch.manual_seed(2)
     x = fill(case, torch.float32, results["output"].device)
@@ -87,9 +88,12 @@ def test_splits(run: Callable, plan_options: Callable, case: Case, splits: int) 
 
 def test_forced_options_take_effect(extension: ModuleType) -> None:
     """The two tests above are empty unless the plan obeys."""
-    problem = ("forward_training", 2, 4, 3136, "float32", {})
-    default = extension.make_plan(*problem)["reduce"]
-    assert default["index_bits"] == 32
-    assert extension.make_plan(*problem, {"index_bits": 64})["reduce"]["index_bits"] == 64
-    assert default["splits"] != 7
-    assert extension.make_plan(*problem, {"splits": 7})["reduce"]["splits"] == 7
+
+    def reduce(**options: int) -> dict:
+        problem = ("forward_training", 2, 4, 3136, "float32", {})
+        return extension.make_plan(*problem, {"strategy": "two_pass", **options})["reduce"]
+
+    assert reduce()["index_bits"] == 32
+    assert reduce(index_bits=64)["index_bits"] == 64
+    assert reduce()["splits"] != 7
+    assert reduce(splits=7)["splits"] == 7

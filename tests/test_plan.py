@@ -24,7 +24,13 @@ OPS = ("forward_training", "forward_eval", "backward_training", "backward_eval")
 @pytest.fixture(scope="module")
 def make_plan():
     load = _extension.load_cuda if torch.cuda.is_available() else _extension.load_emulated
-    return load().make_plan
+    module = load()
+
+    def two_pass(op, n, c, s, dtype, device, options):
+        options = {"strategy": "two_pass", **options}
+        return module.make_plan(op, n, c, s, dtype, device, options)
+
+    return two_pass
 
 
 def traversals(plan):
