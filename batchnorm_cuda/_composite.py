@@ -51,13 +51,10 @@ def batch_norm(
         count = max(x.numel() // max(x.shape[1], 1), 1)
         mean = x.sum(reduced, keepdim=True) / count
         centred = x - mean
-        # The sum of large values rounds; what it missed is the mean of what is left.
-        missed = centred.sum(reduced, keepdim=True) / count
-        centred = centred - missed
         var = centred.square().sum(reduced, keepdim=True) / count
         if running_mean is not None and x.numel() > 0:
             factor = 1 / num_batches_tracked.to(acc) if momentum is None else momentum
-            _update(running_mean, mean + missed, factor)
+            _update(running_mean, mean, factor)
             _update(running_var, var * (count / (count - 1)), factor)
     else:
         centred = x - running_mean.to(acc).view(per_channel)
