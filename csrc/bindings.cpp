@@ -1,6 +1,7 @@
 // The Python module batchnorm_cuda._C (and its host-build twin).
 #include <torch/csrc/utils/pybind.h>
 
+#include "build_bindings.h"
 #include "device_context.h"
 #include "ops.h"
 #include "plan_dict.h"
@@ -38,4 +39,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "set_plan_options",
       [](const py::dict& options) { bn::set_plan_options(bn::options_from_dict(options)); },
       py::arg("options"), "Forces planner choices in this process; {} takes them back");
+  bn::bind_build(m);
 }

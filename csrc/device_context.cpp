@@ -10,9 +10,12 @@
 #include <mutex>
 #include <utility>
 
+#include "build_bindings.h"
 #include "device_query.h"
 
 namespace batchnorm_cuda {
+
+void bind_build(pybind11::module_&) {}
 
 c10::DeviceType supported_device_type() { return c10::DeviceType::CUDA; }
 

@@ -10,11 +10,17 @@
 namespace batchnorm_cuda {
 namespace {
 
-// A running statistic as the kernel updates it; copied back where its own memory has gaps.
+// A running statistic as the kernel updates it; copied back where its own memory has gaps. Autograd
+// must see the update: a graph that saved the old values is stale.
 struct UpdatedInPlace {
   explicit UpdatedInPlace(const OptionalTensor& tensor) : original(tensor), dense(packed(tensor)) {}
   void finish() const {
-    if (dense && !dense->is_same(*original)) original->copy_(*dense);
+    if (!dense) return;
+    if (!dense->is_same(*original)) {
+      original->copy_(*dense);
+    } else if (!original->is_inference()) {  // those have no version
+      original->unsafeGetTensorImpl()->bump_version();
+    }
   }
   const OptionalTensor& original;
   OptionalTensor dense;

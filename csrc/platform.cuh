@@ -75,6 +75,24 @@ __device__ __forceinline__ void store_shared(T* address, const T& value,
   *address = value;
 }
 
+// Marks a place that the lanes of a warp reach together, although not each may then access global
+// memory from this `site`. The host build counts sectors by it; it is nothing on a GPU.
+__device__ __forceinline__ void mark_step([[maybe_unused]] Site site) {
+#ifdef BATCHNORM_CUDA_HOST_MODEL
+  simt::on_step(site);
+#endif
+}
+
+// Hides from the compiler that `bits` keeps its value: what was computed from it before is not kept
+// in registers for later, but computed again. Costs no instruction.
+__device__ __forceinline__ void forget_derived(uint4& bits) {
+#ifdef BATCHNORM_CUDA_HOST_MODEL
+  (void)bits;
+#else
+  asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+#endif
+}
+
 // Starts a copy of 16 bytes from global to shared memory that does not pass through registers
 // (cp.async from 8.0 on). Only this thread may read it, after wait_for_copies().
 __device__ __forceinline__ void copy_async(uint4* shared, const uint4* global,

@@ -134,6 +134,19 @@ struct Resident {
     }
   }
 
+  // To be called between accumulate() and write(): the converted values of the first, twice the
+  // size of the data in half precision, would not fit beside it until the second.
+  __device__ __forceinline__ void drop_conversions() {
+#pragma unroll
+    for (int i = 0; i < kRegisters * kTensors; ++i) {
+      Vec<scalar_t>& vec = held[i % kTensors][i / kTensors];
+      uint4 bits;
+      memcpy(&bits, &vec, sizeof(bits));
+      forget_derived(bits);
+      memcpy(&vec, &bits, sizeof(bits));
+    }
+  }
+
   // Forms and stores the output of every window: from chip, then the streamed ones backwards.
   template <typename Epilogue>
   __device__ __forceinline__ void write(const Operation& operation, Cursor cursor,
@@ -175,7 +188,8 @@ struct Resident {
 };
 
 template <typename Cursor, template <typename> class OperationOf, int kWindows, typename Epilogue>
-__global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(Cursor::kPattern, kWindows))
+__global__ void __launch_bounds__(kTeamThreads,
+                                  team_blocks_per_sm(Cursor::kPattern, Cursor::kExact, kWindows))
     team_kernel(const typename OperationOf<Cursor>::Params p, const Epilogue epilogue) {
   using Operation = OperationOf<Cursor>;
   using Acc = typename Operation::Acc;
@@ -195,6 +209,7 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(Cursor::kPatt
     resident.stream(operation, cursor, acc);
     resident.fetch(cursor);
     resident.accumulate(operation, cursor, acc);
+    resident.drop_conversions();
     operation.prefetch(p, cursor);
     exchange.all_reduce(cursor, acc);
     operation.finish(p, cursor, acc);

@@ -54,6 +54,7 @@ template <bool kExact, typename scalar_t, typename index_t>
 __device__ __forceinline__ Vec<scalar_t> load_window(const scalar_t* base,
                                                      const Window<index_t>& window, int64_t numel,
                                                      bool aligned, Site site = Site::current()) {
+  mark_step(site);
   Vec<scalar_t> vec;
   const bool whole = kExact ? window.hi > 0
                             : aligned && window.lo < window.hi && window.offset >= 0 &&
@@ -77,6 +78,7 @@ template <bool kExact, typename scalar_t, typename index_t>
 __device__ __forceinline__ void store_window(scalar_t* base, const Window<index_t>& window,
                                              const Vec<scalar_t>& vec,
                                              Site site = Site::current()) {
+  mark_step(site);
   if (kExact ? window.hi > 0 : window.lo <= 0 && window.hi >= kVec<scalar_t>) {
     uint4 bits;
     memcpy(&bits, &vec, sizeof(bits));
