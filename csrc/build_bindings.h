@@ -1,5 +1,5 @@
-// What one of the two builds binds to Python beyond bindings.cpp: nothing for CUDA, and for the host
-// build the device to model and the count of memory traffic.
+// What one of the two builds binds to Python beyond bindings.cpp: nothing for CUDA, and for the
+// host build the device to model and the count of memory traffic.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -87,6 +87,13 @@ int blocks_per_sm(int threads, size_t shared_bytes) {
 
 }  // namespace
 
+size_t resident_blocks(const LaunchRequest& request) {
+  const cudaLaunchConfig_t& config = *request.config;
+  const int blocks =
+      blocks_per_sm(static_cast<int>(volume(config.blockDim)), config.dynamicSmemBytes);
+  return static_cast<size_t>(std::max(blocks, 1)) * static_cast<size_t>(described.sm_count);
+}
+
 cudaError_t check_launch(const LaunchRequest& request, dim3* cluster, bool* cooperative) {
   const cudaLaunchConfig_t& config = *request.config;
   const Attributes attributes = attributes_of(config);

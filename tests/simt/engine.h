@@ -17,6 +17,7 @@
 namespace simt::detail {
 
 struct Block;
+class TrafficRecorder;
 
 // What a thread that does not run is doing.
 enum class Wait { kRunnable, kYield, kBlockBarrier, kWarp, kClusterBarrier, kGridBarrier, kExited };
@@ -151,6 +152,8 @@ struct State {
   std::vector<Buffer> buffers;
   Buffer* buffer_by_line[256] = {};
   std::unordered_map<const void*, ClockPtr> released;  // by address of an atomic
+
+  TrafficRecorder* traffic = nullptr;  // null unless traffic is recorded
 };
 
 extern State state;
@@ -200,5 +203,6 @@ void close_shared(Block* block);
 // device.cpp
 cudaError_t check_launch(const LaunchRequest& request, dim3* cluster, bool* cooperative);
 cudaError_t remember(cudaError_t error);
+size_t resident_blocks(const LaunchRequest& request);  // of the whole device, at once
 
 }  // namespace simt::detail

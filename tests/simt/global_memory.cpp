@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "engine.h"
+#include "traffic.h"
 
 namespace simt {
 namespace detail {
@@ -181,8 +182,12 @@ void close_buffers() {
 }  // namespace detail
 
 void on_global_access(const void* address, size_t bytes, Access access, Site site) {
-  if (detail::state.current == nullptr) return;
-  detail::check_global(detail::state.current, address, bytes, access, false, site);
+  using namespace detail;
+  Thread* self = state.current;
+  if (self == nullptr) return;
+  check_global(self, address, bytes, access, false, site);
+  if (state.traffic == nullptr) return;
+  state.traffic->access(*self, address, bytes, access, false, site, __builtin_return_address(0));
 }
 
 void on_atomic_access(const void* address, size_t bytes, Access access, Order order, Site site) {
@@ -194,6 +199,9 @@ void on_atomic_access(const void* address, size_t bytes, Access access, Order or
     check_shared(self, address, bytes, access, true, site);
   } else {
     check_global(self, address, bytes, access, true, site);
+    if (state.traffic != nullptr) {
+      state.traffic->access(*self, address, bytes, access, true, site, __builtin_return_address(0));
+    }
   }
   order_at_atomic(self, address, access, order);
 }

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "engine.h"
+#include "traffic.h"
 
 namespace simt {
 namespace detail {
@@ -203,6 +204,7 @@ void finish_residents() {
     block->cluster = nullptr;
   }
   state.shared_readers.reset();
+  if (state.traffic != nullptr) state.traffic->blocks_finished();
 }
 
 }  // namespace
@@ -284,8 +286,10 @@ void run(const LaunchRequest& request) {
   state.grid_barrier.expected = static_cast<uint32_t>(blocks * state.threads_per_block);
   lay_out_shared(config.dynamicSmemBytes);
   open_buffers(request);
+  if (state.traffic != nullptr) state.traffic->begin_launch(request);
   run_grid();
   check_all_written();
+  if (state.traffic != nullptr) state.traffic->end_launch(resident_blocks(request));
 }
 
 }  // namespace

@@ -44,6 +44,11 @@ void on_shared_access(const void* address, size_t bytes, Access access, Site sit
 // other threads run first, so that a loop which polls through it needs no yield().
 void on_atomic_access(const void* address, size_t bytes, Access access, Order order, Site site);
 
+// Says that the lanes of a warp come here together, each the same number of times, although not all
+// may then access memory: accesses with this site belong to the step until the next. Needed by the
+// counting of traffic alone (simt_traffic.h).
+void on_step(Site site);
+
 // The running block's shared object named by `key`, made poisoned at the block's first call.
 void* static_shared(const void* key, size_t bytes, size_t align);
 // The running block's dynamic shared memory (16-byte aligned); its end if the launch gave it none.

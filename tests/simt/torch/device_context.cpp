@@ -12,13 +12,11 @@ namespace batchnorm_cuda {
 c10::DeviceType supported_device_type() { return c10::DeviceType::CPU; }
 
 const DeviceInfo& device_info(c10::Device) {
-  static const DeviceInfo info = [] {
-    DeviceInfo queried;
-    const LaunchStatus status = query_device(0, &queried);
-    TORCH_CHECK(status == 0,
-                "batch_norm: querying the modelled device failed: ", describe_status(status));
-    return queried;
-  }();
+  // Asked each time: the model's device may be described anew (host_bindings.cpp).
+  static thread_local DeviceInfo info;
+  const LaunchStatus status = query_device(0, &info);
+  TORCH_CHECK(status == 0,
+              "batch_norm: querying the modelled device failed: ", describe_status(status));
   return info;
 }
 

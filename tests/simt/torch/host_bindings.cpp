@@ -1,0 +1,71 @@
+// Python's hold on the host model: the submodule _host_model of the host build. It describes the
+// device that planner and engine take for real, and counts the memory traffic of launches.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "build_bindings.h"
+#include "simt.h"
+#include "simt_traffic.h"
+
+namespace py = pybind11;
+using py::literals::operator""_a;
+
+namespace batchnorm_cuda {
+namespace {
+
+template <typename T>
+void take(const py::dict& from, const char* key, T& value) {
+  if (from.contains(key)) value = from[key].cast<T>();
+}
+
+// Keys are those of device_info() and registers_per_thread; what is absent keeps its default.
+void set_device(const py::dict& device) {
+  static std::string name;  // DeviceDescription holds a pointer to it
+  simt::DeviceDescription d;
+  name = d.name;
+  take(device, "name", name);
+  d.name = name.c_str();
+  take(device, "compute_major", d.compute_major);
+  take(device, "compute_minor", d.compute_minor);
+  take(device, "sm_count", d.sm_count);
+  take(device, "max_threads_per_sm", d.max_threads_per_sm);
+  take(device, "registers_per_sm", d.registers_per_sm);
+  take(device, "registers_per_thread", d.registers_per_thread);
+  take(device, "shared_bytes_per_sm", d.shared_per_sm);
+  take(device, "shared_bytes_per_block", d.shared_per_block);
+  take(device, "shared_bytes_per_block_optin", d.shared_per_block_optin);
+  take(device, "l2_bytes", d.l2_bytes);
+  take(device, "cooperative", d.cooperative_launch);
+  d.cluster_launch = d.compute_major >= 9;
+  simt::set_device(d);
+}
+
+py::dict stop_traffic() {
+  const simt::TrafficReport report = simt::stop_traffic();
+  py::list launches, buffers, sites;
+  for (const std::string& kernel : report.launches) launches.append(kernel);
+  for (const simt::BufferTraffic& b : report.buffers) {
+    buffers.append(py::dict("name"_a = b.name, "bytes"_a = b.bytes, "dram_read"_a = b.dram_read,
+                            "dram_written"_a = b.dram_written));
+  }
+  for (const simt::SiteTraffic& s : report.sites) {
+    sites.append(py::dict("kernel"_a = s.kernel, "site"_a = s.site, "buffer"_a = s.buffer,
+                          "write"_a = s.write, "accesses"_a = s.accesses, "sectors"_a = s.sectors,
+                          "fewest"_a = s.fewest));
+  }
+  return py::dict("launches"_a = launches, "buffers"_a = buffers, "sites"_a = sites);
+}
+
+}  // namespace
+
+void bind_build(py::module_& m) {
+  py::module_ model = m.def_submodule("_host_model", "The CPU model of CUDA that runs the kernels");
+  model.def("set_device", &set_device, py::arg("device"),
+            "Describes the modelled device by the keys of device_info(); {} is the default one");
+  model.def("start_traffic", &simt::start_traffic, "Counts memory traffic from now on");
+  model.def("stop_traffic", &stop_traffic,
+            "Ends counting: launches, DRAM bytes of each buffer, sectors of each source line");
+}
+
+}  // namespace batchnorm_cuda
