@@ -67,7 +67,7 @@ def emulated_cpp_sources() -> list[Path]:
     """The C++ files of `_C_emulated`; KERNEL_SOURCES, compiled as C++, come on top."""
     simt = simt_dir()
     host = [csrc_dir() / name for name in HOST_SOURCES]
-    return [*host, simt / "torch" / DEVICE_CONTEXT, *sorted(simt.glob("*.cpp"))]
+    return [*host, *sorted((simt / "torch").glob("*.cpp")), *sorted(simt.glob("*.cpp"))]
 
 
 def kernel_sources() -> list[Path]:
