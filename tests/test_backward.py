@@ -23,7 +23,7 @@ from cases import (
 )
 from conftest import Backend
 
-from batchnorm_cuda import batch_norm
+from batchnorm_cuda import batch_norm, ops
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
@@ -109,6 +109,27 @@ def test_requires_grad_subsets(
         for tensor, flag, full in zip(tensors, wanted, everything, strict=True):
             assert (tensor.grad is not None) == flag
             assert not flag or torch.equal(tensor.grad, full)
+
+
+@pytest.mark.parametrize("wanted", list(product([False, True], repeat=3))[1:], ids=str)
+def test_only_wanted_gradients_are_computed(
+    kernels: Backend, wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """autograd drops what nobody wants; the kernels are not to spend time on it."""
+    asked = []
+
+    def spy(*arguments: object) -> tuple:
+        asked.append(arguments[-3:])
+        return backward(*arguments)
+
+    backward = ops.backward
+    monkeypatch.setattr(ops, "backward", spy)
+    x = fill(FEW_CASES[0], torch.float32, kernels.device)
+    parameters = fill_parameters(x.shape[1], x.dtype, kernels.device)
+    for tensor, flag in zip([x, parameters.weight, parameters.bias], wanted, strict=True):
+        tensor.requires_grad_(flag)
+    harness.call(batch_norm, x, parameters, True).sum().backward()
+    assert asked == [wanted]
 
 
 def test_two_forwards_before_one_backward(backend: Backend) -> None:

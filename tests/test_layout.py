@@ -89,6 +89,14 @@ def test_ambiguous_strides(backend: Backend, layout: Callable, shape: tuple[int,
         )
 
 
+def test_stride_of_a_single_sample_says_nothing(backend: Backend) -> None:
+    """One sample cut out of every second is dense, whatever the distance to the next."""
+    x = transposed(torch.randn(4, 5, 3).to(backend.device))[::2][:1]
+    assert x.stride() == (30, 1, 5)
+    got = results(x, torch.randn(x.shape).to(x.device))
+    assert got["output"].stride()[1:] == got["grad_input"].stride()[1:] == (1, 5)
+
+
 @pytest.mark.parametrize("layout", [contiguous, channels_last, transposed], ids=name_of)
 @pytest.mark.parametrize("gradient_layout", DENSE + NOT_DENSE, ids=name_of)
 def test_gradient_of_another_layout(
