@@ -202,6 +202,18 @@ def test_buffers_removed(backend: Backend) -> None:
     assert_same_step(module, expected, torch.randn(7, 5, dtype=torch.float64).to(backend.device))
 
 
+def test_tracking_switched_off_later(backend: Backend) -> None:
+    """Buffers that are there but not tracked are not updated in training, and used in eval."""
+    module, expected = twins(batchnorm_cuda.BatchNorm1d, nn.BatchNorm1d, backend)
+    before = copy.deepcopy(module.state_dict())
+    for training in (True, False):
+        for net in (module, expected):
+            net.train(training).track_running_stats = False
+        x = torch.randn(7, 5, dtype=torch.float64) + 3
+        assert_same_step(module, expected, x.to(backend.device))
+    assert_same_values(module.state_dict(), before)
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_refused_input_changes_nothing(backend: Backend, momentum: float | None) -> None:
     """The backend's own checks come before the counter, too."""

@@ -182,8 +182,19 @@ def test_make_fx_records_the_operator(kernels: Backend) -> None:
     assert torch.ops.batchnorm_cuda.forward.default in targets
 
 
+def test_no_function_without_gradients(kernels: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients disabled, inference does not pay for a node that nobody uses."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the autograd Function was applied")
+
+    monkeypatch.setattr(batchnorm_cuda.BatchNormFunction, "apply", refuse)
+    x = torch.randn(2, 5, 4).to(kernels.device)
+    with torch.no_grad():
+        batchnorm_cuda.batch_norm(x, None, None, training=True)
+
+
 def test_gradient_modes_agree(backend: Backend) -> None:
-    """With gradients disabled the Function is left out; the output is the same."""
     x, weight, bias, mean, var, *_ = forward_arguments(
         contiguous, torch.float32, False, backend.device
     )
