@@ -1,5 +1,6 @@
 """Batch normalisation for PyTorch by custom CUDA kernels."""
 
+from ._explain import Explanation, explain
 from ._version import __version__
 from .autograd import BatchNormFunction
 from .functional import backend_for, batch_norm
@@ -10,7 +11,9 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormFunction",
+    "Explanation",
     "__version__",
     "backend_for",
     "batch_norm",
+    "explain",
 ]
