@@ -1,23 +1,20 @@
 """Properties of make_plan: every element is covered exactly once, and no limit is exceeded.
 
-The walk below restates, in numpy, what csrc/traversal.cuh does with a plan; it is written from the
-description in csrc/plan.h and knows nothing of the planner's choices.
+Of the stage kernels' plan; test_plan_team.py has the team kernels'.
 """
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_walk import DTYPE_BYTES, WINDOW_BYTES, covered
 
 from batchnorm_cuda import _extension
 
 STAGE_THREADS = 256
 MERGE_THREADS = 512
-WINDOW_BYTES = 16
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 OPS = ("forward_training", "forward_eval", "backward_training", "backward_eval")
 
 
@@ -35,37 +32,6 @@ def make_plan():
 
 def traversals(plan):
     return [plan[stage] for stage in ("reduce", "elementwise") if stage in plan]
-
-
-def covered(plan, t, c, s, numel):
-    """How often each element of the tensor is visited by the kernel that follows traversal t."""
-    vec = plan["vec"]
-    lanes = np.arange(vec)
-    visits = np.zeros(numel, dtype=np.int64)
-    work = t["rows"] * (t["row_windows"] if plan["pattern"] == "along_s" else 1)
-    for task in range(t["tasks"]):
-        split, block = divmod(task, t["channel_blocks"])
-        units = np.arange(split * t["per_split"], min((split + 1) * t["per_split"], work))
-        if plan["pattern"] == "along_s":
-            first_channel = block * t["threads_y"]
-            for channel in range(first_channel, min(first_channel + t["threads_y"], c)):
-                run, column = np.divmod(units, t["row_windows"])
-                start = (run * c + channel) * s
-                offset = start + column * vec
-                if not t["exact"]:
-                    offset -= (start + t["shift"]) % vec
-                elements = offset[:, None] + lanes
-                valid = (elements >= start[:, None]) & (elements < start[:, None] + s)
-                np.add.at(visits, elements[valid], 1)
-        else:
-            columns = block * t["threads_x"] + np.arange(t["threads_x"])
-            columns = columns[columns < t["row_windows"]]
-            windows = units[:, None] * t["row_windows"] + columns
-            elements = windows[..., None] * vec + lanes - t["shift"]
-            valid = (elements >= 0) & (elements < numel)
-            assert valid.all() or not t["exact"]
-            np.add.at(visits, elements[valid], 1)
-    return visits
 
 
 def check_limits(plan, c, dtype, device):

@@ -1,0 +1,58 @@
+"""The walk of the kernels over the tensor, restated in numpy from the description in csrc/plan.h.
+
+It knows nothing of the planner's choices, nor does it share a line with csrc/traversal.cuh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+WINDOW_BYTES = 16
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+def elements_of(
+    pattern: str, vec: int, t: dict[str, Any], c: int, s: int, numel: int, task: int
+) -> np.ndarray:
+    """The elements that one task of traversal t visits."""
+    lanes = np.arange(vec)
+    work = t["rows"] * (t["row_windows"] if pattern == "along_s" else 1)
+    split, block = divmod(task, t["channel_blocks"])
+    units = np.arange(split * t["per_split"], min((split + 1) * t["per_split"], work))
+    if pattern == "along_s":
+        first = block * t["threads_y"]
+        channels = np.arange(first, min(first + t["threads_y"], c))[:, None]
+        run, column = np.divmod(units, t["row_windows"])
+        start = (run * c + channels) * s
+        offset = start + column * vec
+        if not t["exact"]:
+            offset -= (start + t["shift"]) % vec
+        elements = offset[..., None] + lanes
+        return elements[(elements >= start[..., None]) & (elements < start[..., None] + s)]
+    columns = block * t["threads_x"] + np.arange(t["threads_x"])
+    columns = columns[columns < t["row_windows"]]
+    windows = units[:, None] * t["row_windows"] + columns
+    elements = windows[..., None] * vec + lanes - t["shift"]
+    valid = (elements >= 0) & (elements < numel)
+    assert valid.all() or not t["exact"]
+    return elements[valid]
+
+
+def covered(plan: dict[str, Any], t: dict[str, Any], c: int, s: int, numel: int) -> np.ndarray:
+    """How often each element of the tensor is visited by the kernel that follows traversal t."""
+    visits = np.zeros(numel, dtype=np.int64)
+    for task in range(t["tasks"]):
+        np.add.at(visits, elements_of(plan["pattern"], plan["vec"], t, c, s, numel, task), 1)
+    return visits
+
+
+def team_tasks(team: dict[str, Any]) -> Iterator[tuple[int, int]]:
+    """(group, task) of every block and round: teams take the channel groups in turn."""
+    groups = team["traversal"]["channel_blocks"]
+    for block in range(team["grid"]):
+        number, rank = divmod(block, team["size"])
+        for group in range(number, groups, team["teams"]):
+            yield group, rank * groups + group
