@@ -48,6 +48,20 @@ def test_mean_far_above_deviation(backend: Backend, layout, offset: float) -> No
 
 
 @both_layouts
+def test_large_mean_that_is_exact(backend: Backend, layout) -> None:
+    """Whole numbers around 2^14, in pairs: float32 holds the mean, the sums and x - mean exactly.
+
+    What is left are the 5 roundings after the subtraction. y = scale * x + (bias - mean * scale)
+    would be off by 2^14 times as much.
+    """
+    half = torch.randint(1, 8, (4, 3, 8, 8)).float()
+    x = layout(torch.cat([half, -half]) + 2.0**14).to(backend.device)
+    output = batch_norm(x, None, None, training=True)
+    expected = harness.reference_forward(x, NO_PARAMETERS, True).output
+    torch.testing.assert_close(output.cpu().double(), expected, rtol=5 * 2.0**-24, atol=0)
+
+
+@both_layouts
 def test_running_variance_of_large_mean(backend: Backend, layout) -> None:
     x = layout(torch.randn(8, 6, 7, 9) + 1e4).to(backend.device)
     mean, var = torch.zeros(6, device=x.device), torch.ones(6, device=x.device)
