@@ -14,12 +14,13 @@ CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(cu|cuh|cp
 TOOLKIT := $(PYTHON) batchnorm_cuda/_toolkit.py >/dev/null 2>&1
 NVCC_EXTRA = $(shell nvidia-smi -L >/dev/null 2>&1 && ! $(TOOLKIT) && echo ,nvcc)
 
-.PHONY: help venv train test lint cuda clean
+.PHONY: help venv train test lint cuda sass standalone standalone-host clean
 
 help:
 	@echo "make train   train the digits example        make lint   check formatting and style"
 	@echo "make test    run the test suite              make cuda   compile ahead of time with nvcc"
 	@echo "make venv    set up $(VENV) only               make clean  remove $(VENV) and build output"
+	@echo "make sass    report the kernels' machine code  make standalone  the driver without PyTorch"
 
 venv: $(VENV)/.ready
 
@@ -48,6 +49,17 @@ cuda: venv
 	$(BIN)/python batchnorm_cuda/_toolkit.py || $(PIP) -e ".[nvcc]" "$(TORCH)"
 	$(BIN)/python batchnorm_cuda/_toolkit.py
 	$(BIN)/python -m pytest -m nvcc tests/test_build.py
+
+# What the compiler made of the kernels, for every architecture; and that it holds the rules.
+sass: venv
+	$(BIN)/python -m bench.sass
+	$(BIN)/python -m pytest -m "nvcc or not nvcc" tests/test_sass.py
+
+# The kernels and the plan without Python and PyTorch, as a program: for the GPU, and for the CPU.
+standalone:
+	$(MAKE) -C bench/standalone cuda PYTHON=$(PYTHON)
+standalone-host:
+	$(MAKE) -C bench/standalone host
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
