@@ -14,7 +14,7 @@ CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(cu|cuh|cp
 TOOLKIT := $(PYTHON) batchnorm_cuda/_toolkit.py >/dev/null 2>&1
 NVCC_EXTRA = $(shell nvidia-smi -L >/dev/null 2>&1 && ! $(TOOLKIT) && echo ,nvcc)
 
-.PHONY: help venv train test lint cuda sass standalone standalone-host clean
+.PHONY: help venv train test lint cuda sass standalone standalone-host clean FORCE
 
 help:
 	@echo "make train   train the digits example        make lint   check formatting and style"
@@ -25,12 +25,16 @@ help:
 venv: $(VENV)/.ready
 
 # The package is installed editable: the sources in this tree are what runs.
-$(VENV)/.ready: pyproject.toml setup.py
+$(VENV)/.ready: pyproject.toml setup.py $(VENV)/.torch
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip "setuptools>=77" wheel
-	$(PIP) "$(TORCH)"
-	$(PIP) --no-build-isolation -e ".[test,train,dev$(NVCC_EXTRA)]" "$(TORCH)"
+	$(PIP) --no-build-isolation -e ".[test,train,dev,sass$(NVCC_EXTRA)]" "$(TORCH)"
 	touch $@
+
+# Changes when TORCH does, so that asking for another version installs it.
+$(VENV)/.torch: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
 train: venv
 	$(BIN)/python examples/train_digits.py
@@ -45,10 +49,11 @@ lint: venv
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 # What only nvcc can tell: builds for real architectures, which link, load and hold their code.
+# The compiler is the machine's, else it comes from PyPI.
 cuda: venv
 	$(BIN)/python batchnorm_cuda/_toolkit.py || $(PIP) -e ".[nvcc]" "$(TORCH)"
 	$(BIN)/python batchnorm_cuda/_toolkit.py
-	$(BIN)/python -m pytest -m nvcc tests/test_build.py
+	$(BIN)/python -m pytest -m nvcc tests/test_install.py
 
 # What the compiler made of the kernels, for every architecture; and that it holds the rules.
 sass: venv

@@ -1,8 +1,7 @@
 """Pure by default: the kernels' sources are shipped and compiled at their first use on a GPU.
 
-BATCHNORM_CUDA_AOT=1 pip install --no-build-isolation .    compiles them now instead, for
-TORCH_CUDA_ARCH_LIST or a default list; it needs torch and a CUDA toolkit but no GPU, and fails
-rather than leave the kernels out. The lists of files and flags are in batchnorm_cuda/_sources.py.
+`BATCHNORM_CUDA_AOT=1 pip install --no-build-isolation .` compiles them now, for a default list or
+TORCH_CUDA_ARCH_LIST; it needs torch and a CUDA toolkit but no GPU, and never leaves them out.
 """
 
 import json
@@ -13,7 +12,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "batchnorm_cuda"))  # its stand-alone modules; the package needs torch
+sys.path.insert(0, str(ROOT / "batchnorm_cuda"))  # the package itself needs torch
 import _archs  # noqa: E402
 import _jobs  # noqa: E402
 import _sources  # noqa: E402
@@ -32,9 +31,7 @@ def ahead_of_time() -> dict:
             f"({error}): install it, then `BATCHNORM_CUDA_AOT=1 pip install --no-build-isolation .`"
         )
     if torch.version.cuda is None:
-        sys.exit(
-            f"BATCHNORM_CUDA_AOT=1 needs a CUDA build of torch; {torch.__version__} has no CUDA"
-        )
+        sys.exit(f"BATCHNORM_CUDA_AOT=1 needs a CUDA build of torch, not {torch.__version__}")
     try:
         _toolkit.compiler_version()
         toolkit = _toolkit.resolve_toolkit(torch.version.cuda)
@@ -42,7 +39,8 @@ def ahead_of_time() -> dict:
         archs = ";".join(_archs.select(explicit, [], toolkit.gpu_codes()))
     except (_toolkit.ToolkitError, ValueError) as error:
         sys.exit(f"BATCHNORM_CUDA_AOT=1: {error}")
-    os.environ |= {"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": archs}
+    jobs = str(_jobs.compile_jobs(_jobs.CUDA_JOB_BYTES))
+    os.environ |= {"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": archs, "MAX_JOBS": jobs}
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
     class Build(BuildExtension):
@@ -59,7 +57,6 @@ def ahead_of_time() -> dict:
             record["sources"] = _sources.content_hash(emulated=False)
             (module.parent / "_aot.json").write_text(json.dumps(record) + "\n")
 
-    os.environ["MAX_JOBS"] = str(_jobs.compile_jobs(_jobs.CUDA_JOB_BYTES))
     extension = CUDAExtension(
         "batchnorm_cuda._C",
         [os.path.relpath(path, ROOT) for path in _sources.cuda_sources()],
@@ -73,6 +70,7 @@ def ahead_of_time() -> dict:
 setup(
     packages=["batchnorm_cuda", "batchnorm_cuda.csrc", "batchnorm_cuda.simt"],
     package_dir={"batchnorm_cuda.csrc": "csrc", "batchnorm_cuda.simt": "tests/simt"},
+    include_package_data=False,  # only the files named here
     package_data={
         "batchnorm_cuda": ["py.typed", "*.pyi"],
         "batchnorm_cuda.csrc": ["*.cpp", "*.cu", "*.cuh", "*.h"],

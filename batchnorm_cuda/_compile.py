@@ -105,7 +105,7 @@ def compile_extension(recipe: Recipe, work: Path, objects: Path, jobs: int) -> N
             if path not in reused
         ],
         "extra_include_paths": [str(path) for path in recipe.include_dirs],
-        "extra_cflags": recipe.cflags,
+        "extra_cflags": [*recipe.cflags, *_sources.path_maps()],
         "extra_cuda_cflags": recipe.cuda_cflags,
         "extra_ldflags": [*(str(stored[path]) for path in reused), f"-L{work}", *recipe.ldflags],
         "with_cuda": recipe.with_cuda,

@@ -114,5 +114,13 @@ def closure_hash(source: Path, include_dirs: list[Path]) -> str:
                     break
     digest = hashlib.sha256()
     for path in sorted(seen):
-        digest.update(str(path).encode() + b"\0" + seen[path] + b"\0")
+        digest.update(path.name.encode() + b"\0" + seen[path] + b"\0")
     return digest.hexdigest()
+
+
+def path_maps() -> list[str]:
+    """Flags by which a compiled file says csrc/plan.cpp or simt/engine.h of itself.
+
+    The same file of two checkouts then compiles to the same object, and either may use it.
+    """
+    return [f"-ffile-prefix-map={folder.parent}/=" for folder in (csrc_dir(), simt_dir())]

@@ -50,16 +50,17 @@ __device__ __forceinline__ void add_statistics(
       if (!kFull && !Cursor::kExact) count += valid;
     });
     batch.count = static_cast<acc_t>(count);
-    const acc_t reciprocal =
-        kFull ? acc_t(1) / (kWindows * kLanes) : acc_t(1) / (count > 0 ? batch.count : acc_t(1));
-    batch.shift = sum * reciprocal;
+    // Its rounding does no harm: the residual is taken from the shift as it came out.
+    const acc_t per_value =
+        kFull ? acc_t(1) / (kWindows * kLanes) : reciprocal(count > 0 ? batch.count : acc_t(1));
+    batch.shift = sum * per_value;
     acc_t residual = 0;
     for_each_value<Cursor, kFull>(vec, windows, c, [&](acc_t x, bool valid) {
       const acc_t deviation = valid ? x - batch.shift : acc_t(0);
       residual += deviation;
       batch.m2 += deviation * deviation;
     });
-    batch.mean = residual * reciprocal;
+    batch.mean = residual * per_value;
     batch.m2 -= residual * batch.mean;
     stats[c].merge(batch);
   }

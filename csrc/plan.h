@@ -55,19 +55,15 @@ inline constexpr int acc_bytes(Dtype dtype) { return dtype == Dtype::kDouble ? 8
 // beside them.
 constexpr int kTeamWindowsSmall = 4;
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows_large(Pattern pattern, bool exact) {
-  return pattern != Pattern::kAlongS ? 8 : exact ? 16 : 12;
+  return pattern != Pattern::kAlongS ? 4 : exact ? 12 : 8;
 }
 // Along C and along rows a thread has accumulators for every lane: a small variant saves nothing.
 BATCHNORM_CUDA_HOST_DEVICE constexpr bool team_has_small(Pattern pattern) {
   return pattern == Pattern::kAlongS;
 }
 
-// Blocks of a team kernel that an SM must be able to hold, which bounds its registers: 80 a thread
-// for three blocks, 128 for two.
-BATCHNORM_CUDA_HOST_DEVICE constexpr int team_blocks_per_sm(Pattern pattern, bool exact,
-                                                            int windows) {
-  return pattern == Pattern::kAlongS && exact && windows == kTeamWindowsSmall ? 3 : 2;
-}
+// Blocks of a team kernel that an SM must be able to hold: up to 128 registers a thread.
+constexpr int kTeamBlocksPerSm = 2;
 
 // Rows of a block of columns x rows threads that column_reduce merges by warp shuffles: all rows of
 // a warp where a warp is whole rows and the block whole warps, else one.

@@ -154,7 +154,7 @@ void place_windows(const Request& r, Team& team, int64_t per_thread) {
   const int windows = small ? kTeamWindowsSmall : large;
   team.tensors = r.tensors;
   team.register_windows = windows / r.tensors;
-  team.blocks_per_sm = team_blocks_per_sm(r.pattern, r.exact, windows);
+  team.blocks_per_sm = kTeamBlocksPerSm;
   const int64_t room =
       std::min(r.device.shared_bytes_per_sm / team.blocks_per_sm - kReservedSharedBytes,
                r.device.shared_bytes_per_block_optin) -

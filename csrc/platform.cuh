@@ -9,6 +9,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -83,14 +84,44 @@ __device__ __forceinline__ void mark_step([[maybe_unused]] Site site) {
 #endif
 }
 
-// Hides from the compiler that `bits` keeps its value: what was computed from it before is not kept
-// in registers for later, but computed again. Costs no instruction.
+// Hide from the compiler that a value stays what it was: results computed from it are then not kept
+// in registers for later, but computed again. They cost no instruction.
 __device__ __forceinline__ void forget_derived(uint4& bits) {
 #ifdef BATCHNORM_CUDA_HOST_MODEL
   (void)bits;
 #else
   asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
 #endif
+}
+__device__ __forceinline__ void forget_derived(int32_t& value) {
+#ifdef BATCHNORM_CUDA_HOST_MODEL
+  (void)value;
+#else
+  asm volatile("" : "+r"(value));
+#endif
+}
+__device__ __forceinline__ void forget_derived(int64_t& value) {
+#ifdef BATCHNORM_CUDA_HOST_MODEL
+  (void)value;
+#else
+  asm volatile("" : "+l"(value));
+#endif
+}
+
+// 1/count to within 2 ulp, for a positive count: straight-line code, where the exact division is a
+// call whose registers have to be made room for.
+__device__ __forceinline__ float reciprocal(float count) {
+#ifdef BATCHNORM_CUDA_HOST_MODEL
+  return 1.0f / count;
+#else
+  return __fdividef(1.0f, count);
+#endif
+}
+// Two Newton steps take the 22 good bits of the float reciprocal to 88, past double's 53.
+__device__ __forceinline__ double reciprocal(double count) {
+  double estimate = static_cast<double>(reciprocal(static_cast<float>(count)));
+  estimate = fma(estimate, fma(-count, estimate, 1.0), estimate);
+  return fma(estimate, fma(-count, estimate, 1.0), estimate);
 }
 
 // Starts a copy of 16 bytes from global to shared memory that does not pass through registers

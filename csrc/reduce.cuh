@@ -25,7 +25,7 @@ struct Welford {
   __device__ __forceinline__ void merge(const Welford& other) {
     if (count == 0) shift = other.shift;
     const acc_t total = count + other.count;
-    const acc_t fraction = total > 0 ? other.count / total : acc_t(0);
+    const acc_t fraction = other.count * reciprocal(total > 0 ? total : acc_t(1));
     const acc_t delta = (other.shift - shift) + (other.mean - mean);
     // Associated so that an empty side contributes 0 even where delta^2 would overflow.
     m2 += other.m2 + delta * (delta * (count * fraction));

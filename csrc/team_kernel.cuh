@@ -188,8 +188,7 @@ struct Resident {
 };
 
 template <typename Cursor, template <typename> class OperationOf, int kWindows, typename Epilogue>
-__global__ void __launch_bounds__(kTeamThreads,
-                                  team_blocks_per_sm(Cursor::kPattern, Cursor::kExact, kWindows))
+__global__ void __launch_bounds__(kTeamThreads, kTeamBlocksPerSm)
     team_kernel(const typename OperationOf<Cursor>::Params p, const Epilogue epilogue) {
   using Operation = OperationOf<Cursor>;
   using Acc = typename Operation::Acc;
@@ -210,6 +209,7 @@ __global__ void __launch_bounds__(kTeamThreads,
     resident.fetch(cursor);
     resident.accumulate(operation, cursor, acc);
     resident.drop_conversions();
+    cursor.forget();
     operation.prefetch(p, cursor);
     exchange.all_reduce(cursor, acc);
     operation.finish(p, cursor, acc);

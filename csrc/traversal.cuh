@@ -63,6 +63,10 @@ struct AlongS {
     return current();
   }
 
+  // To be called between two walks over the same windows: the offsets of the first are not kept in
+  // registers for the second.
+  __device__ __forceinline__ void forget() { forget_derived(run_start_); }
+
   // The threads that share a channel, and this one among them.
   __device__ __forceinline__ static int member() { return threadIdx.x; }
   __device__ __forceinline__ static int members() { return blockDim.x; }
@@ -133,6 +137,9 @@ struct AlongC {
     ++left;
     return current();
   }
+
+  // See AlongS.
+  __device__ __forceinline__ void forget() { forget_derived(offset_); }
 
   // The threads that share a channel, and this one among them.
   __device__ __forceinline__ static int member() { return threadIdx.y; }
