@@ -54,6 +54,7 @@ def toy_recipe(folder: Path) -> _compile.Recipe:
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the toy's sources, and an empty cache beside it."""
     monkeypatch.setenv("BATCHNORM_CUDA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_NO_COMPILER_WRAPPER", "1")  # ccache would answer for the compiler
     monkeypatch.delenv("CXX", raising=False)
     folder = tmp_path / "toy"
     folder.mkdir()
