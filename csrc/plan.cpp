@@ -34,13 +34,15 @@ void check_sizes(const Problem& p) {
   }
 }
 
-// Blocks per channel group: enough to fill the device, each with at least one full batch.
+// Blocks per channel group: enough to fill the device, each with at least one full batch; one block
+// an SM even where a batch is then not full.
 int64_t choose_splits(int64_t channel_blocks, int64_t work, int64_t work_per_block,
                       const DeviceInfo& device, const PlanOptions& options) {
-  const int64_t wanted = options.splits > 0
-                             ? options.splits
-                             : std::min(ceil_div(device.sm_count * kBlocksPerSm, channel_blocks),
-                                        work / work_per_block);
+  const int64_t full =
+      std::min(ceil_div(device.sm_count * kBlocksPerSm, channel_blocks), work / work_per_block);
+  const int64_t fill =
+      std::min(ceil_div(device.sm_count, channel_blocks), work * kUnroll / work_per_block);
+  const int64_t wanted = options.splits > 0 ? options.splits : std::max(full, fill);
   return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(work, 1, kMaxSplits));
 }
 
