@@ -226,6 +226,11 @@ CLEAN = Kernel(
     bulk_copies=0,
     main_loop=MainLoop(0x100, 80, {128: 4}, {128: 4}, 0),
 )
+TEAM = replace(
+    CLEAN,
+    name="team_kernel<AlongC<__half, int, true>, TeamBackward, 12, Identity<float>>",
+    main_loop=MainLoop(0x100, 900, {128: 14, 32: 8}, {128: 7, 32: 8}, 3),
+)
 NARROW = MainLoop(0x100, 80, {128: 4}, {128: 3, 16: 8}, 0)
 MASKED = "transform_input_kernel<AlongS<__half, int, false>>"
 
@@ -245,6 +250,32 @@ MASKED = "transform_input_kernel<AlongS<__half, int, false>>"
 def test_each_rule_is_checked(change: dict, problem: str) -> None:
     assert problems(CLEAN) == []
     assert problems(replace(CLEAN, **change)) == [problem]
+
+
+def test_the_round_of_a_team_moves_whole_windows() -> None:
+    assert problems(TEAM) == []  # parameters and statistics are narrow
+    for loads, stores, problem in (
+        ({128: 11}, {128: 6}, "loads 11 whole windows in its main loop instead of 12"),
+        ({128: 12}, {128: 5}, "stores 5 whole windows in its main loop instead of 6"),
+    ):
+        loop = MainLoop(0x100, 900, loads, stores, 3)
+        assert problems(replace(TEAM, main_loop=loop)) == [problem]
+    # A loop of its own for the windows has nothing else to move.
+    inner = MainLoop(0x100, 90, {128: 12, 32: 8}, {128: 12}, 0)
+    found = problems(replace(TEAM, main_loop=inner))
+    assert found == ["makes 8 accesses of 32 bits in its main loop"]
+
+
+@pytest.mark.parametrize(
+    ("cursor", "exact"),
+    [
+        ("AlongS<__half, int, true>", True),
+        ("AlongC<float, long, false>", False),
+        ("AlongRow<double, int>", True),  # it is used for nothing else
+    ],
+)
+def test_exact_tiling_is_told_by_the_cursor(cursor: str, exact: bool) -> None:
+    assert replace(CLEAN, name=f"transform_input_kernel<{cursor}>").exact is exact
 
 
 def test_masked_kernels_may_be_narrow() -> None:

@@ -81,7 +81,13 @@ class Kernel:
     @property
     def exact(self) -> bool:
         """True if its cursor walks over full windows only, so that nothing may be narrow."""
-        return re.search(r"\bAlong[SC]<[^<>]*, true>", self.name) is not None
+        return re.search(r"\bAlong[SC]<[^<>]*, true>|\bAlongRow<", self.name) is not None
+
+    @property
+    def held_windows(self) -> int | None:
+        """Windows that a thread of a team kernel holds in registers, all tensors together."""
+        held = re.search(r">, Team\w+, (\d+)\b", self.name)
+        return int(held.group(1)) if held else None
 
     @property
     def register_limit(self) -> int:
@@ -126,17 +132,38 @@ def problems(kernel: Kernel) -> list[str]:
     if r.registers > kernel.register_limit:
         found.append(f"uses {r.registers} registers, the plan allows {kernel.register_limit}")
     if kernel.exact:
-        found += _narrow_accesses(kernel.main_loop)
+        found += _narrow_accesses(kernel)
     return found
 
 
-def _narrow_accesses(loop: MainLoop | None) -> list[str]:
+def _narrow_accesses(kernel: Kernel) -> list[str]:
+    loop = kernel.main_loop
     if loop is None or not loop.windows:
         return ["is exact, but no loop moves 16 bytes at a time"]
+    if loop.nested and kernel.held_windows:
+        return _missing_windows(kernel, loop, kernel.held_windows)
     return [
         f"makes {count} accesses of {bits} bits in its main loop"
         for bits, count in sorted(loop.narrow.items())
     ]
+
+
+def _missing_windows(kernel: Kernel, loop: MainLoop, held: int) -> list[str]:
+    """A team's main loop is a round, which loads and stores what its threads hold, unrolled.
+
+    It also reads parameters and saves statistics, one channel at a time, so that narrow accesses
+    prove nothing; a window that is not moved as a whole does.
+    """
+    tensors = 2 if "Backward" in kernel.name else 1
+    found = []
+    for what, accesses, expected in (
+        ("loads", loop.loads, held),
+        ("stores", loop.stores, held // tensors),
+    ):
+        whole = sum(count for bits, count in accesses.items() if bits >= WINDOW_BITS)
+        if whole < expected:
+            found.append(f"{what} {whole} whole windows in its main loop instead of {expected}")
+    return found
 
 
 # ------------------------------------------------------------------------------- building records

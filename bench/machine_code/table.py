@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from .kernels import Kernel
+from .kernels import Kernel, MainLoop
 
 
 def template_table(kernels: list[Kernel]) -> str:
@@ -64,12 +64,18 @@ def instance_table(kernels: list[Kernel]) -> str:
                 str(kernel.instructions),
                 _widths([kernel.loads]),
                 _widths([kernel.stores]),
-                str(loop.instructions) if loop else "-",
+                _loop(loop),
                 moves,
                 _range([_per_window(kernel)]),
             ]
         )
     return _align(rows)
+
+
+def _loop(loop: MainLoop | None) -> str:
+    if loop is None:
+        return "-"
+    return f"{loop.instructions}" + (f" + {loop.nested} inside" if loop.nested else "")
 
 
 def _per_window(kernel: Kernel) -> float | None:
