@@ -73,14 +73,6 @@ def test_a_cluster_by_hand() -> None:
     assert e.latency_bytes == pytest.approx(12_818, abs=1)
 
 
-def test_places_that_no_team_fits_idle_in_every_wave() -> None:
-    """52 teams of 5 blocks leave 4 of 264 places empty; the last 12 channels take 60 places."""
-    options = {"strategy": "team", "scope": "grid", "team_size": 5}
-    (kernel,) = explain((32, 64, 56, 56), dtype=torch.float16, device="h100", **options).kernels
-    assert (kernel.grid, kernel.waves) == (260, 2)
-    assert kernel.tail_idle == pytest.approx(204 / 264)
-
-
 def test_shares_of_registers_and_shared_memory() -> None:
     """One block for a channel of 12544 windows of floats: 49 a thread; 12 of them in registers."""
     options = {"strategy": "team", "team_size": 1}
@@ -169,7 +161,6 @@ def test_a_tensor_is_explained_on_its_own_device(
     along_s = case.layout is not channels_last and len(case.shape) > 2
     assert (n * s, c, dtype) == (x.numel() // case.channels, case.channels, "float32")
     assert (s > 1) == (along_s or c == 1)
-    assert n == 1 or c > 1  # of one channel, all is one run
     assert options["input_shift"] == x.data_ptr() % 16 // 4
 
 

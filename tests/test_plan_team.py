@@ -119,7 +119,7 @@ device_shapes = st.fixed_dictionaries(
     {
         "sm_count": st.integers(1, 200),
         "max_threads_per_sm": st.sampled_from([1024, 1536, 2048]),
-        "shared_bytes_per_sm": st.integers(64 << 10, 228 << 10),
+        "shared_bytes_per_sm": st.sampled_from([64 << 10, 100 << 10, 164 << 10, 228 << 10]),
         "shared_bytes_per_block_optin": st.sampled_from([48 << 10, 63 << 10, 99 << 10]),
         "max_grid": st.sampled_from([3, 65535, 2**31 - 1]),
         "cooperative": st.booleans(),
