@@ -23,6 +23,7 @@ HOST_SOURCES = (
     "plan.cpp",
     "plan_dict.cpp",
     "plan_team.cpp",
+    "plan_team_layout.cpp",
     "tensors.cpp",
 )
 DEVICE_CONTEXT = "device_context.cpp"

@@ -7,63 +7,108 @@
 
 namespace batchnorm_cuda {
 
-// Calls f(value) for the valid values of channel c in a batch of windows. kFull: all are valid.
-template <typename Cursor, bool kFull, int kWindows, typename F>
-__device__ __forceinline__ void for_each_value(
-    const Vec<typename Cursor::scalar_t> (&vec)[kWindows],
-    const Window<typename Cursor::index_t> (&windows)[kWindows], int c, F&& f) {
-  constexpr int kLanes = Cursor::kVecSize / Cursor::kChannels;  // lanes per channel
+// Statistics of the windows that a thread has at hand, in two sweeps over them: the mean, then the
+// squared deviations from it, corrected by the residual that the rounded mean leaves (Chan, Golub
+// and LeVeque 1983, eq. 1.7). One division serves them all. Masked lanes hold zeros. Both sweeps
+// take the same windows, in batches of any size; kFull: all of a batch's windows are there, whole.
+template <typename Cursor, typename acc_t>
+class TwoSweeps {
+ public:
+  using Values = Vec<typename Cursor::scalar_t>;
+  using Mask = Window<typename Cursor::index_t>;
+
+  template <bool kFull, int kWindows>
+  __device__ __forceinline__ void add_values(const Values (&vec)[kWindows],
+                                             const Mask (&windows)[kWindows]) {
+    acc_t batch[Cursor::kChannels] = {};
+    for_each_value<kFull>(vec, windows, [&](int c, acc_t x, bool valid) {
+      batch[c] += x;
+      if (!Cursor::kExact) count_[c] += valid;
+    });
 #pragma unroll
-  for (int u = 0; u < kWindows; ++u) {
+    for (int u = 0; u < kWindows; ++u) {
+      if (Cursor::kExact) count_[0] += (kFull || windows[u].hi > 0) * kLanes;
+    }
 #pragma unroll
-    for (int l = 0; l < kLanes; ++l) {
-      const int lane = c * kLanes + l;
-      const bool valid = kFull || (Cursor::kExact ? windows[u].hi > 0 : windows[u].valid(lane));
-      f(to_acc(vec[u].lane[lane]), valid);
+    for (int c = 0; c < Cursor::kChannels; ++c) sum_[c] += batch[c];
+  }
+
+  // Between the sweeps. The mean's rounding does no harm: the residual is taken from it as it is.
+  __device__ __forceinline__ void end_values() {
+#pragma unroll
+    for (int c = 0; c < Cursor::kChannels; ++c) {
+      shift_[c] = sum_[c] * per_value(c);
+      sum_[c] = 0;  // of the residuals, from here on
     }
   }
-}
 
-// Merges a batch into the statistics of each of the thread's channels. The batch's mean and M2 are
-// taken in two passes over the registers, corrected by the residual that the rounded mean leaves
-// (Chan, Golub and LeVeque 1983, eq. 1.7); one division serves the batch. Masked lanes hold zeros.
+  template <bool kFull, int kWindows>
+  __device__ __forceinline__ void add_deviations(const Values (&vec)[kWindows],
+                                                 const Mask (&windows)[kWindows]) {
+    acc_t residual[Cursor::kChannels] = {}, squares[Cursor::kChannels] = {};
+    for_each_value<kFull>(vec, windows, [&](int c, acc_t x, bool valid) {
+      const acc_t deviation = valid ? x - shift_[c] : acc_t(0);
+      residual[c] += deviation;
+      squares[c] += deviation * deviation;
+    });
+#pragma unroll
+    for (int c = 0; c < Cursor::kChannels; ++c) {
+      sum_[c] += residual[c];
+      m2_[c] += squares[c];
+    }
+  }
+
+  __device__ __forceinline__ void merge_into(Welford<acc_t> (&stats)[Cursor::kChannels]) const {
+#pragma unroll
+    for (int c = 0; c < Cursor::kChannels; ++c) {
+      Welford<acc_t> batch;
+      batch.count = static_cast<acc_t>(count(c));
+      batch.shift = shift_[c];
+      batch.mean = sum_[c] * per_value(c);
+      batch.m2 = m2_[c] - sum_[c] * batch.mean;
+      stats[c].merge(batch);
+    }
+  }
+
+ private:
+  static constexpr int kLanes = Cursor::kVecSize / Cursor::kChannels;  // per channel
+
+  // Calls f(channel, value, valid) for the values of a batch. In exact tilings a window is there
+  // or not, and all values of those that are there are valid.
+  template <bool kFull, int kWindows, typename F>
+  __device__ __forceinline__ static void for_each_value(const Values (&vec)[kWindows],
+                                                        const Mask (&windows)[kWindows], F&& f) {
+#pragma unroll
+    for (int u = 0; u < kWindows; ++u) {
+      if (!kFull && Cursor::kExact && windows[u].hi <= 0) continue;
+#pragma unroll
+      for (int l = 0; l < Cursor::kVecSize; ++l) {
+        f(l / kLanes, to_acc(vec[u].lane[l]), kFull || Cursor::kExact || windows[u].valid(l));
+      }
+    }
+  }
+
+  // In exact tilings every channel of a thread has as many values.
+  __device__ __forceinline__ int count(int c) const { return count_[Cursor::kExact ? 0 : c]; }
+  __device__ __forceinline__ acc_t per_value(int c) const {
+    return reciprocal(count(c) > 0 ? static_cast<acc_t>(count(c)) : acc_t(1));
+  }
+
+  int count_[Cursor::kExact ? 1 : Cursor::kChannels] = {};
+  acc_t sum_[Cursor::kChannels] = {}, shift_[Cursor::kChannels] = {}, m2_[Cursor::kChannels] = {};
+};
+
+// Merges a batch into the statistics of each of the thread's channels.
 template <typename Cursor, bool kFull, typename acc_t, int kWindows>
 __device__ __forceinline__ void add_statistics(
     Welford<acc_t> (&stats)[Cursor::kChannels],
     const Vec<typename Cursor::scalar_t> (&vec)[kWindows],
     const Window<typename Cursor::index_t> (&windows)[kWindows]) {
-  constexpr int kLanes = Cursor::kVecSize / Cursor::kChannels;
-  int present = kWindows;  // exact tiling: a window is there or not
-  if (!kFull && Cursor::kExact) {
-    present = 0;
-#pragma unroll
-    for (int u = 0; u < kWindows; ++u) present += windows[u].hi > 0;
-  }
-#pragma unroll
-  for (int c = 0; c < Cursor::kChannels; ++c) {
-    Welford<acc_t> batch;
-    acc_t sum = 0;
-    int count = present * kLanes;
-    if (!kFull && !Cursor::kExact) count = 0;
-    for_each_value<Cursor, kFull>(vec, windows, c, [&](acc_t x, bool valid) {
-      sum += x;
-      if (!kFull && !Cursor::kExact) count += valid;
-    });
-    batch.count = static_cast<acc_t>(count);
-    // Its rounding does no harm: the residual is taken from the shift as it came out.
-    const acc_t per_value =
-        kFull ? acc_t(1) / (kWindows * kLanes) : reciprocal(count > 0 ? batch.count : acc_t(1));
-    batch.shift = sum * per_value;
-    acc_t residual = 0;
-    for_each_value<Cursor, kFull>(vec, windows, c, [&](acc_t x, bool valid) {
-      const acc_t deviation = valid ? x - batch.shift : acc_t(0);
-      residual += deviation;
-      batch.m2 += deviation * deviation;
-    });
-    batch.mean = residual * per_value;
-    batch.m2 -= residual * batch.mean;
-    stats[c].merge(batch);
-  }
+  TwoSweeps<Cursor, acc_t> batch;
+  batch.template add_values<kFull>(vec, windows);
+  batch.end_values();
+  batch.template add_deviations<kFull>(vec, windows);
+  batch.merge_into(stats);
 }
 
 // Merges a batch into the two sums of each channel, Σ dy and Σ dy·(x - mean). Masked lanes hold

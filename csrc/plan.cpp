@@ -15,8 +15,6 @@ constexpr int64_t kBlocksPerSm = 4;
 // Rows of partial results per channel. More splits would cost the merge more than they bring.
 constexpr int64_t kMaxSplits = 1024;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t round_up_to_power_of_two(int64_t value) {
   int64_t power = 1;
   while (power < value) power *= 2;

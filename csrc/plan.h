@@ -50,20 +50,40 @@ inline constexpr int acc_bytes(Dtype dtype) { return dtype == Dtype::kDouble ? 8
 #define BATCHNORM_CUDA_HOST_DEVICE
 #endif
 
-// Windows of all its tensors together that a thread of a team kernel keeps in registers, in the
-// small and the large variant of the kernel. Along C and in masked tilings there is less room
-// beside them.
-constexpr int kTeamWindowsSmall = 4;
-BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows_large(Pattern pattern, bool exact) {
-  return pattern != Pattern::kAlongS ? 4 : exact ? 12 : 8;
-}
-// Along C and along rows a thread has accumulators for every lane: a small variant saves nothing.
-BATCHNORM_CUDA_HOST_DEVICE constexpr bool team_has_small(Pattern pattern) {
-  return pattern == Pattern::kAlongS;
+// How much a thread of a team kernel holds in registers. kShallow leaves room for many blocks on an
+// SM, for small channels. kMiddle keeps two, which work on different channel groups: one loads
+// while the other exchanges or stores. kDeep takes all registers for one block, for channel groups
+// that fit the device in no other way. kStream is for what does not fit at all, and for the masked
+// tilings: it alone reads windows twice, and holds fewer beside the sums of those.
+enum class Depth : int { kShallow, kMiddle, kDeep, kStream };
+
+// Blocks of a team kernel that an SM can hold by its registers: the kernel's launch bounds.
+BATCHNORM_CUDA_HOST_DEVICE constexpr int team_blocks_per_sm(Depth depth) {
+  return depth == Depth::kShallow ? 3 : depth == Depth::kDeep ? 1 : 2;
 }
 
-// Blocks of a team kernel that an SM must be able to hold: up to 128 registers a thread.
-constexpr int kTeamBlocksPerSm = 2;
+// Windows of all its `tensors` together that a thread keeps in registers; 0: there is no such
+// kernel. The most that the compiler places without a spill for every dtype and architecture
+// (`make sass`): up to 184 of a deep kernel's 255 registers. Along C and along rows a thread has
+// accumulators and coefficients for every lane beside them.
+BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exact, Depth depth,
+                                                      int tensors) {
+  switch (pattern) {
+    case Pattern::kAlongS:
+      if (!exact) return depth == Depth::kMiddle ? 8 : depth == Depth::kStream ? 4 : 0;
+      return depth == Depth::kShallow  ? 4
+             : depth == Depth::kMiddle ? 16
+             : depth == Depth::kDeep   ? 46
+                                       : 12;
+    case Pattern::kAlongC:
+      return depth == Depth::kShallow  ? 0
+             : depth == Depth::kMiddle ? 8
+             : depth == Depth::kDeep   ? (tensors == 1 ? 40 : 36)
+                                       : 4;
+    default:
+      return depth == Depth::kMiddle ? 8 : 0;
+  }
+}
 
 // Rows of a block of columns x rows threads that column_reduce merges by warp shuffles: all rows of
 // a warp where a warp is whole rows and the block whole warps, else one.
@@ -77,6 +97,8 @@ BATCHNORM_CUDA_HOST_DEVICE inline int rows_merged_by_shuffles(int columns, int r
 inline int64_t column_scratch_values(int columns, int rows, int lanes, int fields) {
   return int64_t{columns} * (rows / rows_merged_by_shuffles(columns, rows)) * lanes * fields;
 }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct DeviceInfo {
   std::string name = "unknown";
@@ -150,6 +172,7 @@ struct Team {
   Scope scope = Scope::kBlock;
   int size = 1;
   int64_t teams = 0, rounds = 0, grid = 0;
+  Depth depth = Depth::kMiddle;
   int tensors = 1;            // activations kept on chip: x, or dy and x
   int register_windows = 0;   // per thread and tensor
   int shared_windows = 0;     // per thread and tensor
@@ -158,7 +181,8 @@ struct Team {
   int64_t scratch_bytes = 0;  // shared memory of the block's own reduction, before the slots
   int64_t data_offset = 0;    // where the windows begin in shared memory
   int64_t shared_bytes = 0;
-  int64_t exchange_bytes = 0;  // global workspace: two slots a block (kGrid)
+  bool two_level = false;      // ranks merge a slice of the channels each (kGrid, team.cuh)
+  int64_t exchange_bytes = 0;  // global workspace: two slots a block, two totals a team (kGrid)
   int64_t sync_words = 0;      // 64-bit words: epoch, finished blocks, one flag a block (kGrid)
   int64_t streamed_bytes = 0;  // of all tensors, read twice for want of room
 };

@@ -81,11 +81,25 @@ const char* pattern_name(Pattern pattern) {
                                        : "along_row";
 }
 
+const char* depth_name(Depth depth) {
+  switch (depth) {
+    case Depth::kShallow:
+      return "shallow";
+    case Depth::kMiddle:
+      return "middle";
+    case Depth::kDeep:
+      return "deep";
+    default:
+      return "stream";
+  }
+}
+
 py::dict to_dict(const Team& team) {
   using py::literals::operator""_a;
   return py::dict("pattern"_a = pattern_name(team.pattern), "traversal"_a = to_dict(team.traversal),
                   "scope"_a = scope_name(team.scope), "size"_a = team.size, "teams"_a = team.teams,
                   "rounds"_a = team.rounds, "grid"_a = team.grid, "tensors"_a = team.tensors,
+                  "depth"_a = depth_name(team.depth), "two_level"_a = team.two_level,
                   "register_windows"_a = team.register_windows,
                   "shared_windows"_a = team.shared_windows, "blocks_per_sm"_a = team.blocks_per_sm,
                   "shared_bytes"_a = team.shared_bytes, "exchange_bytes"_a = team.exchange_bytes,

@@ -1,310 +1,221 @@
-// The choice of a team: how many blocks share a channel group, how they exchange, and what each
-// thread holds where. Part of the plan (plan.h): pure, and the only owner of this geometry.
+// The choice of a team: how many blocks share a channel group, and how much each thread holds. Part
+// of the plan (plan.h).
 //
-// Candidates are compared by a cost in window moves per thread and SM, the time a thread's 16-byte
-// access takes at full bandwidth. Only ratios matter, and only between choices for one problem.
+// A team that reads everything once comes before any that does not. Among those that do, and among
+// the rest together with the stage kernels, the least cost decides: the time of the busiest SM in
+// moves, where a move is 8 KB, one 16-byte access by each of 512 threads, at the SM's share of the
+// device's bandwidth. Only ratios matter, and only between choices for one problem.
+#include "plan_team.h"
+
 #include <algorithm>
 #include <limits>
-#include <numeric>
-
-#include "plan.h"
+#include <vector>
 
 namespace batchnorm_cuda {
 namespace {
 
-// Cost of one exchange in window moves of an SM's 512 threads. A cycle-level simulation put a round
-// through global memory at about 1100 cycles, in which an SM moves about 16 KB; a cluster at a
-// third.
-constexpr double kGridExchange = 2.0, kClusterExchange = 0.7;
-// A launch more, or a device-wide drain, in the same unit (about 3 microseconds).
+constexpr double kMoveThreads = 512;
+constexpr double kMoveBytes = kMoveThreads * kWindowBytes;
+// Cost of a wait for other blocks. A cycle-level simulation put a round through global memory at
+// about 1100 cycles, in which an SM moves about 16 KB; a cluster at a third.
+constexpr double kGridWait = 2.0, kClusterWait = 0.7;
+// Slots are read from the L2 cache, at about twice the rate of DRAM.
+constexpr double kSlotRate = 2.0;
+// From the first load of a round to its use.
+constexpr double kLatency = 1.0;
+// Share of latencies and waits that still shows where another team's block on the SM fills them.
+constexpr double kExposed = 0.5;
+// What an SM can move of its share of the bandwidth while others are idle.
+constexpr double kSmRate = 1.3;
+// A launch more, or a device-wide drain (about 3 microseconds).
 constexpr double kLaunchCost = 5.0;
-constexpr int64_t kReservedSharedBytes = 1024;  // per block, by the system
-constexpr int kMaxBlocksPerSm = 32;
-// Width of a slab of channels along C: 128 bytes, four sectors, where C has that much.
-constexpr int kSlabWindows = 8;
+// Places for blocks that may idle, of all over all rounds, without a word in the plan's reason.
+constexpr double kIdleUnexplained = 0.1;
 // Runs of up to this many bytes go along a row unless they are whole windows of whole sectors:
 // beyond it the two shared sectors at a run's ends are under a tenth of it.
 constexpr int64_t kShortRun = 640;
 constexpr int64_t kSectorBytes = 32;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t power_of_two_at_least(int64_t value) {
-  int64_t power = 1;
-  while (power < value) power *= 2;
-  return power;
-}
-
-struct Request {
-  const Problem& problem;
-  Pattern pattern;
-  const DeviceInfo& device;
-  const PlanOptions& options;
-  bool exact;
-  int vec, tensors, fields;
-};
+constexpr Depth kDepths[] = {Depth::kShallow, Depth::kMiddle, Depth::kDeep, Depth::kStream};
 
 bool all_aligned(const Problem& p) {
   return p.output_shift == 0 && p.input_shift <= 0 && p.grad_output_shift <= 0;
 }
 
-// Columns that lie in one channel block along a row: whole channels, whole windows, at least a
-// slab.
-int64_t row_block_windows(const Problem& p, int vec) {
-  const int64_t unit = std::lcm(p.s > 1 ? p.s : p.c, static_cast<int64_t>(vec)) / vec;
-  return p.s > 1 ? unit * ceil_div(kSlabWindows, unit) : unit;
-}
+bool along_c_is_exact(const Problem& p, int vec) { return all_aligned(p) && p.c % vec == 0; }
 
-// The access pattern of a team: along S or C where whole windows are, along a row where runs are
-// short or odd, or C is.
-Pattern choose_pattern(const Problem& p, int vec) {
-  const bool aligned = all_aligned(p);
-  if (p.s == 1 && aligned && p.c % vec == 0) return Pattern::kAlongC;
+// Would a team better walk along rows: are runs short or odd, or is C?
+bool suits_rows(const Problem& p, int vec) {
+  if (!all_aligned(p) || !rows_are_whole(p, vec)) return false;
   const int64_t bytes = p.s * dtype_bytes(p.dtype);
-  const bool odd_run = p.s > 1 && (p.s % vec != 0 || bytes < kSectorBytes) && bytes <= kShortRun;
-  const int64_t row = p.s > 1 ? p.c * p.s : std::lcm(p.c, static_cast<int64_t>(vec));
-  const bool whole = aligned && row % vec == 0 && (p.n * p.c * p.s) % row == 0;
-  if ((p.s == 1 || odd_run) && whole && row_block_windows(p, vec) <= kTeamThreads) {
-    return Pattern::kAlongRow;
-  }
-  return p.s == 1 ? Pattern::kAlongC : Pattern::kAlongS;
+  return p.s == 1 ? p.c % vec != 0 : (p.s % vec != 0 || bytes < kSectorBytes) && bytes <= kShortRun;
 }
 
-void lay_out_along_s(const Request& r, Traversal& t) {
-  t.row_windows = r.exact ? t.s / r.vec : ceil_div(t.s + r.vec - 1, r.vec);
-  t.rows = t.n;
-  const int64_t windows = t.rows * t.row_windows;
-  const int64_t held = kTeamWindowsSmall / r.tensors;
-  const int64_t threads = std::max(std::min<int64_t>(windows, kWarpSize), ceil_div(windows, held));
-  t.threads_x = static_cast<int>(std::min<int64_t>(kTeamThreads, power_of_two_at_least(threads)));
-  t.threads_y = kTeamThreads / t.threads_x;
-  t.channel_blocks = ceil_div(t.c, t.threads_y);
+TeamRequest make_request(const Problem& p, const DeviceInfo& device, const PlanOptions& options,
+                         Pattern pattern) {
+  const bool forward = p.op == Op::kForwardTraining || p.op == Op::kForwardEval;
+  const int vec = kWindowBytes / dtype_bytes(p.dtype);
+  const bool exact = pattern == Pattern::kAlongS ? all_aligned(p) && p.s % vec == 0 : true;
+  const int channels = pattern == Pattern::kAlongS ? 1 : vec;
+  return {p, device, options, pattern, exact, vec, forward ? 1 : 2, forward ? 4 : 2, channels};
 }
 
-void lay_out_along_c(const Request& r, Traversal& t) {
-  t.row_windows = t.c / r.vec;
-  t.rows = t.n;
-  t.threads_x =
-      static_cast<int>(std::min<int64_t>(kSlabWindows, power_of_two_at_least(t.row_windows)));
-  t.threads_y = kTeamThreads / t.threads_x;
-  t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
+double exchange_cost(const TeamRequest& r, const Team& team) {
+  if (team.scope == Scope::kBlock) return 0;
+  const double slot = static_cast<double>(team.slot_values * acc_bytes(r.problem.dtype));
+  const double blocks = team.blocks_per_sm;  // each reads them for itself
+  const double read = (team.two_level ? 2.0 : static_cast<double>(team.size)) * slot;
+  const double wait = team.scope == Scope::kCluster ? kClusterWait : kGridWait;
+  return wait * (team.two_level ? 2 : 1) + read * blocks / (kMoveBytes * kSlotRate);
 }
 
-void lay_out_along_row(const Request& r, Traversal& t) {
-  const bool runs = t.s > 1;
-  const int64_t row = runs ? t.c * t.s : std::lcm(t.c, static_cast<int64_t>(r.vec));
-  t.row_windows = row / r.vec;
-  t.rows = t.numel / row;
-  t.row_repeat = runs ? 1 : row / t.c;
-  t.threads_x = static_cast<int>(row_block_windows(r.problem, r.vec));
-  t.threads_y = kTeamThreads / t.threads_x;
-  t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
-  t.segment_size = runs ? t.s : t.row_repeat;
-  t.segment_step = runs ? t.s : 1;
-  t.segment_stride = runs ? 1 : t.c;
-  t.segments = runs ? t.threads_x * r.vec / t.s : t.c;
-}
-
-// Threads and windows of the traversal, before it is split over a team.
-Traversal base_traversal(const Request& r) {
-  const Problem& p = r.problem;
-  Traversal t;
-  t.n = p.n;
-  t.c = p.c;
-  t.s = p.s;
-  t.numel = p.n * p.c * p.s;
-  t.shift = p.output_shift;
-  t.exact = r.exact;
-  t.index_bits = r.exact ? 32 : 64;
-  if (r.pattern == Pattern::kAlongS) lay_out_along_s(r, t);
-  if (r.pattern == Pattern::kAlongC) lay_out_along_c(r, t);
-  if (r.pattern == Pattern::kAlongRow) lay_out_along_row(r, t);
-  return t;
-}
-
-// Units that are split over a team: windows of a channel, or rows.
-int64_t work_of(const Traversal& t, Pattern pattern) {
-  return pattern == Pattern::kAlongS ? t.rows * t.row_windows : t.rows;
-}
-
-// The shared memory of a block: scratch of its reduction, slots of a cluster's exchange, windows.
-void lay_out_shared(const Request& r, Team& team) {
+// Moves of one round in which `blocks` blocks are at work.
+double round_cost(const TeamRequest& r, const Team& team, int64_t blocks) {
   const Traversal& t = team.traversal;
-  const int acc = acc_bytes(r.problem.dtype);
-  const bool along_s = r.pattern == Pattern::kAlongS;
-  const int lanes = along_s ? 1 : r.vec;
-  const int64_t columns = int64_t{t.threads_x} * lanes;
-  int64_t scratch = along_s ? int64_t{kTeamThreads / kWarpSize} * r.fields
-                            : column_scratch_values(t.threads_x, t.threads_y, lanes, r.fields);
-  team.slot_values = (along_s ? int64_t{t.threads_y} : columns) * r.fields;
-  if (r.pattern == Pattern::kAlongRow) {
-    scratch = std::max(scratch, (columns + t.segments) * r.fields);
-    team.slot_values = t.segments * r.fields;
-  }
-  team.scratch_bytes = ceil_div(scratch * acc, kWindowBytes) * kWindowBytes;
-  const int64_t slots = team.scope == Scope::kCluster ? 2 * team.slot_values * acc : 0;
-  team.data_offset = team.scratch_bytes + ceil_div(slots, kWindowBytes) * kWindowBytes;
-}
-
-// Windows per thread that the block's part needs, and where they go. Registers first; shared memory
-// as far as it leaves team.blocks_per_sm blocks resident.
-void place_windows(const Request& r, Team& team, int64_t per_thread) {
-  const int large = team_windows_large(r.pattern, r.exact);
-  const bool small = team_has_small(r.pattern) && per_thread * r.tensors <= kTeamWindowsSmall;
-  const int windows = small ? kTeamWindowsSmall : large;
-  team.tensors = r.tensors;
-  team.register_windows = windows / r.tensors;
-  team.blocks_per_sm = kTeamBlocksPerSm;
-  const int64_t room =
-      std::min(r.device.shared_bytes_per_sm / team.blocks_per_sm - kReservedSharedBytes,
-               r.device.shared_bytes_per_block_optin) -
-      team.data_offset;
-  const int64_t slot_bytes = int64_t{kTeamThreads} * kWindowBytes * r.tensors;
-  const int64_t wanted = std::max<int64_t>(per_thread - team.register_windows, 0);
-  team.shared_windows = static_cast<int>(std::clamp<int64_t>(room / slot_bytes, 0, wanted));
-  team.shared_bytes = team.data_offset + team.shared_windows * slot_bytes;
-}
-
-int64_t resident_blocks(const Request& r, const Team& team) {
-  const DeviceInfo& d = r.device;
-  const int64_t by_shared = d.shared_bytes_per_sm / (team.shared_bytes + kReservedSharedBytes);
-  const int64_t by_threads = d.max_threads_per_sm / kTeamThreads;
-  const int64_t registers = 65536 / team.blocks_per_sm;  // what the kernel may use at most
-  const int64_t by_registers = d.registers_per_sm / registers;
-  return std::min(
-      {by_shared, by_threads, by_registers, int64_t{team.blocks_per_sm}, int64_t{kMaxBlocksPerSm}});
-}
-
-Scope scope_of(const Request& r, int64_t size) {
-  const bool cluster = size <= r.device.max_cluster;
-  if (size == 1) return Scope::kBlock;
-  if (r.options.scope != Scope::kAuto) {
-    const bool possible = r.options.scope == Scope::kCluster ? cluster : r.device.cooperative;
-    return r.options.scope != Scope::kBlock && possible ? r.options.scope : Scope::kAuto;
-  }
-  return cluster ? Scope::kCluster : r.device.cooperative ? Scope::kGrid : Scope::kAuto;
-}
-
-// Completes a team of `size` blocks; false where there is none.
-bool build(const Request& r, const Traversal& base, int64_t size, Team& team) {
-  team = Team{};
-  team.pattern = r.pattern;
-  Traversal& t = team.traversal;
-  t = base;
-  const int64_t work = work_of(t, r.pattern);
-  team.scope = scope_of(r, size);
-  if (team.scope == Scope::kAuto || size > work) return false;
-  t.per_split = ceil_div(work, size);
-  t.splits = size;
-  if ((size - 1) * t.per_split >= work) return false;  // a rank without work
-  team.size = static_cast<int>(size);
-  lay_out_shared(r, team);
-  const int64_t members = r.pattern == Pattern::kAlongS ? t.threads_x : t.threads_y;
-  place_windows(r, team, ceil_div(t.per_split, members));
-  const int64_t resident = resident_blocks(r, team) * r.device.sm_count;
-  team.teams = team.scope == Scope::kBlock ? std::min(t.channel_blocks, r.device.max_grid)
-                                           : std::min(t.channel_blocks, resident / size);
-  if (resident == 0 || team.teams == 0) return false;
-  if (team.scope == Scope::kGrid)
-    team.blocks_per_sm = static_cast<int>(resident / r.device.sm_count);
-  team.rounds = ceil_div(t.channel_blocks, team.teams);
-  team.grid = team.teams * size;
-  t.tasks = t.channel_blocks * size;
-  t.grid = team.grid;
-  t.shared_bytes = team.shared_bytes;
-  const int64_t capacity = members * (team.register_windows + team.shared_windows);
-  const int64_t streamed = std::max<int64_t>(t.per_split - capacity, 0) * size * t.channel_blocks *
-                           (r.pattern == Pattern::kAlongS ? t.threads_y : t.threads_x);
-  team.streamed_bytes = streamed * kWindowBytes * r.tensors;
-  if (team.scope == Scope::kGrid) {
-    team.exchange_bytes = team.grid * 2 * team.slot_values * acc_bytes(r.problem.dtype);
-    team.sync_words = 2 + team.grid;
-  }
-  return true;
-}
-
-// Window moves of the busiest SM, with exchanges.
-double cost_of(const Request& r, const Team& team) {
-  const Traversal& t = team.traversal;
-  const int64_t members = r.pattern == Pattern::kAlongS ? t.threads_x : t.threads_y;
-  const double held = static_cast<double>(ceil_div(t.per_split, members));
+  const int members = team_members(t, r.pattern);
+  const double held = static_cast<double>(t.per_split) / members;
   const double capacity = team.register_windows + team.shared_windows;
   const double moves = held * (r.tensors + 1) + std::max(0.0, held - capacity) * r.tensors;
-  const int64_t resident = std::max<int64_t>(resident_blocks(r, team), 1);
-  const double waves =
-      static_cast<double>(ceil_div(team.grid * team.rounds, resident * r.device.sm_count));
-  const double threads = static_cast<double>(resident) * kTeamThreads / 512.0;
-  double exchange = 0;
-  if (team.scope == Scope::kCluster) exchange = kClusterExchange;
-  if (team.scope == Scope::kGrid) {
-    // Every block reads every rank's slot, from the L2 cache.
-    const double slots = static_cast<double>(team.size) * static_cast<double>(team.slot_values) *
-                         acc_bytes(r.problem.dtype) / (512.0 * kWindowBytes);
-    exchange = kGridExchange + slots * static_cast<double>(resident);
-  }
-  return waves * (moves * threads + exchange) + kLaunchCost;
+  const double per_block = moves * kTeamThreads / kMoveThreads;
+  const double sms = r.device.sm_count;
+  const auto on_busiest = static_cast<double>(ceil_div(blocks, r.device.sm_count));
+  const bool shared = on_busiest > 1 && blocks > team.size;  // by blocks of several teams
+  const double latency = kLatency + exchange_cost(r, team);
+  return std::max(per_block * static_cast<double>(blocks) / sms, per_block * on_busiest / kSmRate) +
+         latency * (shared ? kExposed : 1.0);
+}
+
+double team_cost(const TeamRequest& r, const Team& team) {
+  const int64_t groups = team.traversal.channel_blocks;
+  const int64_t places = int64_t{team.blocks_per_sm} * r.device.sm_count;
+  const int64_t at_once =
+      team.scope == Scope::kBlock ? std::min(groups, places) : std::min(groups, team.teams);
+  const int64_t last = groups % at_once;
+  double cost = static_cast<double>(groups / at_once) * round_cost(r, team, at_once * team.size);
+  if (last > 0) cost += round_cost(r, team, last * team.size);
+  return cost + kLaunchCost;
 }
 
 // The stage kernels' cost in the same unit: every activation twice but the output once.
-double two_pass_cost(const Request& r) {
-  const double windows = static_cast<double>(r.problem.n * r.problem.c * r.problem.s) / r.vec /
-                         (512.0 * r.device.sm_count);
-  return windows * (2 * r.tensors + 1) + 3 * kLaunchCost;
+double two_pass_cost(const TeamRequest& r) {
+  const double windows =
+      static_cast<double>(r.problem.n * r.problem.c * r.problem.s) / r.vec / kMoveThreads;
+  return windows / r.device.sm_count * (2 * r.tensors + 1) + 3 * kLaunchCost;
 }
 
-bool fits_32_bits(const Request& r, const Traversal& t) {
+// Share of the places for blocks that are empty, over all rounds.
+double idle_share(const TeamRequest& r, const Team& team) {
+  const int64_t places = int64_t{team.blocks_per_sm} * r.device.sm_count;
+  const int64_t at_once = team.scope == Scope::kBlock ? places : team.grid;
+  const int64_t waves = ceil_div(team.traversal.tasks, at_once);
+  return 1.0 - static_cast<double>(team.traversal.tasks) / static_cast<double>(waves * places);
+}
+
+bool fits_32_bits(const TeamRequest& r, const Traversal& t) {
   const int64_t step = r.pattern == Pattern::kAlongS ? (t.threads_x / t.row_windows + 2) * t.c * t.s
                                                      : int64_t{t.threads_y} * t.row_windows * r.vec;
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
   return step <= kLimit / 2 && t.numel + t.row_windows * r.vec + r.vec <= kLimit - step;
 }
 
-std::string unsuitable(const Request& r, const Traversal& base) {
-  if (r.problem.op == Op::kForwardEval) return "eval forward reads its input once anyway";
-  if (r.problem.output_shift < 0) return "no elementwise output is wanted";
-  if (r.problem.op == Op::kBackwardEval && !r.problem.need_sums) return "no sums are wanted";
-  if (r.exact && !fits_32_bits(r, base)) return "the tensor needs 64-bit indices";
-  if (r.options.index_bits == 64) return "64-bit indices are forced";
+std::string unsuitable(const Problem& p, const PlanOptions& options) {
+  if (p.op == Op::kForwardEval) return "eval forward reads its input once anyway";
+  if (p.output_shift < 0) return "no elementwise output is wanted";
+  if (p.op == Op::kBackwardEval && !p.need_sums) return "no sums are wanted";
+  if (options.index_bits == 64) return "64-bit indices are forced";
   return "";
+}
+
+// Team sizes to look at: what a cluster is, and every size for which a whole number of teams fills
+// the device's places.
+std::vector<int64_t> team_sizes(const TeamRequest& r, const Traversal& t, Depth depth) {
+  if (r.options.team_size > 0) return {r.options.team_size};
+  std::vector<int64_t> sizes = {1, 2, 4, 8};
+  const int64_t places = int64_t{team_blocks_per_sm(depth)} * r.device.sm_count;
+  for (int64_t teams = 1; teams <= std::min(t.channel_blocks, places); ++teams) {
+    const int64_t size = places / teams;
+    if (size <= 8) break;
+    if (size != sizes.back()) sizes.push_back(size);
+  }
+  for (int64_t size = 3; size < 8; ++size) {
+    if (size != 4 && size > r.device.max_cluster) sizes.push_back(size);
+  }
+  return sizes;
+}
+
+// The best team so far.
+struct Choice {
+  Team team;
+  double cost = std::numeric_limits<double>::infinity();
+  bool once = false;  // reads everything once
+
+  void offer(const TeamRequest& r, const Team& candidate) {
+    const bool reads_once = candidate.streamed_bytes == 0;
+    if (once && !reads_once) return;
+    const double candidate_cost = team_cost(r, candidate);
+    if ((reads_once && !once) || candidate_cost < cost) {
+      team = candidate;
+      cost = candidate_cost;
+      once = reads_once;
+    }
+  }
+};
+
+// Offers all teams of one access pattern and slab width.
+void offer_teams(const TeamRequest& r, int slab, Choice& choice) {
+  const Traversal base = team_traversal(r, slab);
+  if (r.exact && !fits_32_bits(r, base)) return;
+  const bool shares_block = r.pattern == Pattern::kAlongS && base.threads_x < kTeamThreads;
+  for (const Depth depth : kDepths) {
+    if (team_windows(r.pattern, r.exact, depth, r.tensors) == 0) continue;
+    if (depth == Depth::kStream && choice.once) continue;
+    for (const int64_t size : team_sizes(r, base, depth)) {
+      Team team;
+      if (shares_block && size > 1) continue;
+      if (build_team(r, base, depth, size, team)) choice.offer(r, team);
+    }
+  }
 }
 
 }  // namespace
 
 Team plan_team(const Problem& problem, const DeviceInfo& device, const PlanOptions& options,
                std::string* reason) {
-  const bool forward = problem.op == Op::kForwardTraining || problem.op == Op::kForwardEval;
+  Choice choice;
+  choice.team.size = 0;
+  *reason = unsuitable(problem, options);
+  if (!reason->empty()) return choice.team;
   const int vec = kWindowBytes / dtype_bytes(problem.dtype);
-  const Pattern pattern = choose_pattern(problem, vec);
-  const int64_t run = pattern == Pattern::kAlongS ? problem.s : problem.c;
-  const bool exact = pattern == Pattern::kAlongRow || (all_aligned(problem) && run % vec == 0);
-  const Request r{problem, pattern, device, options, exact, vec, forward ? 1 : 2, forward ? 4 : 2};
-  Team best;
-  best.size = 0;
-  if (pattern == Pattern::kAlongC && !exact) {
-    *reason = "channels last with misaligned tensors, or rows that make no whole windows";
-    return best;
+  const bool whole = problem.s > 1 || along_c_is_exact(problem, vec);
+  if (suits_rows(problem, vec)) {
+    offer_teams(make_request(problem, device, options, Pattern::kAlongRow), 0, choice);
   }
-  const Traversal base = base_traversal(r);
-  *reason = unsuitable(r, base);
-  if (!reason->empty()) return best;
-
+  const TeamRequest r =
+      make_request(problem, device, options, problem.s > 1 ? Pattern::kAlongS : Pattern::kAlongC);
+  if (choice.team.size == 0 && whole) {
+    offer_teams(r, kSlabWindows, choice);
+    if (!choice.once && r.pattern == Pattern::kAlongC) offer_teams(r, kNarrowSlabWindows, choice);
+  }
+  if (choice.team.size == 0) {
+    *reason = whole ? "no team fits, or the tensor needs 64-bit indices"
+                    : "channels last with misaligned tensors, or rows that make no whole windows";
+    return choice.team;
+  }
   const bool forced = options.strategy == Strategy::kTeam;
-  double best_cost = forced ? std::numeric_limits<double>::infinity() : two_pass_cost(r);
-  *reason = "two passes cost less than any team";
-  const int64_t largest = std::min<int64_t>(work_of(base, pattern), int64_t{device.sm_count} * 4);
-  for (int64_t size = 1; size <= largest; size += 1 + size / 16) {
-    if (options.team_size > 0) size = options.team_size;
-    Team team;
-    if (base.threads_x < kTeamThreads && pattern == Pattern::kAlongS && size > 1) break;
-    if (build(r, base, size, team) && cost_of(r, team) < best_cost) {
-      best_cost = cost_of(r, team);
-      best = team;
-      *reason = team.streamed_bytes > 0 ? "a team holds part of each channel group on chip"
-                                        : "a team holds each channel group on chip";
-    }
-    if (options.team_size > 0) break;
+  if (!choice.once && !forced && choice.cost >= two_pass_cost(r)) {
+    *reason =
+        "no team holds a channel group, and two passes cost less than reading part of it again";
+    choice.team.size = 0;
+    return choice.team;
   }
-  return best;
+  *reason = choice.once ? "a team holds each channel group on chip"
+                        : "a team holds part of each channel group on chip";
+  const double idle = idle_share(r, choice.team);
+  if (idle > kIdleUnexplained) {
+    *reason += "; " + std::to_string(static_cast<int>(idle * 100 + 0.5)) +
+               "% of the places for blocks idle: teams that leave fewer cost more";
+  }
+  return choice.team;
 }
 
 }  // namespace batchnorm_cuda

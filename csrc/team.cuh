@@ -7,14 +7,20 @@
 // waited for every rank's slot of the round between, which a rank publishes only when it is done
 // reading.
 //
+// Two levels, for large teams with many channels: reading every rank's slot would cost each block
+// more than its own data. There each rank merges the slots of a slice of the channels, publishes
+// these totals, and after a second wait every block reads all totals. They too have two places a
+// team, used in turn: a rank writes totals again two rounds later, after it has waited for the
+// slots of that round, which the ranks publish when they have read the totals before.
+//
 // Scope kGrid, why a reader sees the slots (CUDA C++ memory model, device scope): the writers'
 // plain stores happen before thread 0's release store of the flag by way of __syncthreads; the
 // polling thread's acquire load that sees the flag synchronises with it; the readers' plain loads
 // come after the polling thread by way of the second __syncthreads. Waiting cannot deadlock because
 // the launch is cooperative: all blocks are resident or the launch fails. Flags only grow: they
-// hold the epoch of the launch plus the round, and the last block to finish moves the epoch past
-// all rounds, so that the words serve the next launch on the stream, or the next replay of a graph,
-// as they are.
+// hold the epoch of the launch plus the waits so far, and the last block to finish moves the epoch
+// past all of them, so that the words serve the next launch on the stream, or the next replay of a
+// graph, as they are.
 #pragma once
 
 #include "accumulate.cuh"
@@ -36,7 +42,7 @@ class TeamExchange {
         shared_slots_(shared_slots),
         global_slots_(global_slots),
         sync_(sync) {
-    if (team.scope == Scope::kGrid) epoch_ = load_acquire(sync + kEpoch);
+    if (team.scope == Scope::kGrid) flag_ = load_acquire(sync + kEpoch);
   }
 
   // With the ranks of a cluster in neighbouring blocks, for every scope.
@@ -62,8 +68,9 @@ class TeamExchange {
       if (threadIdx.x + threadIdx.y == 0 &&
           fetch_add(sync_ + kFinished, uint64_t{1}) == gridDim.x - 1) {
         // Every block has read the epoch before it was counted.
+        const auto waits = static_cast<uint64_t>(team_.rounds * (team_.two_level ? 2 : 1));
         store_release(sync_ + kFinished, uint64_t{0});
-        store_release(sync_ + kEpoch, epoch_ + static_cast<uint64_t>(team_.rounds));
+        store_release(sync_ + kEpoch, load_acquire(sync_ + kEpoch) + waits);
       }
     }
   }
@@ -75,13 +82,18 @@ class TeamExchange {
     if (team_.scope != Scope::kBlock) {
       if (Cursor::member() == 0) publish(acc);
       wait_for_team();
+      if (team_.two_level) {
+        merge_slice(Cursor::kChannels * columns());
+        load_totals(acc);
+      } else {
 #pragma unroll
-      for (int c = 0; c < Cursor::kChannels; ++c) acc[c] = Acc();
-      for (int rank = Cursor::member(); rank < team_.size; rank += Cursor::members()) {
-        merge_slot(acc, rank);
+        for (int c = 0; c < Cursor::kChannels; ++c) acc[c] = Acc();
+        for (int rank = Cursor::member(); rank < team_.size; rank += Cursor::members()) {
+          merge_slot(acc, rank);
+        }
+        reduce_members<Cursor>(acc, scratch_);
       }
-      reduce_members<Cursor>(acc, scratch_);
-      ++round_;
+      parity_ ^= 1;
     }
     if constexpr (Cursor::kChannels > 1) column_broadcast(acc, scratch_);
   }
@@ -105,18 +117,34 @@ class TeamExchange {
       }
     }
     __syncthreads();
-    reduce_segments(channels, static_cast<int>(t.segment_size), [&](int k, int i, int f) {
-      const int column = static_cast<int>(k * t.segment_step + i * t.segment_stride);
-      return load_shared(scratch_ + f * columns + column);
-    });
+    const auto keep = [&](int k, int f, acc_t value) {
+      store_shared(channels + f * segments + k, value);
+    };
+    merge_each(
+        0, segments, static_cast<int>(t.segment_size),
+        [&](int k, int i, int f) {
+          const int column = static_cast<int>(k * t.segment_step + i * t.segment_stride);
+          return load_shared(scratch_ + f * columns + column);
+        },
+        keep);
+    __syncthreads();
     if (team_.scope != Scope::kBlock) {
       for (int i = thread; i < segments * Acc::kFields; i += threads) {
         store_slot(i, load_shared(channels + i));
       }
       wait_for_team();
-      reduce_segments(channels, team_.size,
-                      [&](int k, int rank, int f) { return load_slot(rank, f * segments + k); });
-      ++round_;
+      if (team_.two_level) {
+        merge_slice(segments);
+        for (int i = thread; i < segments * Acc::kFields; i += threads) {
+          store_shared(channels + i, load_global(totals() + i));
+        }
+      } else {
+        merge_each(
+            0, segments, team_.size,
+            [&](int k, int rank, int f) { return load_slot(rank, f * segments + k); }, keep);
+      }
+      __syncthreads();
+      parity_ ^= 1;
     }
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) {
@@ -129,15 +157,16 @@ class TeamExchange {
     __syncthreads();
   }
 
-  // channels[f][k] = merge over i < size of value(k, i, f), one warp a channel; whole warps only,
-  // so that every lane takes part in the shuffles. A barrier ends the call.
-  template <typename Value>
-  __device__ __forceinline__ void reduce_segments(acc_t* channels, int size, Value&& value) {
-    const int segments = static_cast<int>(team_.traversal.segments);
+  // store(k, f, result) for first <= k < last, the results being merged over i < size of
+  // value(k, i, f). One warp an index k; whole warps only, so that every lane takes part in the
+  // shuffles.
+  template <typename Value, typename Store>
+  __device__ __forceinline__ void merge_each(int first, int last, int size, Value&& value,
+                                             Store&& store) {
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     const int warps = blockDim.x * blockDim.y / kWarpSize;
     const int warp = thread / kWarpSize, lane = thread % kWarpSize;
-    for (int k = warp < warps ? warp : segments; k < segments; k += warps) {
+    for (int k = warp < warps ? first + warp : last; k < last; k += warps) {
       Acc acc;
       for (int i = lane; i < size; i += kWarpSize) {
         Acc other;
@@ -150,27 +179,69 @@ class TeamExchange {
       }
       if (lane == 0) {
 #pragma unroll
-        for (int f = 0; f < Acc::kFields; ++f) {
-          store_shared(channels + f * segments + k, acc.field(f));
-        }
+        for (int f = 0; f < Acc::kFields; ++f) store(k, f, acc.field(f));
       }
     }
-    __syncthreads();
+  }
+
+  // The second level: merges this rank's slice of a slot's channels into the totals, and returns
+  // when all ranks have.
+  __device__ __forceinline__ void merge_slice(int channels) {
+    const int first = channels * rank() / team_.size;
+    const int last = channels * (rank() + 1) / team_.size;
+    merge_each(
+        first, last, team_.size,
+        [&](int k, int rank, int f) { return load_slot(rank, f * channels + k); },
+        [&](int k, int f, acc_t value) { store_global(totals() + f * channels + k, value); });
+    wait_for_team();
+  }
+
+  // Threads of a block that hold different channels.
+  __device__ __forceinline__ static int columns() {
+    return Cursor::kChannels == 1 ? blockDim.y : blockDim.x;
   }
 
   // This thread's place in a slot: field f of its channel c.
-  __device__ __forceinline__ int64_t index(int c, int f) const {
+  __device__ __forceinline__ int place(int c, int f) const {
     const int column = Cursor::kChannels == 1 ? threadIdx.y : threadIdx.x;
-    const int columns = Cursor::kChannels == 1 ? blockDim.y : blockDim.x;
-    return (f * Cursor::kChannels + c) * columns + column;
+    return (f * Cursor::kChannels + c) * columns() + column;
   }
 
-  __device__ __forceinline__ int64_t parity_offset() const {
-    return (round_ & 1) * team_.slot_values;
+  __device__ __forceinline__ void publish(Acc (&acc)[Cursor::kChannels]) const {
+#pragma unroll
+    for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
+      const int c = i / Acc::kFields, f = i % Acc::kFields;
+      store_slot(place(c, f), acc[c].field(f));
+    }
   }
+
+  __device__ __forceinline__ void merge_slot(Acc (&acc)[Cursor::kChannels], int rank) const {
+#pragma unroll
+    for (int c = 0; c < Cursor::kChannels; ++c) {
+      Acc other;
+#pragma unroll
+      for (int f = 0; f < Acc::kFields; ++f) other.field(f) = load_slot(rank, place(c, f));
+      acc[c].merge(other);
+    }
+  }
+
+  __device__ __forceinline__ void load_totals(Acc (&acc)[Cursor::kChannels]) const {
+#pragma unroll
+    for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
+      const int c = i / Acc::kFields, f = i % Acc::kFields;
+      acc[c].field(f) = load_global(totals() + place(c, f));
+    }
+  }
+
+  __device__ __forceinline__ int64_t parity_offset() const { return parity_ * team_.slot_values; }
 
   __device__ __forceinline__ acc_t* global_slot(int rank) const {
     return global_slots_ + (team() * team_.size + rank) * 2 * team_.slot_values + parity_offset();
+  }
+
+  // The merged results of the team's channels (two levels), after the slots of all blocks.
+  __device__ __forceinline__ acc_t* totals() const {
+    return global_slots_ + (gridDim.x + team()) * 2 * team_.slot_values + parity_offset();
   }
 
   // Value i of this block's slot of the round.
@@ -189,37 +260,19 @@ class TeamExchange {
     return load_global(global_slot(rank) + i);
   }
 
-  __device__ __forceinline__ void publish(Acc (&acc)[Cursor::kChannels]) {
-#pragma unroll
-    for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
-      const int c = i / Acc::kFields, f = i % Acc::kFields;
-      store_slot(index(c, f), acc[c].field(f));
-    }
-  }
-
-  __device__ __forceinline__ void merge_slot(Acc (&acc)[Cursor::kChannels], int rank) {
-#pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) {
-      Acc other;
-#pragma unroll
-      for (int f = 0; f < Acc::kFields; ++f) other.field(f) = load_slot(rank, index(c, f));
-      acc[c].merge(other);
-    }
-  }
-
-  // Returns when every rank has published its slot of this round.
+  // Returns when every rank has come here as often, and what it published before is visible.
   __device__ __forceinline__ void wait_for_team() {
     if (team_.scope == Scope::kCluster) {
       cluster_barrier();
       return;
     }
-    const uint64_t expected = epoch_ + static_cast<uint64_t>(round_) + 1;
     uint64_t* const flags = sync_ + kFirstFlag + team() * team_.size;
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     __syncthreads();
-    if (thread == 0) store_release(flags + rank(), expected);
+    ++flag_;
+    if (thread == 0) store_release(flags + rank(), flag_);
     for (int rank = thread; rank < team_.size; rank += blockDim.x * blockDim.y) {
-      while (load_acquire(flags + rank) < expected) {
+      while (load_acquire(flags + rank) < flag_) {
       }
     }
     __syncthreads();
@@ -230,8 +283,8 @@ class TeamExchange {
   acc_t* const shared_slots_;
   acc_t* const global_slots_;
   uint64_t* const sync_;
-  uint64_t epoch_ = 0;
-  int64_t round_ = 0;
+  uint64_t flag_ = 0;  // this block's latest: the epoch of the launch plus the waits so far
+  int parity_ = 0;     // of the round
 };
 
 }  // namespace batchnorm_cuda

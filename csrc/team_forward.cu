@@ -34,12 +34,35 @@ struct TeamForward {
     }
   }
 
-  template <bool kFull, int kBatch>
+  template <int kBatch>
   __device__ __forceinline__ void accumulate(
       Acc (&acc)[kChannels], const Vec<scalar_t> (&vec)[kTensors][kBatch],
-      const Window<typename Cursor::index_t> (&windows)[kBatch]) {
-    add_statistics<Cursor, kFull>(acc, vec[0], windows);
+      const Window<typename Cursor::index_t> (&windows)[kBatch]) const {
+    add_statistics<Cursor, false>(acc, vec[0], windows);
   }
+
+  struct Sweeps {
+    static constexpr int kCount = 2;
+    TwoSweeps<Cursor, acc_t> statistics;
+
+    __device__ __forceinline__ explicit Sweeps(const TeamForward&) {}
+    template <int kBatch>
+    __device__ __forceinline__ void first(
+        const Vec<scalar_t> (&vec)[kTensors][kBatch],
+        const Window<typename Cursor::index_t> (&windows)[kBatch]) {
+      statistics.template add_values<false>(vec[0], windows);
+    }
+    __device__ __forceinline__ void end_first() { statistics.end_values(); }
+    template <int kBatch>
+    __device__ __forceinline__ void second(
+        const Vec<scalar_t> (&vec)[kTensors][kBatch],
+        const Window<typename Cursor::index_t> (&windows)[kBatch]) {
+      statistics.template add_deviations<false>(vec[0], windows);
+    }
+    __device__ __forceinline__ void merge_into(Acc (&acc)[kChannels]) const {
+      statistics.merge_into(acc);
+    }
+  };
 
   __device__ __forceinline__ void finish(const Params& p, const Cursor& cursor,
                                          const Acc (&acc)[kChannels]) {

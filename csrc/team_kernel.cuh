@@ -1,23 +1,22 @@
 // The kernel that reads every activation once: a team of blocks loads a channel group into
-// registers and shared memory, reduces it, exchanges partial results (team.cuh) and forms its
-// output from what it holds. One template over access pattern, type and operation (forward,
-// backward); the scope of the team is an argument.
-//
-// A thread's windows, in the order of its cursor: first those that do not fit (streamed: they are
-// reduced now and read again at the end, last first, while the L2 cache may still hold them), then
-// those in registers, then those in shared memory. No thread reads another's windows, so holding
-// them takes no barrier.
+// registers and shared memory (resident.cuh), reduces it, exchanges partial results (team.cuh) and
+// forms its output from what it holds. One template over access pattern, type, operation (forward,
+// backward) and depth, how much a thread holds; the scope of the team is an argument.
 //
 // An Operation says what is reduced and how the output is formed:
 //   kTensors, Acc, tensor(p, k), aligned(p, k)   what is loaded
 //   Operation(p, cursor)                          loads what accumulate() needs per channel
-//   accumulate<kFull>(acc, vec, windows)          a batch of windows into the accumulators
+//   accumulate(acc, vec, windows)                 a batch of windows into the accumulators
+//   Sweeps                                        the same for what is on chip, which may be read
+//                                                 twice: first(), end_first(), second() for
+//                                                 kCount == 2, merge_into(acc)
 //   prefetch(p, cursor)                           loads what finish() needs, ahead of the exchange
 //   finish(p, cursor, acc)                        per-channel results, from the team's totals
-//   output(p), form(vec, c, l)                    one lane of the output
+//   output(p), form(vec, l)                       one lane of the output
 #pragma once
 
 #include "launch.cuh"
+#include "resident.cuh"
 #include "team.cuh"
 
 namespace batchnorm_cuda {
@@ -28,167 +27,8 @@ struct Identity {
   __device__ __forceinline__ acc_t operator()(acc_t value) const { return value; }
 };
 
-// One thread's windows of one channel group, on chip.
-template <typename Cursor, typename Operation, int kWindows>
-struct Resident {
-  using scalar_t = typename Cursor::scalar_t;
-  using index_t = typename Cursor::index_t;
-  using Params = typename Operation::Params;
-  static constexpr int kTensors = Operation::kTensors;
-  static constexpr int kRegisters = kWindows / kTensors;  // windows of each tensor
-  static constexpr int kBatch = kUnroll / kTensors;
-
-  const Params& p;
-  uint4* const shared;  // this thread's first slot; slots are kTeamThreads apart
-  Vec<scalar_t> held[kTensors][kRegisters];
-  index_t streamed = 0;
-  int in_registers = 0, in_shared = 0;
-
-  __device__ __forceinline__ Vec<scalar_t> load(int k, const Window<index_t>& window) const {
-    return load_window<Cursor::kExact>(Operation::tensor(p, k), window, p.team.traversal.numel,
-                                       Operation::aligned(p, k));
-  }
-  __device__ __forceinline__ uint4* slot(int i, int k) const {
-    return shared + (i * kTensors + k) * kTeamThreads;
-  }
-
-  // Reduces what will not fit, and leaves `cursor` at the first window that does.
-  template <typename Acc>
-  __device__ __forceinline__ void stream(Operation& operation, Cursor& cursor, Acc& acc) {
-    const index_t capacity = kRegisters + p.team.shared_windows;
-    streamed = cursor.left > capacity ? cursor.left - capacity : 0;
-    in_registers = static_cast<int>(cursor.left < kRegisters ? cursor.left : kRegisters);
-    in_shared = static_cast<int>(cursor.left - streamed) - in_registers;
-    for (index_t i = 0; i < streamed; i += kBatch) {
-      Vec<scalar_t> vec[kTensors][kBatch];
-      Window<index_t> windows[kBatch];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        windows[u] = {0, 0, 0};
-        if (i + u < streamed) windows[u] = cursor.take();
-#pragma unroll
-        for (int k = 0; k < kTensors; ++k) vec[k][u] = load(k, windows[u]);
-      }
-      operation.template accumulate<false>(acc, vec, windows);
-    }
-  }
-
-  // Starts all loads: registers first, then shared memory behind them.
-  __device__ __forceinline__ void fetch(Cursor cursor) {
-#pragma unroll
-    for (int i = 0; i < kRegisters; ++i) {
-      Window<index_t> window{0, 0, 0};
-      if (i < in_registers) window = cursor.take();
-#pragma unroll
-      for (int k = 0; k < kTensors; ++k) held[k][i] = load(k, window);
-    }
-    for (int i = 0; i < in_shared; ++i) {
-      const Window<index_t> window = cursor.take();
-#pragma unroll
-      for (int k = 0; k < kTensors; ++k) {
-        if (Cursor::kExact) {
-          copy_async(slot(i, k),
-                     reinterpret_cast<const uint4*>(Operation::tensor(p, k) + window.offset));
-        } else {
-          const Vec<scalar_t> vec = load(k, window);
-          uint4 bits;
-          memcpy(&bits, &vec, sizeof(bits));
-          store_shared(slot(i, k), bits);
-        }
-      }
-    }
-  }
-
-  __device__ __forceinline__ Vec<scalar_t> read_shared(int i, int k) const {
-    const uint4 bits = load_shared(slot(i, k));
-    Vec<scalar_t> vec;
-    memcpy(&vec, &bits, sizeof(bits));
-    return vec;
-  }
-
-  // Reduces what is on chip. `cursor` is where fetch() began: it yields the masks again.
-  template <typename Acc>
-  __device__ __forceinline__ void accumulate(Operation& operation, Cursor cursor, Acc& acc) {
-    Window<index_t> held_windows[kRegisters];
-#pragma unroll
-    for (int i = 0; i < kRegisters; ++i) {
-      held_windows[i] = {0, 0, 0};
-      if (i < in_registers) held_windows[i] = cursor.take();
-    }
-    operation.template accumulate<false>(acc, held, held_windows);
-    if (in_shared == 0) return;
-    wait_for_copies();
-    for (int i = 0; i < in_shared; i += kBatch) {
-      Vec<scalar_t> vec[kTensors][kBatch];
-      Window<index_t> windows[kBatch];
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        windows[u] = {0, 0, 0};
-        if (i + u < in_shared) windows[u] = cursor.take();
-#pragma unroll
-        for (int k = 0; k < kTensors; ++k) {
-          vec[k][u] = i + u < in_shared ? read_shared(i + u, k) : Vec<scalar_t>{};
-        }
-      }
-      operation.template accumulate<false>(acc, vec, windows);
-    }
-  }
-
-  // To be called between accumulate() and write(): the converted values of the first, twice the
-  // size of the data in half precision, would not fit beside it until the second.
-  __device__ __forceinline__ void drop_conversions() {
-#pragma unroll
-    for (int i = 0; i < kRegisters * kTensors; ++i) {
-      Vec<scalar_t>& vec = held[i % kTensors][i / kTensors];
-      uint4 bits;
-      memcpy(&bits, &vec, sizeof(bits));
-      forget_derived(bits);
-      memcpy(&vec, &bits, sizeof(bits));
-    }
-  }
-
-  // Forms and stores the output of every window: from chip, then the streamed ones backwards.
-  template <typename Epilogue>
-  __device__ __forceinline__ void write(const Operation& operation, Cursor cursor,
-                                        const Epilogue& epilogue) const {
-    Cursor back = cursor;
-#pragma unroll
-    for (int i = 0; i < kRegisters; ++i) {
-      if (i >= in_registers) continue;
-      Vec<scalar_t> vec[kTensors];
-#pragma unroll
-      for (int k = 0; k < kTensors; ++k) vec[k] = held[k][i];
-      emit(operation, cursor.take(), vec, epilogue);
-    }
-    for (int i = 0; i < in_shared; ++i) {
-      Vec<scalar_t> vec[kTensors];
-#pragma unroll
-      for (int k = 0; k < kTensors; ++k) vec[k] = read_shared(i, k);
-      emit(operation, cursor.take(), vec, epilogue);
-    }
-    for (index_t i = 0; i < streamed; ++i) {
-      const Window<index_t> window = back.take_back();
-      Vec<scalar_t> vec[kTensors];
-#pragma unroll
-      for (int k = 0; k < kTensors; ++k) vec[k] = load(k, window);
-      emit(operation, window, vec, epilogue);
-    }
-  }
-
- private:
-  template <typename Epilogue>
-  __device__ __forceinline__ void emit(const Operation& operation, const Window<index_t>& window,
-                                       const Vec<scalar_t> (&vec)[kTensors],
-                                       const Epilogue& epilogue) const {
-    acc_type<scalar_t> value[Cursor::kVecSize];
-#pragma unroll
-    for (int l = 0; l < Cursor::kVecSize; ++l) value[l] = epilogue(operation.form(vec, l));
-    store_window<Cursor::kExact>(Operation::output(p), window, round_to<scalar_t>(value));
-  }
-};
-
-template <typename Cursor, template <typename> class OperationOf, int kWindows, typename Epilogue>
-__global__ void __launch_bounds__(kTeamThreads, kTeamBlocksPerSm)
+template <typename Cursor, template <typename> class OperationOf, Depth kDepth, typename Epilogue>
+__global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
     team_kernel(const typename OperationOf<Cursor>::Params p, const Epilogue epilogue) {
   using Operation = OperationOf<Cursor>;
   using Acc = typename Operation::Acc;
@@ -202,16 +42,16 @@ __global__ void __launch_bounds__(kTeamThreads, kTeamBlocksPerSm)
   for (int64_t group = exchange.team(); group < t.channel_blocks; group += p.team.teams) {
     Cursor cursor(t, exchange.rank() * t.channel_blocks + group);
     Operation operation(p, cursor);
-    Resident<Cursor, Operation, kWindows> resident{p,
-                                                   data + threadIdx.y * blockDim.x + threadIdx.x};
+    Resident<Cursor, Operation, kDepth> resident(p, data + threadIdx.y * blockDim.x + threadIdx.x);
     Acc acc[Cursor::kChannels];
     resident.stream(operation, cursor, acc);
     resident.fetch(cursor);
     resident.accumulate(operation, cursor, acc);
-    resident.drop_conversions();
     cursor.forget();
-    operation.prefetch(p, cursor);
+    // A deep kernel has no registers left to wait with, and rounds long enough not to mind.
+    if constexpr (kDepth != Depth::kDeep) operation.prefetch(p, cursor);
     exchange.all_reduce(cursor, acc);
+    if constexpr (kDepth == Depth::kDeep) operation.prefetch(p, cursor);
     operation.finish(p, cursor, acc);
     resident.write(operation, cursor, epilogue);
   }
@@ -221,16 +61,26 @@ __global__ void __launch_bounds__(kTeamThreads, kTeamBlocksPerSm)
 // Launches the variant of the kernel that the plan asks for.
 template <typename Cursor, template <typename> class OperationOf, typename Params>
 LaunchStatus launch_team_variant(const Params& params, cudaStream_t stream) {
-  using Epilogue = Identity<typename Params::acc_t>;
-  constexpr int kLarge = team_windows_large(Cursor::kPattern, Cursor::kExact);
-  if constexpr (team_has_small(Cursor::kPattern)) {
-    if (params.team.register_windows * OperationOf<Cursor>::kTensors == kTeamWindowsSmall) {
-      return launch_team(team_kernel<Cursor, OperationOf, kTeamWindowsSmall, Epilogue>, params.team,
-                         stream, params, Epilogue{});
+  const auto launch = [&](auto depth) {
+    constexpr Depth kDepth = decltype(depth)::value;
+    using Epilogue = Identity<typename Params::acc_t>;
+    constexpr int kTensors = OperationOf<Cursor>::kTensors;
+    if constexpr (team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kTensors) > 0) {
+      return launch_team(team_kernel<Cursor, OperationOf, kDepth, Epilogue>, params.team, stream,
+                         params, Epilogue{});
     }
+    return static_cast<LaunchStatus>(cudaErrorInvalidValue);  // the plan never asks for it
+  };
+  switch (params.team.depth) {
+    case Depth::kShallow:
+      return launch(std::integral_constant<Depth, Depth::kShallow>{});
+    case Depth::kMiddle:
+      return launch(std::integral_constant<Depth, Depth::kMiddle>{});
+    case Depth::kDeep:
+      return launch(std::integral_constant<Depth, Depth::kDeep>{});
+    default:
+      return launch(std::integral_constant<Depth, Depth::kStream>{});
   }
-  return launch_team(team_kernel<Cursor, OperationOf, kLarge, Epilogue>, params.team, stream,
-                     params, Epilogue{});
 }
 
 template <template <typename> class OperationOf, typename Params>

@@ -74,13 +74,16 @@ def test_a_cluster_by_hand() -> None:
 
 
 def test_shares_of_registers_and_shared_memory() -> None:
-    """One block for a channel of 12544 windows of floats: 49 a thread; 12 of them in registers."""
+    """Blocks for a channel of 12544 windows of floats, 49 a thread, or of three times as many."""
     options = {"strategy": "team", "team_size": 1}
-    e = explain((16, 256, 56, 56), dtype=torch.float32, device="h100", **options)
+    deep = explain((16, 256, 56, 56), dtype=torch.float32, device="h100", **options)
+    assert deep.team is not None and deep.streamed_bytes == 0
+    assert (deep.team.register_share, deep.team.shared_share) == (46 / 49, 3 / 49)
+    e = explain((48, 256, 56, 56), dtype=torch.float32, device="h100", **options)
     assert e.team is not None and e.team.scope == "block"
-    in_shared = 12544 / 256 - 12 - e.streamed_bytes / (16 * 256 * 256)
-    assert e.team.register_share == pytest.approx(12 / 49)
-    assert e.team.shared_share == pytest.approx(in_shared / 49)
+    in_shared = 37632 / 256 - 12 - e.streamed_bytes / (16 * 256 * 256)
+    assert e.team.register_share == pytest.approx(12 / 147)
+    assert e.team.shared_share == pytest.approx(in_shared / 147)
     assert e.team.on_chip_share < 1
     assert e.streamed_bytes == pytest.approx((1 - e.team.on_chip_share) * e.compulsory_bytes / 2)
     # Blocks of one leave for the next: 256 blocks on 264 places are one wave, 8 places idle.
@@ -91,8 +94,8 @@ def test_shares_of_registers_and_shared_memory() -> None:
 
 def test_before_asynchronous_copies_only_registers_are_in_flight() -> None:
     options = {"strategy": "team", "team_size": 1, "dtype": torch.float32}
-    t4 = explain((16, 256, 56, 56), device="t4", **options)
-    a100 = explain((16, 256, 56, 56), device="a100", **options)
+    t4 = explain((32, 256, 56, 56), device="t4", **options)
+    a100 = explain((32, 256, 56, 56), device="a100", **options)
     assert t4.team is not None and t4.team.shared_share > 0
     assert t4.kernels[0].in_flight_bytes == 2 * 256 * 12 * 16
     assert a100.kernels[0].in_flight_bytes > 2 * 256 * 12 * 16

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,9 @@ from batchnorm_cuda import devices
 
 THREADS = 256
 RESERVED_BYTES = 1024  # of shared memory, per block, by the system
-MAX_REGISTER_WINDOWS = 16  # of all tensors, per thread
+# Windows of all tensors that a thread holds in registers, and the registers it has (csrc/plan.h).
+MAX_REGISTER_WINDOWS = {"shallow": 4, "middle": 16, "deep": 46, "stream": 12}
+REGISTERS = {"shallow": 80, "middle": 128, "deep": 255, "stream": 128}
 OPS = ("forward_training", "backward_training", "backward_eval")
 NAMES = sorted(devices.DEVICES)
 
@@ -52,12 +55,17 @@ def check_limits(plan: dict[str, Any], dtype: str, device: dict[str, Any], op: s
     team, pattern = plan["team"], plan["team"]["pattern"]
     t = team["traversal"]
     threads = t["threads_x"] * t["threads_y"]
-    # Along a row a block is as many whole rows of columns as its threads cover.
-    assert threads == THREADS or (pattern == "along_row" and THREADS - t["threads_x"] < threads)
+    # Where columns are no power of two, a block is as many whole rows of them as its threads cover.
+    assert threads == THREADS or (pattern != "along_s" and THREADS - t["threads_x"] < threads)
     assert threads <= THREADS
     assert team["tensors"] == (1 if op == "forward_training" else 2)
-    assert team["register_windows"] * team["tensors"] <= MAX_REGISTER_WINDOWS
+    windows = team["register_windows"] * team["tensors"]
+    assert windows <= MAX_REGISTER_WINDOWS[team["depth"]]
+    # A window is four registers; a thread needs some 40 beside what it holds.
+    assert 4 * windows <= REGISTERS[team["depth"]] - 40
+    assert team["blocks_per_sm"] * REGISTERS[team["depth"]] * THREADS <= 64 * 1024
     assert team["shared_windows"] >= 0
+    assert team["streamed_bytes"] == 0 or team["depth"] == "stream"
 
     resident = team["blocks_per_sm"] * device["sm_count"]
     assert team["size"] * team["teams"] == team["grid"] == t["grid"]
@@ -100,7 +108,9 @@ def check_workspace(plan: dict[str, Any], pattern: str, dtype: str, op: str) -> 
     }[pattern]
     fields = 4 if op == "forward_training" else 2
     value_bytes = 8 if dtype == "float64" else 4
-    assert team["exchange_bytes"] >= team["grid"] * 2 * channels * fields * value_bytes
+    totals = team["teams"] if team["two_level"] else 0
+    slots = (team["grid"] + totals) * 2
+    assert team["exchange_bytes"] >= slots * channels * fields * value_bytes
     assert team["sync_words"] >= 2 + team["grid"]  # epoch, finished blocks, a flag a block
 
 
@@ -119,8 +129,11 @@ device_shapes = st.fixed_dictionaries(
     {
         "sm_count": st.integers(1, 200),
         "max_threads_per_sm": st.sampled_from([1024, 1536, 2048]),
-        "shared_bytes_per_sm": st.sampled_from([64 << 10, 100 << 10, 164 << 10, 228 << 10]),
-        "shared_bytes_per_block_optin": st.sampled_from([48 << 10, 63 << 10, 99 << 10]),
+        "shared_bytes_per_sm": st.one_of(
+            st.sampled_from([64 << 10, 100 << 10, 164 << 10, 228 << 10]),
+            st.integers(8 << 10, 256 << 10),
+        ),
+        "shared_bytes_per_block_optin": st.integers(4 << 10, 227 << 10),
         "max_grid": st.sampled_from([3, 65535, 2**31 - 1]),
         "cooperative": st.booleans(),
         "max_cluster": st.sampled_from([0, 4, 8]),
@@ -277,17 +290,19 @@ WORKLOADS["unet3d"] = [sizes for n, c, side in UNET3D for sizes in both_layouts(
 WORKLOADS["features"] = [(n, c, 1) for n, c in FEATURES]
 
 
-def fits_on_chip(sizes: tuple[int, int, int], dtype: str, op: str, device: dict[str, Any]) -> bool:
-    """Does a channel, or a slab of 128 bytes of channels, fit the whole device with room to spare?
+# Registers and shared memory that teams must use at least, of what a device has. Along C a thread
+# has coefficients of every lane beside what it holds: 36 windows instead of 46 in registers.
+ON_CHIP_SHARE = {"along_s": 0.75, "along_c": 0.64}
 
-    Of an SM two blocks' windows in registers, 12 a thread, and all shared memory but 16 KiB.
-    """
+
+def fits_on_chip(sizes: tuple[int, int, int], dtype: str, op: str, device: dict[str, Any]) -> bool:
+    """Does a channel, or a slab of 128 bytes of channels, fit that share of the whole device?"""
     n, c, s = sizes
     tensors = 1 if op == "forward_training" else 2
     width = DTYPE_BYTES[dtype] if s > 1 else min(c * DTYPE_BYTES[dtype], 128)
-    registers = 2 * THREADS * 12 * WINDOW_BYTES
-    room = device["sm_count"] * (registers + device["shared_bytes_per_sm"] - (16 << 10))
-    return n * s * width * tensors <= 0.8 * room
+    share = ON_CHIP_SHARE["along_s" if s > 1 else "along_c"]
+    on_chip = device["sm_count"] * (device["registers_per_sm"] * 4 + device["shared_bytes_per_sm"])
+    return n * s * width * tensors <= share * on_chip
 
 
 every_device = pytest.mark.parametrize("name", NAMES)
@@ -301,9 +316,6 @@ def plans(make_plan: MakePlan, workload: str, device: dict[str, Any]) -> Iterato
         yield sizes, dtype, op, make_plan(op, sizes, dtype, device)
 
 
-@pytest.mark.xfail(
-    reason="slabs of 128 bytes make exchanges dear, and a round more is weighed above a re-read"
-)
 @every_device
 @every_workload
 def test_what_fits_is_read_once(make_plan, workload, name):
@@ -321,33 +333,30 @@ def large_teams(make_plan: MakePlan, workload: str, device: dict[str, Any]) -> I
     for sizes, dtype, op, plan in plans(make_plan, workload, device):
         large = math.prod(sizes) * DTYPE_BYTES[dtype] >= device["sm_count"] * (256 << 10)
         if large and plan["strategy"] == "team":
-            yield sizes, dtype, op, plan["team"]
+            yield sizes, dtype, op, plan
 
 
 @every_device
 @every_workload
-def test_every_sm_has_work(make_plan, workload, name):
-    device = described(name)
-    idle = []
-    for sizes, dtype, op, team in large_teams(make_plan, workload, device):
-        if team["grid"] < 0.9 * device["sm_count"]:
-            idle.append((sizes, dtype, op, team["scope"], team["size"], team["teams"]))
-    assert not idle
+def test_sms_are_busy_and_idle_places_explained(make_plan, workload, name):
+    """The places of resident blocks, over all waves: rounds of teams, or blocks in sequence.
 
-
-@pytest.mark.xfail(reason="the cost of a round does not grow with the places that it leaves idle")
-@every_device
-@every_workload
-def test_a_tenth_of_the_places_may_idle(make_plan, workload, name):
-    """The places of resident blocks, over all waves: rounds of teams, or blocks in sequence."""
+    A wave of fewer blocks is shorter too, as long as they are on three quarters of the SMs: an SM
+    can move a third more than its share of the bandwidth.
+    """
     device = described(name)
-    idle = []
-    for sizes, dtype, op, team in large_teams(make_plan, workload, device):
-        places = team["blocks_per_sm"] * device["sm_count"]
-        at_a_time = places if team["scope"] == "block" else team["grid"]
-        waves = math.ceil(team["traversal"]["tasks"] / at_a_time)
-        used = team["traversal"]["tasks"] / (waves * places)
-        if used < 0.9:
+    wrong = []
+    for sizes, dtype, op, plan in large_teams(make_plan, workload, device):
+        team, sms = plan["team"], device["sm_count"]
+        tasks, places = team["traversal"]["tasks"], team["blocks_per_sm"] * sms
+        at_a_time = min(tasks, places) if team["scope"] == "block" else team["grid"]
+        waves = math.ceil(tasks / at_a_time)
+        blocks = [min(at_a_time, tasks - wave * at_a_time) for wave in range(waves)]
+        time = sum(max(n / sms, math.ceil(n / sms) / 1.3) for n in blocks) / (tasks / sms)
+        idle = 1 - tasks / (waves * places)
+        stated = re.search(r"; (\d+)% of the places for blocks idle", plan["reason"])
+        explained = abs(int(stated[1]) - 100 * idle) <= 1 if stated else idle <= 0.1
+        if time > 1.1 or max(blocks) < 0.75 * sms or not explained:
             choice = (team["scope"], team["size"], team["teams"], team["rounds"])
-            idle.append((sizes, dtype, op, round(used, 3), choice))
-    assert not idle
+            wrong.append((sizes, dtype, op, round(time, 3), round(idle, 3), choice))
+    assert not wrong

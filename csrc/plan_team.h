@@ -1,0 +1,43 @@
+// Between the two files that plan a team: its layout (plan_team_layout.cpp) and the choice among
+// teams (plan_team.cpp). Pure, like plan.h.
+#pragma once
+
+#include "plan.h"
+
+namespace batchnorm_cuda {
+
+// Width of a slab of channels along C: 128 bytes, a cache line, or where that does not fit the
+// chip 64 bytes, two sectors.
+constexpr int kSlabWindows = 8, kNarrowSlabWindows = 4;
+
+// A problem in the eyes of the team planner, with one access pattern.
+struct TeamRequest {
+  const Problem& problem;
+  const DeviceInfo& device;
+  const PlanOptions& options;
+  Pattern pattern;
+  bool exact;    // full windows only
+  int vec;       // elements of a window
+  int tensors;   // kept on chip: x, or dy and x
+  int fields;    // of an accumulator
+  int channels;  // per thread: one, or one a lane
+};
+
+// Is the tensor whole rows of whole windows, so that a team can walk along rows?
+bool rows_are_whole(const Problem& problem, int vec);
+
+// Threads and windows of a team's traversal, before it is split over blocks. `slab`: windows of a
+// slab along C at most.
+Traversal team_traversal(const TeamRequest& request, int slab);
+
+// Units that are split over a team: windows of a channel, or rows.
+int64_t team_work(const Traversal& traversal, Pattern pattern);
+
+// Threads of a block among which the units of its part are dealt.
+int team_members(const Traversal& traversal, Pattern pattern);
+
+// Completes a team of `size` blocks; false where the device has no room for it.
+bool build_team(const TeamRequest& request, const Traversal& base, Depth depth, int64_t size,
+                Team& team);
+
+}  // namespace batchnorm_cuda

@@ -1,0 +1,216 @@
+// The layout of a team: how its threads walk over the tensor, and what they hold where.
+#include <algorithm>
+#include <numeric>
+
+#include "plan_team.h"
+
+namespace batchnorm_cuda {
+namespace {
+
+constexpr int64_t kReservedSharedBytes = 1024;  // per block, by the system
+constexpr int kMaxBlocksPerSm = 32;
+constexpr int kRegistersPerSm = 65536;  // that the launch bounds of the kernels are made for
+
+int64_t power_of_two_at_least(int64_t value) {
+  int64_t power = 1;
+  while (power < value) power *= 2;
+  return power;
+}
+
+int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
+
+// Elements of a row that repeats: all channels, as often as makes whole windows.
+int64_t row_elements(const Problem& p, int vec) {
+  return p.s > 1 ? p.c * p.s : std::lcm(p.c, static_cast<int64_t>(vec));
+}
+
+// Columns that lie in one channel block along a row: whole channels, whole windows, at least a
+// slab.
+int64_t row_block_windows(const Problem& p, int vec) {
+  const int64_t unit = std::lcm(p.s > 1 ? p.s : p.c, static_cast<int64_t>(vec)) / vec;
+  return p.s > 1 ? unit * ceil_div(kSlabWindows, unit) : unit;
+}
+
+void lay_out_along_s(const TeamRequest& r, Traversal& t) {
+  t.row_windows = r.exact ? t.s / r.vec : ceil_div(t.s + r.vec - 1, r.vec);
+  t.rows = t.n;
+  const int64_t windows = t.rows * t.row_windows;
+  const int64_t held = team_windows(Pattern::kAlongS, r.exact,
+                                    r.exact ? Depth::kShallow : Depth::kMiddle, r.tensors) /
+                       r.tensors;
+  const int64_t threads = std::max(std::min<int64_t>(windows, kWarpSize), ceil_div(windows, held));
+  t.threads_x = static_cast<int>(std::min<int64_t>(kTeamThreads, power_of_two_at_least(threads)));
+  t.threads_y = kTeamThreads / t.threads_x;
+  t.channel_blocks = ceil_div(t.c, t.threads_y);
+}
+
+// Slabs of even width, so that the last one is not nearly empty; a power of two, so that warps are
+// whole rows and merge by shuffles, where that leaves no more than an eighth of the columns idle.
+void lay_out_along_c(const TeamRequest& r, int slab, Traversal& t) {
+  t.row_windows = t.c / r.vec;
+  t.rows = t.n;
+  const int64_t even = ceil_div(t.row_windows, ceil_div(t.row_windows, slab));
+  const int64_t power = power_of_two_at_least(even);
+  const bool full = ceil_div(t.row_windows, power) * power * 7 <= t.row_windows * 8;
+  t.threads_x = static_cast<int>(full ? power : even);
+  t.threads_y = kTeamThreads / t.threads_x;
+  t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
+}
+
+void lay_out_along_row(const TeamRequest& r, Traversal& t) {
+  const bool runs = t.s > 1;
+  const int64_t row = row_elements(r.problem, r.vec);
+  t.row_windows = row / r.vec;
+  t.rows = t.numel / row;
+  t.row_repeat = runs ? 1 : row / t.c;
+  t.threads_x = static_cast<int>(row_block_windows(r.problem, r.vec));
+  t.threads_y = kTeamThreads / t.threads_x;
+  t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
+  t.segment_size = runs ? t.s : t.row_repeat;
+  t.segment_step = runs ? t.s : 1;
+  t.segment_stride = runs ? 1 : t.c;
+  t.segments = runs ? t.threads_x * r.vec / t.s : t.c;
+}
+
+// The shared memory of a block: scratch of its reduction, slots of a cluster's exchange, windows.
+void lay_out_shared(const TeamRequest& r, Team& team) {
+  const Traversal& t = team.traversal;
+  const int acc = acc_bytes(r.problem.dtype);
+  const bool along_s = r.pattern == Pattern::kAlongS;
+  const int64_t columns = int64_t{t.threads_x} * r.channels;
+  int64_t scratch = along_s ? int64_t{kTeamThreads / kWarpSize} * r.fields
+                            : column_scratch_values(t.threads_x, t.threads_y, r.channels, r.fields);
+  team.slot_values = (along_s ? int64_t{t.threads_y} : columns) * r.fields;
+  if (r.pattern == Pattern::kAlongRow) {
+    scratch = std::max(scratch, (columns + t.segments) * r.fields);
+    team.slot_values = t.segments * r.fields;
+  }
+  team.scratch_bytes = round_up(scratch * acc, kWindowBytes);
+  const int64_t slots = team.scope == Scope::kCluster ? 2 * team.slot_values * acc : 0;
+  team.data_offset = team.scratch_bytes + round_up(slots, kWindowBytes);
+}
+
+// Windows per thread that the block's part needs, and where they go: registers first, then shared
+// memory as far as it leaves as many blocks resident as the registers do. False where they do not
+// fit and the depth may not read them twice.
+bool place_windows(const TeamRequest& r, Team& team, int64_t per_thread) {
+  const int windows = team_windows(r.pattern, r.exact, team.depth, r.tensors);
+  if (windows == 0) return false;
+  team.tensors = r.tensors;
+  team.register_windows = windows / r.tensors;
+  team.blocks_per_sm = team_blocks_per_sm(team.depth);
+  const int64_t block_bytes =
+      std::min(r.device.shared_bytes_per_sm / team.blocks_per_sm - kReservedSharedBytes,
+               r.device.shared_bytes_per_block_optin);
+  const int64_t room = block_bytes - team.data_offset;
+  if (room < 0) return false;
+  const int64_t slot_bytes = int64_t{kTeamThreads} * kWindowBytes * r.tensors;
+  const int64_t wanted = std::max<int64_t>(per_thread - team.register_windows, 0);
+  const int64_t shared =
+      team.depth == Depth::kShallow ? 0 : std::min<int64_t>(room / slot_bytes, wanted);
+  if (shared < wanted && team.depth != Depth::kStream) return false;
+  team.shared_windows = static_cast<int>(shared);
+  team.shared_bytes = team.data_offset + shared * slot_bytes;
+  return true;
+}
+
+int64_t resident_blocks(const TeamRequest& r, const Team& team) {
+  const DeviceInfo& d = r.device;
+  const int64_t by_shared = d.shared_bytes_per_sm / (team.shared_bytes + kReservedSharedBytes);
+  const int64_t by_threads = d.max_threads_per_sm / kTeamThreads;
+  const int64_t by_registers = d.registers_per_sm / (kRegistersPerSm / team.blocks_per_sm);
+  return std::min(
+      {by_shared, by_threads, by_registers, int64_t{team.blocks_per_sm}, int64_t{kMaxBlocksPerSm}});
+}
+
+Scope scope_of(const TeamRequest& r, int64_t size) {
+  const bool cluster = size <= r.device.max_cluster;
+  if (size == 1) return Scope::kBlock;
+  if (r.options.scope != Scope::kAuto) {
+    const bool possible = r.options.scope == Scope::kCluster ? cluster : r.device.cooperative;
+    return r.options.scope != Scope::kBlock && possible ? r.options.scope : Scope::kAuto;
+  }
+  return cluster ? Scope::kCluster : r.device.cooperative ? Scope::kGrid : Scope::kAuto;
+}
+
+// Values per round that a block reads of others' slots above which the ranks merge a slice each. A
+// second wait takes about as long as reading 8 KB from the L2 cache.
+constexpr int64_t kTwoLevelBytes = 8192;
+
+void plan_workspace(const TeamRequest& r, Team& team) {
+  if (team.scope != Scope::kGrid) return;
+  const int acc = acc_bytes(r.problem.dtype);
+  team.two_level = r.channels > 1 && team.size * team.slot_values * acc > kTwoLevelBytes;
+  const int64_t totals = team.two_level ? team.teams : 0;
+  team.exchange_bytes = (team.grid + totals) * 2 * team.slot_values * acc;
+  team.sync_words = 2 + team.grid;
+}
+
+}  // namespace
+
+bool rows_are_whole(const Problem& p, int vec) {
+  const int64_t row = row_elements(p, vec);
+  return row % vec == 0 && (p.n * p.c * p.s) % row == 0 &&
+         row_block_windows(p, vec) <= kTeamThreads;
+}
+
+Traversal team_traversal(const TeamRequest& r, int slab) {
+  const Problem& p = r.problem;
+  Traversal t;
+  t.n = p.n;
+  t.c = p.c;
+  t.s = p.s;
+  t.numel = p.n * p.c * p.s;
+  t.shift = p.output_shift;
+  t.exact = r.exact;
+  t.index_bits = r.exact ? 32 : 64;
+  if (r.pattern == Pattern::kAlongS) lay_out_along_s(r, t);
+  if (r.pattern == Pattern::kAlongC) lay_out_along_c(r, slab, t);
+  if (r.pattern == Pattern::kAlongRow) lay_out_along_row(r, t);
+  return t;
+}
+
+int64_t team_work(const Traversal& t, Pattern pattern) {
+  return pattern == Pattern::kAlongS ? t.rows * t.row_windows : t.rows;
+}
+
+int team_members(const Traversal& t, Pattern pattern) {
+  return pattern == Pattern::kAlongS ? t.threads_x : t.threads_y;
+}
+
+bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, int64_t size,
+                Team& team) {
+  team = Team{};
+  team.pattern = r.pattern;
+  team.depth = depth;
+  Traversal& t = team.traversal;
+  t = base;
+  const int64_t work = team_work(t, r.pattern);
+  team.scope = scope_of(r, size);
+  if (team.scope == Scope::kAuto || size > work) return false;
+  t.per_split = ceil_div(work, size);
+  t.splits = size;
+  if ((size - 1) * t.per_split >= work) return false;  // a rank without work
+  team.size = static_cast<int>(size);
+  lay_out_shared(r, team);
+  const int64_t members = team_members(t, r.pattern);
+  if (!place_windows(r, team, ceil_div(t.per_split, members))) return false;
+  team.blocks_per_sm = static_cast<int>(resident_blocks(r, team));
+  const int64_t places = int64_t{team.blocks_per_sm} * r.device.sm_count;
+  team.teams = team.scope == Scope::kBlock ? std::min(t.channel_blocks, r.device.max_grid)
+                                           : std::min(t.channel_blocks, places / size);
+  if (places == 0 || team.teams == 0) return false;
+  team.rounds = ceil_div(t.channel_blocks, team.teams);
+  team.grid = team.teams * size;
+  t.tasks = t.channel_blocks * size;
+  t.grid = team.grid;
+  t.shared_bytes = team.shared_bytes;
+  const int64_t capacity = members * (team.register_windows + team.shared_windows);
+  const int64_t across = r.pattern == Pattern::kAlongS ? t.threads_y : t.threads_x;
+  const int64_t streamed = std::max<int64_t>(t.per_split - capacity, 0) * size;
+  team.streamed_bytes = streamed * t.channel_blocks * across * kWindowBytes * r.tensors;
+  plan_workspace(r, team);
+  return true;
+}
+
+}  // namespace batchnorm_cuda

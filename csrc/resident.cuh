@@ -1,0 +1,230 @@
+// What one thread of a team kernel holds of a channel group, on chip, and its four phases: reduce
+// what does not fit (stream), load what does (fetch), reduce that (accumulate), form the output of
+// all of it (write).
+//
+// A thread's windows, in the order of its cursor: first those that do not fit (they are reduced now
+// and read again at the end, last first, while the L2 cache may still hold them), then those in
+// registers, then those in shared memory. No thread reads another's windows, so holding them takes
+// no barrier.
+#pragma once
+
+#include "accumulate.cuh"
+#include "params.h"
+
+namespace batchnorm_cuda {
+
+template <typename Cursor, typename Operation, Depth kDepth>
+class Resident {
+ public:
+  using scalar_t = typename Cursor::scalar_t;
+  using index_t = typename Cursor::index_t;
+  using Params = typename Operation::Params;
+
+  // `shared`: this thread's first slot of the block's windows; its slots are kTeamThreads apart.
+  __device__ __forceinline__ Resident(const Params& p, uint4* shared) : p_(p), shared_(shared) {}
+
+  // Reduces what will not fit, and leaves `cursor` at the first window that does.
+  template <typename Acc>
+  __device__ __forceinline__ void stream(const Operation& operation, Cursor& cursor, Acc& acc) {
+    if constexpr (kDepth == Depth::kStream) {
+      const index_t capacity = kRegisters + p_.team.shared_windows;
+      streamed_ = cursor.left > capacity ? cursor.left - capacity : 0;
+    }
+    in_registers_ = static_cast<int>(cursor.left < kRegisters ? cursor.left : kRegisters);
+    in_shared_ = static_cast<int>(cursor.left - streamed_) - in_registers_;
+    for (index_t i = 0; i < streamed_; i += kBatch) {
+      Batch<kBatch> batch;
+      for_each_present<kBatch>(streamed_ - i, [&](int u) { batch.windows[u] = cursor.take(); });
+      load(batch);
+      operation.accumulate(acc, batch.vec, batch.windows);
+    }
+  }
+
+  // Starts all loads: registers first, then shared memory behind them.
+  __device__ __forceinline__ void fetch(Cursor cursor) {
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      Window<index_t> window{0, 0, 0};
+      if (i < in_registers_) window = cursor.take();
+#pragma unroll
+      for (int k = 0; k < kTensors; ++k) held_[k][i] = load(k, window);
+    }
+    for (int i = 0; i < in_shared_; ++i) {
+      const Window<index_t> window = cursor.take();
+#pragma unroll
+      for (int k = 0; k < kTensors; ++k) {
+        if (Cursor::kExact) {
+          copy_async(slot(i, k),
+                     reinterpret_cast<const uint4*>(Operation::tensor(p_, k) + window.offset));
+        } else {
+          const Vec<scalar_t> vec = load(k, window);
+          uint4 bits;
+          memcpy(&bits, &vec, sizeof(bits));
+          store_shared(slot(i, k), bits);
+        }
+      }
+    }
+  }
+
+  // Reduces what is on chip. `cursor` is where fetch() began: it yields the masks again. Where
+  // windows are streamed, their sums leave no room for sweeps: batch by batch then, as they were.
+  template <typename Acc>
+  __device__ __forceinline__ void accumulate(const Operation& operation, const Cursor& cursor,
+                                             Acc& acc) {
+    if constexpr (kDepth == Depth::kStream) {
+      visit(cursor, [&](const auto& b) { operation.accumulate(acc, b.vec, b.windows); });
+    } else {
+      typename Operation::Sweeps sweeps(operation);
+      visit(cursor, [&](const auto& b) { sweeps.first(b.vec, b.windows); });
+      if constexpr (Operation::Sweeps::kCount > 1) {
+        sweeps.end_first();
+        drop_conversions();
+        visit(cursor, [&](const auto& b) { sweeps.second(b.vec, b.windows); });
+      }
+      sweeps.merge_into(acc);
+    }
+    drop_conversions();
+  }
+
+  // Forms and stores the output of every window: from chip, then the streamed ones backwards.
+  template <typename Epilogue>
+  __device__ __forceinline__ void write(const Operation& operation, Cursor cursor,
+                                        const Epilogue& epilogue) const {
+    Cursor back = cursor;
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      if (i >= in_registers_) continue;
+      Vec<scalar_t> vec[kTensors];
+#pragma unroll
+      for (int k = 0; k < kTensors; ++k) vec[k] = held_[k][i];
+      emit(operation, cursor.take(), vec, epilogue);
+    }
+    for (int i = 0; i < in_shared_; ++i) {
+      Vec<scalar_t> vec[kTensors];
+#pragma unroll
+      for (int k = 0; k < kTensors; ++k) vec[k] = read_shared(i, k);
+      emit(operation, cursor.take(), vec, epilogue);
+    }
+    for (index_t i = 0; i < streamed_; i += kBatch) {
+      Batch<kBatch> batch;
+      for_each_present<kBatch>(streamed_ - i, [&](int u) { batch.windows[u] = back.take_back(); });
+      load(batch);
+      for_each_present<kBatch>(streamed_ - i, [&](int u) {
+        Vec<scalar_t> vec[kTensors];
+#pragma unroll
+        for (int k = 0; k < kTensors; ++k) vec[k] = batch.vec[k][u];
+        emit(operation, batch.windows[u], vec, epilogue);
+      });
+    }
+  }
+
+ private:
+  static constexpr int kTensors = Operation::kTensors;
+  // Windows of each tensor that a thread holds in registers.
+  static constexpr int kRegisters =
+      team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kTensors) / kTensors;
+  static constexpr int kBatch = kUnroll / kTensors;
+
+  template <int kWindows>
+  struct Batch {
+    Vec<scalar_t> vec[kTensors][kWindows];
+    Window<index_t> windows[kWindows] = {};
+  };
+
+  // Calls f(u) for u < min(kWindows, left).
+  template <int kWindows, typename F>
+  __device__ __forceinline__ static void for_each_present(index_t left, F&& f) {
+#pragma unroll
+    for (int u = 0; u < kWindows; ++u) {
+      if (u < left) f(u);
+    }
+  }
+
+  __device__ __forceinline__ Vec<scalar_t> load(int k, const Window<index_t>& window) const {
+    return load_window<Cursor::kExact>(Operation::tensor(p_, k), window, p_.team.traversal.numel,
+                                       Operation::aligned(p_, k));
+  }
+  template <int kWindows>
+  __device__ __forceinline__ void load(Batch<kWindows>& batch) const {
+#pragma unroll
+    for (int u = 0; u < kWindows; ++u) {
+#pragma unroll
+      for (int k = 0; k < kTensors; ++k) batch.vec[k][u] = load(k, batch.windows[u]);
+    }
+  }
+
+  __device__ __forceinline__ uint4* slot(int i, int k) const {
+    return shared_ + (i * kTensors + k) * kTeamThreads;
+  }
+  __device__ __forceinline__ Vec<scalar_t> read_shared(int i, int k) const {
+    const uint4 bits = load_shared(slot(i, k));
+    Vec<scalar_t> vec;
+    memcpy(&vec, &bits, sizeof(bits));
+    return vec;
+  }
+
+  // Calls f(batch) for all that is on chip. Absent windows are zeros.
+  template <typename F>
+  __device__ __forceinline__ void visit(Cursor cursor, F&& f) const {
+#pragma unroll
+    for (int i = 0; i < kRegisters; i += kBatch) {
+      Batch<kBatch> batch;
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const bool last = i + u >= kRegisters;  // of a batch that is not whole
+        if (!last && i + u < in_registers_) batch.windows[u] = cursor.take();
+#pragma unroll
+        for (int k = 0; k < kTensors; ++k) {
+          batch.vec[k][u] = last ? Vec<scalar_t>{} : held_[k][last ? 0 : i + u];
+        }
+      }
+      f(batch);
+    }
+    if (in_shared_ == 0) return;
+    wait_for_copies();
+    for (int i = 0; i < in_shared_; i += kBatch) {
+      Batch<kBatch> batch;
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) {
+        const bool present = i + u < in_shared_;
+        if (present) batch.windows[u] = cursor.take();
+#pragma unroll
+        for (int k = 0; k < kTensors; ++k) {
+          batch.vec[k][u] = present ? read_shared(i + u, k) : Vec<scalar_t>{};
+        }
+      }
+      f(batch);
+    }
+  }
+
+  // Between two uses of what is held: converted values of the first, twice the size of the data in
+  // half precision, would not fit beside it until the second.
+  __device__ __forceinline__ void drop_conversions() {
+#pragma unroll
+    for (int i = 0; i < kRegisters * kTensors; ++i) {
+      Vec<scalar_t>& vec = held_[i % kTensors][i / kTensors];
+      uint4 bits;
+      memcpy(&bits, &vec, sizeof(bits));
+      forget_derived(bits);
+      memcpy(&vec, &bits, sizeof(bits));
+    }
+  }
+
+  template <typename Epilogue>
+  __device__ __forceinline__ void emit(const Operation& operation, const Window<index_t>& window,
+                                       const Vec<scalar_t> (&vec)[kTensors],
+                                       const Epilogue& epilogue) const {
+    acc_type<scalar_t> value[Cursor::kVecSize];
+#pragma unroll
+    for (int l = 0; l < Cursor::kVecSize; ++l) value[l] = epilogue(operation.form(vec, l));
+    store_window<Cursor::kExact>(Operation::output(p_), window, round_to<scalar_t>(value));
+  }
+
+  const Params& p_;
+  uint4* const shared_;
+  Vec<scalar_t> held_[kTensors][kRegisters];
+  index_t streamed_ = 0;
+  int in_registers_ = 0, in_shared_ = 0;
+};
+
+}  // namespace batchnorm_cuda
