@@ -47,18 +47,21 @@ void TrafficRecorder::begin_launch(const LaunchRequest& request) {
   warps_per_block_ = (state.threads_per_block + 31) / 32;
   warps_.clear();
   warps_.resize(static_cast<size_t>(grid.x) * grid.y * grid.z * warps_per_block_);
+  written_.clear();
   for (Region& region : regions_) region.current = false;
   for (const BufferUse& use : request.buffers) {
     if (use.pointer == nullptr || use.bytes == 0) continue;
     const auto begin = reinterpret_cast<uintptr_t>(use.pointer);
     const uintptr_t end = begin + use.bytes;
+    const bool scratch = !use.readable && !use.must_write && !use.persistent;
     const auto same = std::find_if(regions_.begin(), regions_.end(), [&](const Region& region) {
       return region.begin == begin && region.end == end;
     });
     if (same == regions_.end()) {
-      regions_.push_back({use.name, begin, end, true});
+      regions_.push_back({use.name, begin, end, true, scratch});
     } else {
       same->current = true;
+      same->scratch = scratch;
     }
   }
 }
@@ -150,13 +153,25 @@ void TrafficRecorder::access(const Thread& thread, const void* pointer, size_t b
   entry.parts.push_back({sector, mask});
 }
 
+bool TrafficRecorder::is_written(const SectorPart& part) const {
+  const auto found = written_.find(part.sector);
+  return found != written_.end() && (part.bytes & ~found->second) == 0;
+}
+
 void TrafficRecorder::replay(const WarpAccess& access) {
   uint64_t bytes = 0;
   for (const SectorPart& part : access.parts) {
     bytes += static_cast<uint64_t>(__builtin_popcount(part.bytes));
     const auto owner = static_cast<uint32_t>(part.sector >> (kRegionLog2 - 5));
-    if (access.access != Access::kWrite) l2_.read(part.sector, part.bytes, owner);
-    if (access.access != Access::kRead) l2_.write(part.sector, part.bytes, owner);
+    const bool scratch = regions_[owner].scratch;
+    // The replay knows no barriers. Scratch is read after it was written, so where the write is yet
+    // to come here, the reader has waited for it and finds it in the cache.
+    const bool early = scratch && !is_written(part);
+    if (access.access != Access::kWrite && !early) l2_.read(part.sector, part.bytes, owner);
+    if (access.access != Access::kRead) {
+      l2_.write(part.sector, part.bytes, owner);
+      if (scratch) written_[part.sector] |= part.bytes;
+    }
   }
   if (access.atomic) return;
   const bool write = access.access == Access::kWrite;

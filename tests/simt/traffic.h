@@ -95,12 +95,14 @@ class TrafficRecorder {
     std::string name;
     uintptr_t begin, end;
     bool current;  // named by the running launch
+    bool scratch;  // holds nothing when that begins
   };
 
   WarpTrace& trace_of(const Thread& thread);
   uint32_t region_of(uintptr_t address, size_t bytes);
   uint64_t sector_of(uint32_t region, uintptr_t address) const;
   void replay(const WarpAccess& access);
+  bool is_written(const SectorPart& part) const;
 
   L2Cache l2_;
   std::vector<Region> regions_;
@@ -109,6 +111,8 @@ class TrafficRecorder {
   std::vector<std::unique_ptr<WarpTrace>> warps_;  // [blocks, warps_per_block_]
   std::vector<size_t> running_;
   std::vector<std::string> launches_;
+  // Bytes of scratch sectors that the replay of this launch has written.
+  std::unordered_map<uint64_t, uint32_t> written_;
   // By kernel, site, buffer and direction.
   std::map<std::tuple<std::string, std::string, std::string, bool>, SiteTraffic> sites_;
 };

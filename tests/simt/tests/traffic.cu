@@ -154,6 +154,52 @@ SIMT_CASE(traffic_of_blocks_that_run_together) {
   EXPECT(traffic_of(both).buffers[0].dram_read == 16384);
 }
 
+// Block 1 reads rows before it fills the slot; block 0 has nothing to do but wait for it.
+__global__ void hand_over_kernel(Buffer<float> in, Buffer<float> slot, Buffer<uint64_t> flag) {
+  if (blockIdx.x == 1) {
+    for (int row = 0; row < 64; ++row) load_global(in.data + row * 32 + threadIdx.x);
+    store_global(slot.data + threadIdx.x, 1.0f);
+    __syncthreads();
+    if (threadIdx.x == 0) batchnorm_cuda::store_release(flag.data, uint64_t{1});
+    return;
+  }
+  if (threadIdx.x == 0) {
+    while (batchnorm_cuda::load_acquire(flag.data) == 0) {
+    }
+  }
+  __syncthreads();
+  load_global(slot.data + threadIdx.x);
+}
+
+SIMT_CASE(traffic_of_scratch_that_is_waited_for) {
+  Memory<float> in(2048), slot(32);
+  Memory<uint64_t> flag(1);
+  const auto report = traffic_of([&] {
+    Shape shape{2, 32};
+    shape.cooperative = true;
+    launch(shape, hand_over_kernel, in.as(Use::kInput), slot.as(Use::kScratch),
+           flag.as(Use::kPersistent));
+  });
+  EXPECT(report.buffers.size() == 3);
+  EXPECT(report.buffers[0].dram_read == 8192);
+  EXPECT(report.buffers[1].dram_read == 0 && report.buffers[1].dram_written == 128);
+}
+
+// Scratch that is read back after many other reads.
+__global__ void read_back_kernel(Buffer<float> in, Buffer<float> slot) {
+  store_global(slot.data + threadIdx.x, 1.0f);
+  for (int row = 0; row < 64; ++row) load_global(in.data + row * 32 + threadIdx.x);
+  load_global(slot.data + threadIdx.x);
+}
+
+SIMT_CASE(traffic_of_scratch_that_has_left) {
+  Memory<float> in(2048), slot(32);
+  const Device small(2048);
+  const auto report = traffic_of(
+      [&] { launch({1, 32}, read_back_kernel, in.as(Use::kInput), slot.as(Use::kScratch)); });
+  EXPECT(report.buffers[1].dram_read == 128 && report.buffers[1].dram_written == 128);
+}
+
 SIMT_CASE(traffic_is_counted_on_demand) {
   bool thrown = false;
   try {
