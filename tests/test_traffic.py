@@ -1,0 +1,349 @@
+"""Counted memory traffic against the fewest bytes possible and the plan's prediction.
+
+Runs on the host model of CUDA whether there is a GPU or not. Devices are cut to a few SMs with an
+L2 cache in proportion, so that small tensors fill them; which strategy and which team size the
+planner takes is left open, except where a test forces it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from batchnorm_cuda import _extension, devices
+from bench import traffic, traffic_model
+from bench.traffic_model import Case, Traffic, count, scaled_device
+
+ROOT = Path(__file__).resolve().parents[1]
+SECTOR = 32
+# What a count may exceed the plan by: sectors that two teams read at different times.
+MARGIN = 1.02
+
+A100, H100, T4 = ("a100", 4), ("h100", 4), ("t4", 3)
+# Each a few hundred thousand elements: a layer whose batch is cut like the device.
+CASES = [
+    (A100, Case((8, 32, 56, 56))),
+    (A100, Case((8, 64, 28, 28), dtype="fp32")),
+    (A100, Case((16, 32, 14, 14), dtype="bf16")),
+    (A100, Case((64, 64, 7, 7))),
+    (A100, Case((4, 64, 28, 28), "nhwc")),
+    (A100, Case((16, 256, 7, 7), "nhwc", "fp32")),
+    (A100, Case((1, 32, 16, 16, 16))),
+    (A100, Case((2048, 128))),
+    (A100, Case((9, 3, 37, 41))),
+    (A100, Case((1000, 257), dtype="fp32")),
+    (H100, Case((4, 64, 28, 28))),
+    (H100, Case((32, 96, 7, 7), dtype="fp64")),
+    (H100, Case((4, 96, 28, 28), "nhwc", "fp32")),
+    (T4, Case((8, 32, 28, 28))),
+    (T4, Case((2, 32, 8, 16, 16), "nhwc", "fp32")),
+    (T4, Case((5, 24, 15, 15), shift=1)),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled() -> ModuleType:
+    return _extension.load_emulated()
+
+
+def describe(value: object) -> str:
+    if isinstance(value, tuple):
+        return "-".join(map(str, value))
+    if isinstance(value, Case):
+        return f"{'x'.join(map(str, value.shape))}-{value.layout}-{value.dtype}"
+    return str(value)
+
+
+def parameter_bound(case: Case) -> int:
+    """All per-channel vectors in whole sectors: read, written and completed in every round."""
+    wide = 8 if case.dtype == "fp64" else 4
+    vector = math.ceil(case.shape[1] * wide / SECTOR) * SECTOR
+    return 6 * 3 * vector
+
+
+every_case = pytest.mark.parametrize("device, case", CASES, ids=describe)
+every_op = pytest.mark.parametrize("op", ["forward", "backward", "eval", "eval_backward"])
+
+
+@every_case
+@every_op
+def test_bytes_are_what_the_plan_says(device: tuple[str, int], case: Case, op: str) -> None:
+    case = replace(case, op=op)
+    result = count(case, scaled_device(*device))
+    assert result.compulsory_bytes == case.nbytes * (3 if op.endswith("backward") else 2)
+    # Never below: the cache is cold. Above the prediction never; below it where L2 holds a part.
+    assert result.counted_bytes >= result.compulsory_bytes
+    assert result.counted_bytes <= MARGIN * result.predicted_bytes
+    assert result.dram_bytes("parameter") <= parameter_bound(case)
+    for buffer in result.buffers:  # each round of a team, or each launch, at most once
+        if buffer.kind == "workspace":
+            assert buffer.dram_bytes <= 4 * (buffer.bytes + SECTOR)
+    parts = sum(result.dram_bytes(kind) for kind in ("activation", "parameter", "workspace"))
+    assert result.total_bytes == parts
+    assert all(kernel.partition("<")[0].endswith("_kernel") for kernel in result.launches)
+
+
+@pytest.mark.parametrize(
+    "device, case",
+    [
+        (A100, Case((4, 32, 32, 32))),
+        (A100, Case((16, 64, 7, 7))),
+        (A100, Case((1, 64, 16, 16), "nhwc")),
+        (H100, Case((4, 64, 28, 28), dtype="fp32")),
+        (T4, Case((4, 32, 28, 28))),
+    ],
+    ids=describe,
+)
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_a_team_reads_once(device: tuple[str, int], case: Case, op: str) -> None:
+    """One launch, and everything once, where a block has room for a channel group.
+
+    The L2 cache holds next to nothing, so that it cannot hide a second read.
+    """
+    properties = scaled_device(*device) | {"l2_bytes": 128 * 1024}
+    result = count(replace(case, op=op), properties, "team")
+    assert (result.strategy, len(result.launches)) == ("team", 1)
+    assert result.predicted_bytes == result.compulsory_bytes
+    assert result.counted_bytes <= MARGIN * result.compulsory_bytes
+
+
+@pytest.mark.parametrize(
+    "case", [Case((8, 32, 56, 56)), Case((8, 64, 28, 28), "nhwc", "fp32")], ids=describe
+)
+@pytest.mark.parametrize("op, tensors", [("forward", 3), ("backward", 5)])
+def test_two_passes_read_twice(case: Case, op: str, tensors: int) -> None:
+    """3T and 5T where a tensor is several times the L2 cache."""
+    device = scaled_device("t4", 1) | {"l2_bytes": 100 * 1024}
+    assert case.nbytes > 10 * device["l2_bytes"]
+    result = count(replace(case, op=op), device, "two_pass")
+    assert result.strategy == "two_pass"
+    assert result.predicted_bytes == tensors * case.nbytes
+    assert result.counted_bytes == pytest.approx(tensors * case.nbytes, rel=0.02)
+
+
+@pytest.mark.parametrize("op, tensors", [("forward", 2), ("backward", 3)])
+def test_two_passes_of_what_l2_holds(op: str, tensors: int) -> None:
+    case = Case((4, 16, 28, 28), op=op)
+    result = count(case, scaled_device("a100"), "two_pass")
+    assert result.counted_bytes == tensors * case.nbytes < result.predicted_bytes
+
+
+@every_op
+@pytest.mark.parametrize(
+    "device, case",
+    [
+        (A100, Case((8, 32, 56, 56))),
+        (A100, Case((8, 32, 28, 28), dtype="fp32")),
+        (A100, Case((4, 64, 28, 28), "nhwc")),
+        (T4, Case((1024, 128), dtype="fp32")),
+        (H100, Case((2, 32, 8, 16, 16), dtype="fp64")),
+    ],
+    ids=describe,
+)
+def test_sectors_of_whole_windows(device: tuple[str, int], case: Case, op: str) -> None:
+    assert count(replace(case, op=op), scaled_device(*device)).sector_efficiency >= 0.98
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "case", [Case((64, 64, 7, 7)), Case((32, 16, 7, 7), dtype="fp32"), Case((8, 32, 31, 31))],
+    ids=describe,
+)  # fmt: skip
+def test_sectors_of_odd_runs(case: Case, op: str) -> None:
+    result = count(replace(case, op=op), scaled_device(*A100), "team")
+    assert result.strategy == "team" and result.sector_efficiency >= 0.90
+
+
+@pytest.mark.parametrize("strategy", ["team", "two_pass"])
+def test_counts_do_not_depend_on_the_order_of_threads(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(seed: int) -> Traffic:
+        monkeypatch.setenv("BATCHNORM_CUDA_EMULATE_SEED", str(seed))
+        return count(Case((4, 24, 14, 14), "nhwc"), scaled_device("a100", 2), strategy)
+
+    assert run(1) == run(2)
+
+
+@pytest.mark.parametrize("name", sorted(devices.DEVICES))
+def test_the_planned_device_is_the_modelled_one(name: str) -> None:
+    """Prediction and launches are for one device: its description, and what the model answers."""
+    model = _extension.load_emulated()
+    before = model.device_info()
+    device = scaled_device(name, 8)
+    seen = []
+    counting = model._host_model.stop_traffic
+
+    def observe() -> dict:
+        seen.append(model.device_info())
+        return counting()
+
+    model._host_model.stop_traffic = observe
+    try:
+        count(Case((4, 3, 5), op="eval"), device)
+    finally:
+        model._host_model.stop_traffic = counting
+    assert seen == [devices.planner_properties(device)]
+    assert model.device_info() == before
+
+
+def test_a_failure_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no launch")
+
+    model = _extension.load_emulated()
+    before = model.device_info()
+    monkeypatch.setattr(traffic_model, "_operation", lambda *_: fail)
+    with pytest.raises(RuntimeError, match="no launch"):
+        count(Case((4, 3)), scaled_device("t4", 2), "two_pass")
+    assert model.device_info() == before
+    with pytest.raises(RuntimeError, match="stop_traffic without start_traffic"):
+        model._host_model.stop_traffic()
+
+
+def test_a_scaled_device() -> None:
+    full, cut = scaled_device("a100"), scaled_device("a100", 27)
+    assert full == devices.DEVICES["a100"] == scaled_device("a100", 108)
+    assert cut["sm_count"] == 27 and cut["l2_bytes"] == full["l2_bytes"] // 4
+    assert cut["name"] == "A100-SXM4-40GB cut to 27 of 108 SMs"
+    changed = {"name", "sm_count", "l2_bytes", "bandwidth_gb_s"}
+    assert {key for key in full if full[key] != cut[key]} == changed
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 7), (3, 5, 7, 2), (3, 5, 7, 2, 4)], ids=str)
+@pytest.mark.parametrize("dtype", traffic_model.DTYPES)
+def test_a_case_as_a_tensor(shape: tuple[int, ...], dtype: str) -> None:
+    for layout, innermost in (("nchw", -1), ("nhwc", 1)):
+        x = Case(shape, layout, dtype, shift=1).tensor()
+        assert x.shape == shape and x.stride(innermost) == 1
+        assert x.dtype == traffic_model.DTYPES[dtype] and not x.any()
+        assert x.data_ptr() % 16 == x.element_size()
+        assert x.untyped_storage().nbytes() >= x.nbytes + x.element_size()
+
+
+def test_every_buffer_has_a_kind() -> None:
+    declared = set(re.findall(r'\bf\("(\w+)"', (ROOT / "csrc" / "params.h").read_text()))
+    known = set().union(*traffic_model._KINDS.values())
+    assert declared and declared == known
+    with pytest.raises(KeyError, match="does not know the buffer 'mask'"):
+        traffic_model._kind("mask")
+
+
+# ------------------------------------------------------------------------------- command line
+
+FIELDS = {
+    "compulsory_bytes": int,
+    "predicted_bytes": int,
+    "counted_bytes": int,
+    "two_pass_bytes": int,
+    "parameter_bytes": int,
+    "workspace_bytes": int,
+    "sector_efficiency": float,
+    "launches": int,
+    "strategy": str,
+    "device": str,
+    "sm_count": int,
+    "l2_bytes": int,
+    "shape": list,
+    "layout": str,
+    "dtype": str,
+    "op": str,
+    "buffers": list,
+    "sites": list,
+}
+SMALL = ["--shape", "4,16,14,14", "--device", "h100", "--sms", "2"]
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SMALL, "--layout", "nhwc", "--dtype", "fp32", "--op", "backward", "--json"]
+    assert traffic.main(arguments) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert {key: type(value) for key, value in record.items()} == FIELDS
+    assert record["shape"] == [4, 16, 14, 14] and record["sm_count"] == 2
+    assert record["compulsory_bytes"] == 3 * 4 * 16 * 14 * 14 * 4
+    assert record["strategy"] in ("team", "two_pass") and record["launches"] in (1, 3)
+    moved = sum(b["dram_read"] + b["dram_written"] for b in record["buffers"])
+    kinds = ("counted_bytes", "parameter_bytes", "workspace_bytes")
+    assert moved == sum(record[kind] for kind in kinds)
+    assert {b["name"] for b in record["buffers"]} >= {"grad_output", "input", "grad_input"}
+    assert all(0 < site["efficiency"] <= 1 for site in record["sites"])
+
+
+def test_two_passes_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    records = []
+    for strategy in ("team", "two_pass"):
+        traffic.main([*SMALL, "--strategy", strategy, "--json"])
+        records.append(json.loads(capsys.readouterr().out))
+    team, two_pass = records
+    assert (team["strategy"], two_pass["strategy"]) == ("team", "two_pass")
+    assert team["two_pass_bytes"] == two_pass["two_pass_bytes"] == two_pass["counted_bytes"]
+
+
+def test_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert traffic.main([*SMALL, "--layout", "nhwc", "--strategy", "two_pass", "--shift", "3"]) == 0
+    text = capsys.readouterr().out
+    compulsory = 2 * 4 * 16 * 14 * 14 * 2
+    assert "batch norm forward, fp16 4 x 16 x 14 x 14, nhwc, 3 elements past a 16-byte" in text
+    assert "H100 SXM5 cut to 2 of 132 SMs" in text
+    assert "nothing here is measured on a GPU" in text
+    assert "two_pass: two passes are forced" in text
+    assert re.search(rf"compulsory +{compulsory:,} +1\.000 x", text)
+    assert re.search(rf"predicted +{compulsory * 3 // 2:,} +1\.500 x", text)
+    for name in ("input", "output", "partials", "running_mean"):
+        assert re.search(rf"^  {name} +(activation|workspace|parameter) ", text, re.MULTILINE)
+    # The misaligned input is read element by element.
+    assert re.search(r"0\.\d+ .* read  input at normalize\.cu:\d+, transform_input_kernel", text)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "required: --shape"),
+        (["--shape", "8"], "two or more sizes >= 1, such as 32,64,56,56, got '8'"),
+        (["--shape", "8,0"], "got '8,0'"),
+        (["--shape", "8,x"], "got '8,x'"),
+        (["--shape", "8,4", "--layout", "chwn"], "argument --layout: invalid choice: 'chwn'"),
+        (["--shape", "8,4", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--shape", "8,4", "--op", "infer"], "argument --op: invalid choice: 'infer'"),
+        (["--shape", "8,4", "--device", "v100"], "argument --device: invalid choice: 'v100'"),
+        (["--shape", "8,4", "--sms", "0"], "argument --sms: expected 1 to 108 for a100, got 0"),
+        (["--shape", "8,4", "--sms", "41", "--device", "t4"], "expected 1 to 40 for t4, got 41"),
+        (["--shape", "8,4", "--shift", "8"], "argument --shift: expected 0 to 7 for fp16, got 8"),
+        (["--shape", "1,4"], "more than one value per channel to train, got (1, 4)"),
+        (["--shape", "1024,1024,56,56"], "got one of about"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        traffic.main(arguments)
+    assert error.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and not captured.out
+
+
+def test_large_tensors_are_announced_and_forced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = count(Case((4, 8)), scaled_device("t4", 1))
+    monkeypatch.setattr(traffic, "count", lambda *_: counted)
+    assert traffic.main(["--shape", "1024,1024,56,56", "--force", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "counting takes about" in captured.err
+    assert json.loads(captured.out)["shape"] == [1024, 1024, 56, 56]
+
+
+def test_as_a_module() -> None:
+    command = [sys.executable, "-m", "bench.traffic", "--shape", "4,8", "--sms", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["compulsory_bytes"] == 2 * 4 * 8 * torch.float16.itemsize
