@@ -22,6 +22,7 @@ HOST_SOURCES = (
     "forward.cpp",
     "plan.cpp",
     "plan_dict.cpp",
+    "plan_rows.cpp",
     "plan_team.cpp",
     "plan_team_layout.cpp",
     "tensors.cpp",

@@ -101,7 +101,7 @@ void run_elementwise(const Backward& b, const Plan& plan, const Sums& sums, cuda
     params.sum_dy = pointer_to<acc_t>(sums.dy);
     params.sum_dy_xhat = pointer_to<acc_t>(sums.dy_xhat);
   }
-  check_launch(launch_backward_elementwise(plan.pattern, params, stream),
+  check_launch(launch_backward_elementwise(plan.elementwise.pattern, params, stream),
                "backward_elementwise_kernel");
 }
 

@@ -104,7 +104,8 @@ void run_normalize(const Forward& f, const Plan& plan, cudaStream_t stream) {
   }
   params.mean = static_cast<acc_t*>(f.save_mean.data_ptr());
   params.invstd = static_cast<acc_t*>(f.save_invstd.data_ptr());
-  check_launch(launch_normalize(plan.pattern, params, stream), "transform_input_kernel");
+  check_launch(launch_normalize(plan.elementwise.pattern, params, stream),
+               "transform_input_kernel");
 }
 
 template <typename scalar_t>

@@ -65,6 +65,10 @@ struct CursorTag {
 // Calls launch(CursorTag<Cursor>{}) with the cursor type that the plan chose.
 template <typename scalar_t, typename Launch>
 inline LaunchStatus with_cursor(Pattern pattern, const Traversal& t, Launch&& launch) {
+  if (pattern == Pattern::kAlongRow) {
+    if (t.index_bits == 64) return launch(CursorTag<AlongRow<scalar_t, int64_t>>{});
+    return launch(CursorTag<AlongRow<scalar_t, int32_t>>{});
+  }
   if (pattern == Pattern::kAlongS) {
     if (!t.exact) return launch(CursorTag<AlongS<scalar_t, int64_t, false>>{});
     if (t.index_bits == 64) return launch(CursorTag<AlongS<scalar_t, int64_t, true>>{});

@@ -6,6 +6,8 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "plan_rows.h"
+
 namespace batchnorm_cuda {
 namespace {
 
@@ -82,18 +84,27 @@ void plan_along_c(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
   t.row_repeat = group / t.c;
   t.row_windows = group / vec;
   t.rows = ceil_div(t.numel + t.shift, group);
-  // Even column blocks of at most a warp's width, so that the last one is not nearly empty.
-  t.threads_x = static_cast<int>(ceil_div(t.row_windows, ceil_div(t.row_windows, kWarpSize)));
+  // Even column blocks of at most a warp's width, so that the last one is not nearly empty; whole
+  // sectors wide, so that no two of them touch the same.
+  const int64_t even = ceil_div(t.row_windows, ceil_div(t.row_windows, kWarpSize));
+  t.threads_x = static_cast<int>(std::min(t.row_windows, ceil_div(even, 2) * 2));
   t.threads_y = static_cast<int>(
       std::min<int64_t>(kStageThreads / t.threads_x, round_up_to_power_of_two(t.rows)));
   t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
   split_work(t, t.rows, int64_t{t.threads_y} * kUnroll, device, options);
 }
 
+// Along a row, elementwise only: its partial results would be one a column.
+void plan_along_row(Traversal& t, const RowLayout& rows, int vec, const DeviceInfo& device,
+                    const PlanOptions& options) {
+  lay_out_rows(rows, vec, kStageThreads, t);
+  split_work(t, t.rows, int64_t{t.threads_y} * kUnroll, device, options);
+}
+
 // Index arithmetic reaches at most one step past the last window of a thread.
-bool fits_32_bits(const Traversal& t, Pattern pattern, int vec) {
-  const int64_t step = pattern == Pattern::kAlongS ? (t.threads_x / t.row_windows + 2) * t.c * t.s
-                                                   : int64_t{t.threads_y} * t.row_windows * vec;
+bool fits_32_bits(const Traversal& t, int vec) {
+  const int64_t step = t.pattern == Pattern::kAlongS ? (t.threads_x / t.row_windows + 2) * t.c * t.s
+                                                     : int64_t{t.threads_y} * t.row_windows * vec;
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
   return step <= kLimit / 2 && t.numel + t.row_windows * vec + vec <= kLimit - step;
 }
@@ -102,21 +113,24 @@ bool fits_32_bits(const Traversal& t, Pattern pattern, int vec) {
 // those of the other tensors that the kernel touches, -1 for absent ones.
 Traversal plan_traversal(const Problem& p, Pattern pattern, int shift,
                          std::initializer_list<int> others, int vec, const DeviceInfo& device,
-                         const PlanOptions& options) {
+                         const PlanOptions& options, const RowLayout& rows = {}) {
   Traversal t;
+  t.pattern = pattern;
   t.n = p.n;
   t.c = p.c;
   t.s = p.s;
   t.numel = p.n * p.c * p.s;
   t.shift = shift;
   t.exact = shift == 0 && std::max(others) <= 0;
-  if (pattern == Pattern::kAlongS) {
+  if (t.exact && rows.elements > 0) {
+    plan_along_row(t, rows, vec, device, options);
+  } else if (pattern == Pattern::kAlongS) {
     plan_along_s(t, vec, device, options);
   } else {
     plan_along_c(t, vec, device, options);
   }
   // Masked windows are rare sizes: one 64-bit form serves them all and halves what is compiled.
-  t.index_bits = t.exact && options.index_bits != 64 && fits_32_bits(t, pattern, vec) ? 32 : 64;
+  t.index_bits = t.exact && options.index_bits != 64 && fits_32_bits(t, vec) ? 32 : 64;
   return t;
 }
 
@@ -164,10 +178,11 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
     plan.launches += 2;
   }
   if (plan.has_elementwise) {
-    plan.elementwise = plan_traversal(problem, plan.pattern, problem.output_shift,
-                                      {problem.op == Op::kBackwardEval ? -1 : problem.input_shift,
-                                       forward ? -1 : problem.grad_output_shift},
-                                      plan.vec, device, options);
+    plan.elementwise =
+        plan_traversal(problem, plan.pattern, problem.output_shift,
+                       {problem.op == Op::kBackwardEval ? -1 : problem.input_shift,
+                        forward ? -1 : problem.grad_output_shift},
+                       plan.vec, device, options, choose_rows(problem, plan.vec, kStageThreads));
     plan.launches += 1;
   }
 }

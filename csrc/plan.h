@@ -137,6 +137,7 @@ struct PlanOptions {
 // How the blocks of one kernel walk over the tensor. A task is one (channel block, split) pair;
 // blocks take tasks in grid-stride order, so that no size is capped by the grid limits.
 struct Traversal {
+  Pattern pattern = Pattern::kAlongS;
   int64_t n = 0, c = 0, s = 0, numel = 0;
   int shift = 0;      // of the tensor whose 16-byte boundaries define the windows
   bool exact = true;  // every window is full: no masks, no heads, no tails

@@ -59,18 +59,6 @@ Dtype parse_dtype(const std::string& dtype) {
       "make_plan: expected dtype to be float16, bfloat16, float32 or float64, got " + dtype);
 }
 
-py::dict to_dict(const Traversal& t) {
-  using py::literals::operator""_a;
-  return py::dict("exact"_a = t.exact, "index_bits"_a = t.index_bits, "shift"_a = t.shift,
-                  "threads_x"_a = t.threads_x, "threads_y"_a = t.threads_y,
-                  "row_windows"_a = t.row_windows, "rows"_a = t.rows, "row_repeat"_a = t.row_repeat,
-                  "channel_blocks"_a = t.channel_blocks, "segments"_a = t.segments,
-                  "segment_size"_a = t.segment_size, "segment_step"_a = t.segment_step,
-                  "segment_stride"_a = t.segment_stride, "splits"_a = t.splits,
-                  "per_split"_a = t.per_split, "tasks"_a = t.tasks, "grid"_a = t.grid,
-                  "shared_bytes"_a = t.shared_bytes);
-}
-
 const char* scope_name(Scope scope) {
   return scope == Scope::kBlock ? "block" : scope == Scope::kCluster ? "cluster" : "grid";
 }
@@ -79,6 +67,18 @@ const char* pattern_name(Pattern pattern) {
   return pattern == Pattern::kAlongS   ? "along_s"
          : pattern == Pattern::kAlongC ? "along_c"
                                        : "along_row";
+}
+
+py::dict to_dict(const Traversal& t) {
+  using py::literals::operator""_a;
+  return py::dict("pattern"_a = pattern_name(t.pattern), "exact"_a = t.exact,
+                  "index_bits"_a = t.index_bits, "shift"_a = t.shift, "threads_x"_a = t.threads_x,
+                  "threads_y"_a = t.threads_y, "row_windows"_a = t.row_windows, "rows"_a = t.rows,
+                  "row_repeat"_a = t.row_repeat, "channel_blocks"_a = t.channel_blocks,
+                  "segments"_a = t.segments, "segment_size"_a = t.segment_size,
+                  "segment_step"_a = t.segment_step, "segment_stride"_a = t.segment_stride,
+                  "splits"_a = t.splits, "per_split"_a = t.per_split, "tasks"_a = t.tasks,
+                  "grid"_a = t.grid, "shared_bytes"_a = t.shared_bytes);
 }
 
 const char* depth_name(Depth depth) {

@@ -31,10 +31,6 @@ constexpr double kSmRate = 1.3;
 constexpr double kLaunchCost = 5.0;
 // Places for blocks that may idle, of all over all rounds, without a word in the plan's reason.
 constexpr double kIdleUnexplained = 0.1;
-// Runs of up to this many bytes go along a row unless they are whole windows of whole sectors:
-// beyond it the two shared sectors at a run's ends are under a tenth of it.
-constexpr int64_t kShortRun = 640;
-constexpr int64_t kSectorBytes = 32;
 
 constexpr Depth kDepths[] = {Depth::kShallow, Depth::kMiddle, Depth::kDeep, Depth::kStream};
 
@@ -44,20 +40,14 @@ bool all_aligned(const Problem& p) {
 
 bool along_c_is_exact(const Problem& p, int vec) { return all_aligned(p) && p.c % vec == 0; }
 
-// Would a team better walk along rows: are runs short or odd, or is C?
-bool suits_rows(const Problem& p, int vec) {
-  if (!all_aligned(p) || !rows_are_whole(p, vec)) return false;
-  const int64_t bytes = p.s * dtype_bytes(p.dtype);
-  return p.s == 1 ? p.c % vec != 0 : (p.s % vec != 0 || bytes < kSectorBytes) && bytes <= kShortRun;
-}
-
 TeamRequest make_request(const Problem& p, const DeviceInfo& device, const PlanOptions& options,
-                         Pattern pattern) {
+                         Pattern pattern, const RowLayout& rows = {}) {
   const bool forward = p.op == Op::kForwardTraining || p.op == Op::kForwardEval;
   const int vec = kWindowBytes / dtype_bytes(p.dtype);
   const bool exact = pattern == Pattern::kAlongS ? all_aligned(p) && p.s % vec == 0 : true;
   const int channels = pattern == Pattern::kAlongS ? 1 : vec;
-  return {p, device, options, pattern, exact, vec, forward ? 1 : 2, forward ? 4 : 2, channels};
+  return {p,   device,          options,         pattern,  exact,
+          vec, forward ? 1 : 2, forward ? 4 : 2, channels, rows};
 }
 
 double exchange_cost(const TeamRequest& r, const Team& team) {
@@ -187,8 +177,10 @@ Team plan_team(const Problem& problem, const DeviceInfo& device, const PlanOptio
   if (!reason->empty()) return choice.team;
   const int vec = kWindowBytes / dtype_bytes(problem.dtype);
   const bool whole = problem.s > 1 || along_c_is_exact(problem, vec);
-  if (suits_rows(problem, vec)) {
-    offer_teams(make_request(problem, device, options, Pattern::kAlongRow), 0, choice);
+  const RowLayout rows =
+      all_aligned(problem) ? choose_rows(problem, vec, kTeamThreads) : RowLayout{};
+  if (rows.elements > 0) {
+    offer_teams(make_request(problem, device, options, Pattern::kAlongRow, rows), 0, choice);
   }
   const TeamRequest r =
       make_request(problem, device, options, problem.s > 1 ? Pattern::kAlongS : Pattern::kAlongC);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "plan.h"
+#include "plan_rows.h"
 
 namespace batchnorm_cuda {
 
@@ -16,15 +17,13 @@ struct TeamRequest {
   const DeviceInfo& device;
   const PlanOptions& options;
   Pattern pattern;
-  bool exact;    // full windows only
-  int vec;       // elements of a window
-  int tensors;   // kept on chip: x, or dy and x
-  int fields;    // of an accumulator
-  int channels;  // per thread: one, or one a lane
+  bool exact;      // full windows only
+  int vec;         // elements of a window
+  int tensors;     // kept on chip: x, or dy and x
+  int fields;      // of an accumulator
+  int channels;    // per thread: one, or one a lane
+  RowLayout rows;  // along a row
 };
-
-// Is the tensor whole rows of whole windows, so that a team can walk along rows?
-bool rows_are_whole(const Problem& problem, int vec);
 
 // Threads and windows of a team's traversal, before it is split over blocks. `slab`: windows of a
 // slab along C at most.

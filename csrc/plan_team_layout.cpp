@@ -1,12 +1,12 @@
 // The layout of a team: how its threads walk over the tensor, and what they hold where.
 #include <algorithm>
-#include <numeric>
 
 #include "plan_team.h"
 
 namespace batchnorm_cuda {
 namespace {
 
+constexpr int64_t kSectorWindows = 2, kLineWindows = 8;
 constexpr int64_t kReservedSharedBytes = 1024;  // per block, by the system
 constexpr int kMaxBlocksPerSm = 32;
 constexpr int kRegistersPerSm = 65536;  // that the launch bounds of the kernels are made for
@@ -18,18 +18,6 @@ int64_t power_of_two_at_least(int64_t value) {
 }
 
 int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
-
-// Elements of a row that repeats: all channels, as often as makes whole windows.
-int64_t row_elements(const Problem& p, int vec) {
-  return p.s > 1 ? p.c * p.s : std::lcm(p.c, static_cast<int64_t>(vec));
-}
-
-// Columns that lie in one channel block along a row: whole channels, whole windows, at least a
-// slab.
-int64_t row_block_windows(const Problem& p, int vec) {
-  const int64_t unit = std::lcm(p.s > 1 ? p.s : p.c, static_cast<int64_t>(vec)) / vec;
-  return p.s > 1 ? unit * ceil_div(kSlabWindows, unit) : unit;
-}
 
 void lay_out_along_s(const TeamRequest& r, Traversal& t) {
   t.row_windows = r.exact ? t.s / r.vec : ceil_div(t.s + r.vec - 1, r.vec);
@@ -55,21 +43,6 @@ void lay_out_along_c(const TeamRequest& r, int slab, Traversal& t) {
   t.threads_x = static_cast<int>(full ? power : even);
   t.threads_y = kTeamThreads / t.threads_x;
   t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
-}
-
-void lay_out_along_row(const TeamRequest& r, Traversal& t) {
-  const bool runs = t.s > 1;
-  const int64_t row = row_elements(r.problem, r.vec);
-  t.row_windows = row / r.vec;
-  t.rows = t.numel / row;
-  t.row_repeat = runs ? 1 : row / t.c;
-  t.threads_x = static_cast<int>(row_block_windows(r.problem, r.vec));
-  t.threads_y = kTeamThreads / t.threads_x;
-  t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
-  t.segment_size = runs ? t.s : t.row_repeat;
-  t.segment_step = runs ? t.s : 1;
-  t.segment_stride = runs ? 1 : t.c;
-  t.segments = runs ? t.threads_x * r.vec / t.s : t.c;
 }
 
 // The shared memory of a block: scratch of its reduction, slots of a cluster's exchange, windows.
@@ -146,13 +119,19 @@ void plan_workspace(const TeamRequest& r, Team& team) {
   team.sync_words = 2 + team.grid;
 }
 
-}  // namespace
-
-bool rows_are_whole(const Problem& p, int vec) {
-  const int64_t row = row_elements(p, vec);
-  return row % vec == 0 && (p.n * p.c * p.s) % row == 0 &&
-         row_block_windows(p, vec) <= kTeamThreads;
+// The part of each of `size` blocks. Along S a part ends where a cache line may, if it is long
+// enough for that to matter little, or where a sector may: else two blocks would touch it.
+int64_t part_of(int64_t work, int64_t size, Pattern pattern) {
+  const int64_t even = ceil_div(work, size);
+  if (pattern != Pattern::kAlongS) return even;
+  for (const int64_t unit : {kLineWindows, kSectorWindows}) {
+    const int64_t part = round_up(even, unit);
+    if (part * 64 <= even * 65 && (size - 1) * part < work) return part;
+  }
+  return even;
 }
+
+}  // namespace
 
 Traversal team_traversal(const TeamRequest& r, int slab) {
   const Problem& p = r.problem;
@@ -161,12 +140,13 @@ Traversal team_traversal(const TeamRequest& r, int slab) {
   t.c = p.c;
   t.s = p.s;
   t.numel = p.n * p.c * p.s;
+  t.pattern = r.pattern;
   t.shift = p.output_shift;
   t.exact = r.exact;
   t.index_bits = r.exact ? 32 : 64;
   if (r.pattern == Pattern::kAlongS) lay_out_along_s(r, t);
   if (r.pattern == Pattern::kAlongC) lay_out_along_c(r, slab, t);
-  if (r.pattern == Pattern::kAlongRow) lay_out_along_row(r, t);
+  if (r.pattern == Pattern::kAlongRow) lay_out_rows(r.rows, r.vec, kTeamThreads, t);
   return t;
 }
 
@@ -188,7 +168,7 @@ bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, int64_
   const int64_t work = team_work(t, r.pattern);
   team.scope = scope_of(r, size);
   if (team.scope == Scope::kAuto || size > work) return false;
-  t.per_split = ceil_div(work, size);
+  t.per_split = part_of(work, size, r.pattern);
   t.splits = size;
   if ((size - 1) * t.per_split >= work) return false;  // a rank without work
   team.size = static_cast<int>(size);

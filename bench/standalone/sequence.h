@@ -103,7 +103,8 @@ void launch_forward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pla
   }
   params.mean = call.mean;
   params.invstd = call.invstd;
-  check_launch(launch_normalize(plan.pattern, params, nullptr), "transform_input_kernel");
+  check_launch(launch_normalize(plan.elementwise.pattern, params, nullptr),
+               "transform_input_kernel");
 }
 
 template <typename scalar_t>
@@ -163,7 +164,7 @@ void launch_backward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pl
   params.invstd = call.invstd;
   params.sum_dy = call.sum_dy;
   params.sum_dy_xhat = call.sum_dy_xhat;
-  check_launch(launch_backward_elementwise(plan.pattern, params, nullptr),
+  check_launch(launch_backward_elementwise(plan.elementwise.pattern, params, nullptr),
                "backward_elementwise_kernel");
 }
 

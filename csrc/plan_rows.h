@@ -1,0 +1,21 @@
+// Walks along rows (Pattern::kAlongRow): where runs or rows of channels are no whole sectors, whole
+// rows of all channels are, or several of them together. Shared by stage and team kernels.
+#pragma once
+
+#include "plan.h"
+
+namespace batchnorm_cuda {
+
+struct RowLayout {
+  int64_t elements = 0;  // of a row, which repeats; 0: the tensor does not suit
+  int64_t windows = 0;   // of a channel block: whole channels, whole windows
+};
+
+// Rows are walked where that saves sectors: where runs along S, or rows along C, are no multiple of
+// 32 bytes, and short enough for a block to be whole channels wide.
+RowLayout choose_rows(const Problem& problem, int vec, int max_windows);
+
+// Everything of `t` but its splits, for blocks of `threads` threads at most.
+void lay_out_rows(const RowLayout& rows, int vec, int threads, Traversal& t);
+
+}  // namespace batchnorm_cuda
