@@ -120,11 +120,19 @@ struct Buffer {
   Shadow shadow;  // unused for inputs
 };
 
+// The plain read a thread made last, and how often in a row.
+struct RepeatedRead {
+  const Thread* thread = nullptr;
+  const void* address = nullptr;
+  uint32_t times = 0;
+};
+
 struct State {
   Thread* current = nullptr;  // null outside kernels
   bool checks_buffers = false;
   uint64_t idle_yields = 0;    // since any thread did anything but poll
   uint64_t silent_yields = 0;  // since memory changed, or a thread started or ended
+  RepeatedRead repeated_read;
   uint32_t threads_per_block = 1;
   uint64_t ticks = 0;
 
@@ -165,6 +173,7 @@ void run_grid();
 void abandon_grid();
 
 // sync.cpp
+void note_plain_read(const Thread* thread, const void* address, Site site);
 void thread_exited(Thread* thread);
 void tick(Block* block, Thread* thread);              // starts a new stretch of the thread's time
 Thread& running_thread(const char* what, Site site);  // or a Fault outside kernels

@@ -185,6 +185,7 @@ void on_global_access(const void* address, size_t bytes, Access access, Site sit
   using namespace detail;
   Thread* self = state.current;
   if (self == nullptr) return;
+  if (access == Access::kRead) note_plain_read(self, address, site);
   check_global(self, address, bytes, access, false, site);
   if (state.traffic == nullptr) return;
   state.traffic->access(*self, address, bytes, access, false, site, __builtin_return_address(0));

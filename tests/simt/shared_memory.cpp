@@ -180,8 +180,9 @@ unsigned int shared_rank_of(const void* address, Site site) {
 
 void on_shared_access(const void* address, size_t bytes, Access access, Site site) {
   using namespace detail;
-  check_shared(&running_thread("a shared memory access", site), address, bytes, access, false,
-               site);
+  Thread& self = running_thread("a shared memory access", site);
+  if (access == Access::kRead) note_plain_read(&self, address, site);
+  check_shared(&self, address, bytes, access, false, site);
 }
 
 void* static_shared(const void* key, size_t bytes, size_t align) {

@@ -251,6 +251,19 @@ void thread_exited(Thread* thread) {
   if (++block.exited == block.threads.size()) check_remote_use(block);
 }
 
+// A thread that reads one address over and over waits for another to write it. Without a turn for
+// the others the race, or the deadlock, would hang the launch instead of being reported.
+void note_plain_read(const Thread* thread, const void* address, Site site) {
+  constexpr uint32_t kPollingReads = 64;
+  RepeatedRead& read = state.repeated_read;
+  if (read.address != address || read.thread != thread) {
+    read = {thread, address, 0};
+  } else if (++read.times == kPollingReads) {
+    read.times = 0;
+    yield(site);
+  }
+}
+
 void note_progress() { state.idle_yields = state.silent_yields = 0; }
 uint64_t clock_ticks() { return ++state.ticks; }
 unsigned int cluster_rank() { return running_thread("cluster rank", {"", 0}).block->cluster_rank; }

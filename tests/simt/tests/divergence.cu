@@ -183,6 +183,40 @@ SIMT_CASE(wait_for_a_block_not_resident) {
   launch(shape, wait_for_other_kernel, flags.as(Use::kPersistent));
 }
 
+// Polls a word by plain loads, which another thread may write.
+__global__ void plain_poll_kernel(Buffer<unsigned int> flag, bool written) {
+  if (blockIdx.x == 0) {
+    while (load_global(flag.data) == 0) continue;
+  } else if (written) {
+    store_global(flag.data, 1u);
+  }
+}
+
+__global__ void plain_poll_of_shared_kernel(bool written) {
+  unsigned int* flag = &static_shared<unsigned int>();
+  if (threadIdx.x == 0) store_shared(flag, 0u);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    while (load_shared(flag) == 0) continue;
+  } else if (written) {
+    store_shared(flag, 1u);
+  }
+}
+
+SIMT_CASE(plain_polls) {
+  Memory<unsigned int> flag(1);
+  Shape shape{2, 1};
+  shape.cooperative = true;
+  const auto poll = [&](bool written) {
+    flag[0] = 0;
+    launch(shape, plain_poll_kernel, flag.as(Use::kPersistent), written);
+  };
+  expect_fault([&] { poll(true); }, {"plain_poll_kernel", "global memory race"});
+  expect_fault([&] { poll(false); }, {"plain_poll_kernel", "deadlock", "polls"});
+  expect_fault([] { launch({1, 2}, plain_poll_of_shared_kernel, true); }, {"shared memory race"});
+  expect_fault([] { launch({1, 2}, plain_poll_of_shared_kernel, false); }, {"deadlock", "polls"});
+}
+
 __global__ void poll_with_votes_kernel(Buffer<unsigned int> flag) {
   while (__all_sync(0xffffffffu, atomicAdd(flag.data, 0u) == 0)) {
   }
