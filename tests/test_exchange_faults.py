@@ -1,0 +1,213 @@
+"""Faults planted in the exchange between blocks (csrc/team.cuh and around it): each is caught.
+
+On a CPU no fence can be missed by running: memory is always up to date there. What stands in for
+it is the host model, which logs accesses and reports those that nothing orders. Here it is held to
+that claim on the real sources: a driver (tests/simt/exchange) runs the forward team kernels, for
+every scope and access pattern, over several rounds and launches; with no fault its results are
+those of a reference in double, and with a fault planted (planting.py) the model must report it.
+"""
+
+import re
+import subprocess
+
+import pytest
+from planting import Fault, SourceChangedError, barrier_faults, plant
+from simt_build import (
+    CSRC,
+    ENGINE,
+    FLAGS,
+    HEADERS,
+    KERNEL_FLAGS,
+    ROOT,
+    SIMT,
+    build_folder,
+    compile_objects,
+    digest_of,
+    link,
+)
+
+SEEDS = 3
+EXCHANGE = SIMT / "exchange"
+STANDALONE = ROOT / "bench" / "standalone"  # has references and comparisons to drive kernels with
+PLAIN = [CSRC / name for name in ("plan.cpp", "plan_team.cpp", "device_query.cpp")]
+CASES = re.findall(r'^    \{"(\w+)",', (EXCHANGE / "driver.cpp").read_text(), re.MULTILINE)
+GRID = ["grid_s", "grid_c", "grid_row", "grid_row_short"]
+CLUSTER = ["cluster_s", "cluster_c", "cluster_row"]
+NOT_RESIDENT = "grid_not_resident"
+WORKING = [case for case in CASES if case != NOT_RESIDENT]
+
+PLACE = r"team_kernel<.+>: block \(\d+,0,0\) thread \(\d+,\d+,0\) at {file}:\d+: "
+OTHER = r"by block \(\d+,0,0\) thread \(\d+,\d+,0\) with "
+ACCESS = PLACE.format(file=r"(?:team|reduce)\.cuh")
+SHARED_RACE = ACCESS + "shared memory race: .*" + OTHER + "no barrier between the two"
+GLOBAL_RACE = ACCESS + r"global memory race: .* of '(?:slots|sync)' .*" + OTHER + "nothing ordering"
+UNWRITTEN = ACCESS + r"(?:reads unwritten memory at .* of 'slots'|reads uninitialised shared)"
+REMOTE = ACCESS + ".*(?:before any cluster barrier|shared memory race|has left|uninitialised)"
+LEAVES = PLACE.format(file=r"team\.cuh") + ".*(?:leaves the kernel while|has left the kernel)"
+DEADLOCK = (
+    r"team_kernel<.+>: deadlock: no thread can go on; .*\d+ threads, such as block \(\d+,0,0\) "
+    r"thread \(\d+,\d+,0\): polls at team\.cuh:\d+"
+)
+UNWRITTEN_SYNC = r"team_kernel<.+>: unwritten output: \d+ bytes of 'sync'"
+TOO_EARLY = f"{GLOBAL_RACE}|{UNWRITTEN}"
+MISSING_BARRIER = f"{SHARED_RACE}|{TOO_EARLY}|{REMOTE}|{LEAVES}"
+
+PUBLISH = "store_release(flags + rank(), expected);"
+POLL = "while (load_acquire(flags + rank) < expected) {\n      }"
+NEXT_EPOCH = "store_release(sync_ + kEpoch, epoch_ + static_cast<uint64_t>(team_.rounds));"
+PARITY = "(round_ & 1) * team_.slot_values"
+WAIT = "wait_for_team();"
+
+
+def in_team(name, text, replacement, count=1):
+    return Fault(name, "team.cuh", text, replacement, count)
+
+
+def poll_with(load):
+    return f"while ({load}(flags + rank) < expected) {{ }}"
+
+
+NO_TEAM_BARRIER = in_team("no team barrier", WAIT, "", count=2)
+NOTHING_PUBLISHED = in_team("nothing published", PUBLISH, "")
+RELAXED_PUBLICATION = in_team(
+    "relaxed publication", PUBLISH, "::simt_exchange::store_relaxed(flags + rank(), expected);"
+)
+PLAIN_PUBLICATION = in_team("plain publication", PUBLISH, "store_global(flags + rank(), expected);")
+NO_POLL = in_team("no poll", POLL, "")
+RELAXED_POLL = in_team("relaxed poll", POLL, poll_with("::simt_exchange::load_relaxed"))
+PLAIN_POLL = in_team("plain poll", POLL, poll_with("load_global"))
+FLAG_TOO_EARLY = in_team("flags of the round before", POLL, poll_with("1 + load_acquire"))
+SLOT_TOO_EARLY = in_team("slot reused a round early", PARITY, "0")
+SAME_EPOCH = in_team("epoch not advanced", NEXT_EPOCH, "store_release(sync_ + kEpoch, epoch_);")
+NO_RESET = in_team("finished not reset", "store_release(sync_ + kFinished, uint64_t{0});", "")
+NO_FINISH = Fault("no finish", "team_kernel.cuh", "exchange.finish();", "")
+NOT_COOPERATIVE = Fault(
+    "launch not cooperative",
+    "launch.cuh",
+    "attribute.val.cooperative = 1;",
+    "attribute.val.cooperative = 0;",
+)
+
+# Fault, the cases that run with it, what each must report.
+TABLE = [
+    (NO_TEAM_BARRIER, GRID, TOO_EARLY),
+    (NO_TEAM_BARRIER, CLUSTER, REMOTE),
+    (NOTHING_PUBLISHED, GRID, DEADLOCK),
+    (RELAXED_PUBLICATION, GRID, GLOBAL_RACE),
+    (PLAIN_PUBLICATION, GRID, GLOBAL_RACE),
+    (NO_POLL, GRID, TOO_EARLY),
+    (RELAXED_POLL, GRID, GLOBAL_RACE),
+    (PLAIN_POLL, GRID, GLOBAL_RACE),
+    (FLAG_TOO_EARLY, GRID, TOO_EARLY),
+    (SLOT_TOO_EARLY, GRID, GLOBAL_RACE),
+    (SLOT_TOO_EARLY, CLUSTER, SHARED_RACE),
+    (SAME_EPOCH, GRID, TOO_EARLY),
+    (NO_RESET, GRID, UNWRITTEN_SYNC),
+    (NO_FINISH, GRID, UNWRITTEN_SYNC),
+    (NO_FINISH, CLUSTER, LEAVES),
+    (NOT_COOPERATIVE, [*GRID, NOT_RESIDENT], DEADLOCK),
+]
+SOURCES = {path.name: path.read_text() for path in CSRC.glob("*.*h")}
+BARRIERS = [f for name in ("team.cuh", "reduce.cuh") for f in barrier_faults(name, SOURCES[name])]
+# Those whose removal changes nothing, and why.
+HARMLESS = {
+    "team.cuh:finish:barrier 2": "a block has a round, and the round's own barriers lie between "
+    "its reads of the epoch and its thread 0's count",
+}
+
+FAULTS = list(dict.fromkeys([*(row[0] for row in TABLE), *BARRIERS]))
+
+
+@pytest.fixture(scope="module")
+def driver():
+    """The program with all faults, each behind its switch."""
+    folder = build_folder()
+    kernels = (CSRC / "team_forward.cu").read_text()
+    others = r"^template LaunchStatus launch_team_forward\(const \w+<(?!float>).*;$"
+    sources = {**SOURCES, "team_forward.cu": re.sub(others, "", kernels, flags=re.MULTILINE)}
+    planted = {name: plant(name, text, enumerate(FAULTS)) for name, text in sources.items()}
+    copy = folder / f"exchange-{digest_of(planted.values())}"
+    copy.mkdir(exist_ok=True)
+    for name, text in planted.items():
+        (copy / name).write_text(text)
+    headers = [*HEADERS, *CSRC.glob("*.*h"), *STANDALONE.glob("*.h")]
+    flags = [*FLAGS, f"-I{EXCHANGE}", f"-I{STANDALONE}"]
+    objects = compile_objects(ENGINE, folder)
+    objects += compile_objects([*PLAIN, EXCHANGE / "driver.cpp"], folder, flags, headers)
+    flags = [*KERNEL_FLAGS, f"-I{copy}", "-include", str(EXCHANGE / "planted.h")]
+    objects += compile_objects([copy / "team_forward.cu"], folder, flags, headers)
+    return link("exchange", objects, folder)
+
+
+def run(driver, case, number=-1):
+    """The result of each seed."""
+    done = subprocess.run(
+        [str(driver), case, str(number), str(SEEDS)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == SEEDS
+    return lines
+
+
+def check_report(line, report):
+    """That it is the expected one, and names, if any, a line that accesses memory."""
+    assert re.match(f"fault: (?:{report})", line), line
+    place = re.search(r" at (\w+\.cuh):(\d+): ", line)
+    if place:
+        text = SOURCES[place[1]].splitlines()[int(place[2]) - 1]
+        assert re.search(r"\b(?:load|store)_\w+\(", text), f"{line}\n{text}"
+
+
+@pytest.mark.parametrize("case", WORKING)
+def test_right_without_faults(driver, case):
+    assert run(driver, case) == ["ok"] * SEEDS
+
+
+def test_a_grid_that_is_not_resident_is_refused(driver):
+    refused = "status: cudaErrorCooperativeLaunchTooLarge"
+    assert run(driver, NOT_RESIDENT) == [refused] * SEEDS
+
+
+@pytest.mark.parametrize(
+    ("fault", "case", "report"),
+    [
+        pytest.param(fault, case, report, id=f"{fault.name}-{case}")
+        for fault, cases, report in TABLE
+        for case in cases
+    ],
+)
+def test_caught(driver, fault, case, report):
+    lines = run(driver, case, FAULTS.index(fault))
+    if report == TOO_EARLY:
+        # Under some orders of the threads nobody happens to be early, and all is well.
+        lines = set(lines) - {"ok"}
+        assert lines, "went unnoticed under every seed"
+    for line in lines:
+        check_report(line, report)
+
+
+@pytest.mark.parametrize("fault", BARRIERS, ids=lambda fault: fault.name)
+def test_no_barrier_can_be_left_out(driver, fault):
+    number = FAULTS.index(fault)
+    for case in WORKING:
+        lines = set(run(driver, case, number)) - {"ok"}
+        if lines:
+            break
+    if fault.name in HARMLESS:
+        assert not lines, f"{fault.name} is needed after all: {lines}"
+        return
+    assert lines, f"nothing notices that {fault.name} is missing"
+    for line in lines:
+        check_report(line, MISSING_BARRIER)
+
+
+def test_harmless_barriers_exist():
+    assert {fault.name for fault in BARRIERS} >= HARMLESS.keys()
+
+
+@pytest.mark.parametrize(("text", "count"), [("no_such_call();", 1), (WAIT, 1)])
+def test_changed_source_is_noticed(text, count):
+    fault = Fault("stale", "team.cuh", text, "", count=count)
+    with pytest.raises(SourceChangedError, match=r"team\.cuh has changed: fault 'stale'"):
+        plant("team.cuh", SOURCES["team.cuh"], [(0, fault)])
