@@ -69,6 +69,8 @@ class TeamSummary:
     # Of the bytes that must be held between reduction and output: the shares kept on chip.
     register_share: float
     shared_share: float
+    depth: str  # of the kernel: how much a thread holds (csrc/plan.h)
+    two_level: bool  # the ranks merge a slice of the channels each
 
     @property
     def on_chip_share(self) -> float:
@@ -93,7 +95,8 @@ class Explanation:
     kernels: tuple[Kernel, ...]
     team: TeamSummary | None
     compulsory_bytes: int
-    predicted_bytes: int
+    reread_bytes: int  # what is read a second time, from the L2 cache at best
+    predicted_bytes: int  # to and from DRAM
     workspace_bytes: int
     # latency x bandwidth, of one SM: a model of what is needed in flight; None where unknown.
     latency_bytes: int | None
@@ -102,16 +105,10 @@ class Explanation:
     def bytes_over_compulsory(self) -> float:
         return self.predicted_bytes / self.compulsory_bytes if self.compulsory_bytes else 1.0
 
-    @property
-    def streamed_bytes(self) -> int:
-        """What is read a second time, from the L2 cache at best."""
-        return self.predicted_bytes - self.compulsory_bytes
-
     def as_dict(self) -> dict[str, Any]:
         """All fields, nested ones as dictionaries, with the derived ones."""
         result = asdict(self)
         result["bytes_over_compulsory"] = self.bytes_over_compulsory
-        result["streamed_bytes"] = self.streamed_bytes
         if self.team is not None:
             result["team"]["on_chip_share"] = self.team.on_chip_share
         return result
@@ -127,7 +124,7 @@ class Explanation:
             (
                 "bytes",
                 f"{_size(self.predicted_bytes)}, {self.bytes_over_compulsory:.2f} x compulsory; "
-                f"{_size(self.streamed_bytes)} read twice",
+                f"{_size(self.reread_bytes)} read twice",
             ),
         ]
         if self.team:
@@ -223,6 +220,7 @@ def explain(
         kernels=tuple(_kernels(plan, op, properties)),
         team=_team(plan),
         compulsory_bytes=plan["compulsory_bytes"],
+        reread_bytes=plan["reread_bytes"],
         predicted_bytes=plan["predicted_bytes"],
         workspace_bytes=plan["workspace_bytes"],
         latency_bytes=devices.bytes_to_cover_latency(properties),
@@ -393,6 +391,8 @@ def _team(plan: Mapping[str, Any]) -> TeamSummary | None:
         rounds=team["rounds"],
         register_share=in_registers / part,
         shared_share=in_shared / part,
+        depth=team["depth"],
+        two_level=team["two_level"],
     )
 
 
@@ -403,8 +403,9 @@ def _describe_team(team: TeamSummary) -> str:
         "grid": "of a cooperative grid, through global memory",
     }
     blocks = "1 block" if team.size == 1 else f"{team.size} blocks"
+    levels = " in two levels" if team.two_level else ""
     return (
-        f"{blocks} {exchange[team.scope]} ({team.scope} scope); "
+        f"{blocks} {exchange[team.scope]}{levels} ({team.scope} scope, {team.depth} kernel); "
         f"{team.groups} channel groups, {team.teams} teams, rounds: {team.rounds}"
     )
 

@@ -21,6 +21,7 @@ HOST_SOURCES = (
     "device_query.cpp",
     "forward.cpp",
     "plan.cpp",
+    "plan_bytes.cpp",
     "plan_dict.cpp",
     "plan_rows.cpp",
     "plan_team.cpp",

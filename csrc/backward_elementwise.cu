@@ -26,18 +26,20 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   using acc_t = acc_type<scalar_t>;
   constexpr int kUnrollPairs = kTraining ? kUnroll / 2 : kUnroll;
   const int64_t numel = p.traversal.numel;
-  for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
+  // Backwards: what the reduce kernel read last may still be in the L2 cache.
+  for (int64_t task = p.traversal.tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
     Cursor cursor(p.traversal, task);
     GradInput<acc_t> channel[Cursor::kChannels];
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_channel(p, cursor, c);
-    while (cursor.left > 0) {
+    const auto count = cursor.seek_end();
+    for (auto i = count; i > 0; i -= kUnrollPairs) {
       Window<typename Cursor::index_t> windows[kUnrollPairs];
       Vec<scalar_t> dy[kUnrollPairs], x[kUnrollPairs];
 #pragma unroll
       for (int u = 0; u < kUnrollPairs; ++u) {
         windows[u] = {0, 0, 0};
-        if (cursor.left > 0) windows[u] = cursor.take();
+        if (u < i) windows[u] = cursor.take_back();
         dy[u] =
             load_window<Cursor::kExact>(p.grad_output, windows[u], numel, p.grad_output_aligned);
         if (kTraining) {

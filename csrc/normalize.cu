@@ -36,18 +36,20 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     transform_input_kernel(const NormalizeParams<typename Cursor::scalar_t> p) {
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
-  for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
+  // Backwards: what the reduce kernel read last may still be in the L2 cache.
+  for (int64_t task = p.traversal.tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
     Cursor cursor(p.traversal, task);
     Normalize<acc_t> channel[Cursor::kChannels];
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_channel(p, cursor, c);
-    while (cursor.left > 0) {
+    const auto count = cursor.seek_end();
+    for (auto i = count; i > 0; i -= kUnroll) {
       Window<typename Cursor::index_t> windows[kUnroll];
       Vec<scalar_t> x[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         windows[u] = {0, 0, 0};
-        if (cursor.left > 0) windows[u] = cursor.take();
+        if (u < i) windows[u] = cursor.take_back();
         x[u] = load_window<Cursor::kExact>(p.input, windows[u], p.traversal.numel, p.input_aligned);
       }
 #pragma unroll

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "plan_bytes.h"
 #include "plan_rows.h"
 
 namespace batchnorm_cuda {
@@ -146,16 +147,6 @@ MergeGeometry plan_merge(const Traversal& reduce, int fields, int acc_size,
   return m;
 }
 
-void predict_bytes(Plan& plan, const Problem& p) {
-  const bool forward = p.op == Op::kForwardTraining || p.op == Op::kForwardEval;
-  const int64_t tensor = p.n * p.c * p.s * dtype_bytes(p.dtype);
-  const int64_t reduce_reads = plan.has_reduce ? (forward ? 1 : 2) : 0;
-  const int64_t output = plan.has_elementwise ? 1 : 0;
-  const int64_t elementwise_reads = output * (p.op == Op::kBackwardTraining ? 2 : 1);
-  plan.predicted_bytes = tensor * (reduce_reads + elementwise_reads + output);
-  plan.compulsory_bytes = tensor * (std::max(reduce_reads, elementwise_reads) + output);
-}
-
 void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
                  const PlanOptions& options) {
   const bool forward = problem.op == Op::kForwardTraining || problem.op == Op::kForwardEval;
@@ -199,18 +190,16 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptio
     return plan;
   }
   plan_stages(plan, problem, device, options);
-  predict_bytes(plan, problem);
-  if (options.strategy == Strategy::kTwoPass) {
-    plan.reason = "two passes are forced";
-    return plan;
+  plan.reason = "two passes are forced";
+  if (options.strategy != Strategy::kTwoPass) {
+    plan.team = plan_team(problem, device, options, &plan.reason);
   }
-  plan.team = plan_team(problem, device, options, &plan.reason);
   if (plan.team.size > 0) {
     plan.strategy = Strategy::kTeam;
     plan.launches = 1;
     plan.workspace_bytes = plan.team.exchange_bytes;
-    plan.predicted_bytes = plan.compulsory_bytes + plan.team.streamed_bytes;
   }
+  predict_bytes(plan, problem, device);
   return plan;
 }
 

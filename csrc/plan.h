@@ -50,39 +50,30 @@ inline constexpr int acc_bytes(Dtype dtype) { return dtype == Dtype::kDouble ? 8
 #define BATCHNORM_CUDA_HOST_DEVICE
 #endif
 
-// How much a thread of a team kernel holds in registers. kShallow leaves room for many blocks on an
-// SM, for small channels. kMiddle keeps two, which work on different channel groups: one loads
-// while the other exchanges or stores. kDeep takes all registers for one block, for channel groups
-// that fit the device in no other way. kStream is for what does not fit at all, and for the masked
-// tilings: it alone reads windows twice, and holds fewer beside the sums of those.
-enum class Depth : int { kShallow, kMiddle, kDeep, kStream };
+// How much a thread of a team kernel holds in registers. kMiddle leaves room for two blocks on an
+// SM, which work on different channel groups: one loads while the other exchanges or stores. kDeep
+// takes all registers for one block, for channel groups that fit the device in no other way.
+// kStream is for what does not fit at all: it alone reads windows twice, and holds fewer beside the
+// sums of those.
+enum class Depth : int { kMiddle, kDeep, kStream };
 
 // Blocks of a team kernel that an SM can hold by its registers: the kernel's launch bounds.
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_blocks_per_sm(Depth depth) {
-  return depth == Depth::kShallow ? 3 : depth == Depth::kDeep ? 1 : 2;
+  return depth == Depth::kDeep ? 1 : 2;
 }
 
-// Windows of all its `tensors` together that a thread keeps in registers; 0: there is no such
+// Windows of all its tensors together that a thread keeps in registers; 0: there is no such
 // kernel. The most that the compiler places without a spill for every dtype and architecture
 // (`make sass`): up to 184 of a deep kernel's 255 registers. Along C and along rows a thread has
-// accumulators and coefficients for every lane beside them.
+// accumulators and coefficients for every lane beside them, and those of float64 are twice as wide.
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exact, Depth depth,
-                                                      int tensors) {
-  switch (pattern) {
-    case Pattern::kAlongS:
-      if (!exact) return depth == Depth::kMiddle ? 8 : depth == Depth::kStream ? 4 : 0;
-      return depth == Depth::kShallow  ? 4
-             : depth == Depth::kMiddle ? 16
-             : depth == Depth::kDeep   ? 46
-                                       : 12;
-    case Pattern::kAlongC:
-      return depth == Depth::kShallow  ? 0
-             : depth == Depth::kMiddle ? 8
-             : depth == Depth::kDeep   ? (tensors == 1 ? 40 : 36)
-                                       : 4;
-    default:
-      return depth == Depth::kMiddle ? 8 : 0;
+                                                      bool wide) {
+  if (pattern == Pattern::kAlongRow) return depth == Depth::kMiddle ? 8 : 0;
+  if (pattern == Pattern::kAlongC) {
+    return depth == Depth::kStream ? 4 : depth == Depth::kMiddle ? 8 : wide ? 32 : 40;
   }
+  if (!exact) return depth == Depth::kMiddle ? 8 : depth == Depth::kStream ? 4 : 0;
+  return depth == Depth::kStream ? 12 : depth == Depth::kMiddle ? (wide ? 12 : 16) : wide ? 36 : 46;
 }
 
 // Rows of a block of columns x rows threads that column_reduce merges by warp shuffles: all rows of
@@ -171,7 +162,7 @@ struct Team {
   Pattern pattern = Pattern::kAlongS;
   Traversal traversal;
   Scope scope = Scope::kBlock;
-  int size = 1;
+  int size = 0;
   int64_t teams = 0, rounds = 0, grid = 0;
   Depth depth = Depth::kMiddle;
   int tensors = 1;            // activations kept on chip: x, or dy and x
@@ -199,8 +190,9 @@ struct Plan {
   MergeGeometry merge;
   int64_t workspace_bytes = 0;  // partial results, planes of [merge.rows, C]
   int launches = 0;
-  int64_t compulsory_bytes = 0;  // every tensor once
-  int64_t predicted_bytes = 0;   // activations as the kernels below read and write them
+  int64_t compulsory_bytes = 0;  // every activation once
+  int64_t reread_bytes = 0;      // read a second time, from the L2 cache at best
+  int64_t predicted_bytes = 0;   // of activations, to and from DRAM; a cold L2 cache holds the rest
 };
 
 // The best team for the problem, or one with size 0 where there is none; `reason` says why.

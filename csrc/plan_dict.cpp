@@ -83,8 +83,6 @@ py::dict to_dict(const Traversal& t) {
 
 const char* depth_name(Depth depth) {
   switch (depth) {
-    case Depth::kShallow:
-      return "shallow";
     case Depth::kMiddle:
       return "middle";
     case Depth::kDeep:
@@ -124,11 +122,12 @@ Scope parse_scope(const std::string& name) {
 
 py::dict to_dict(const Plan& plan) {
   using py::literals::operator""_a;
-  py::dict result(
-      "strategy"_a = plan.strategy == Strategy::kTeam ? "team" : "two_pass",
-      "reason"_a = plan.reason, "pattern"_a = pattern_name(plan.pattern), "vec"_a = plan.vec,
-      "launches"_a = plan.launches, "workspace_bytes"_a = plan.workspace_bytes,
-      "compulsory_bytes"_a = plan.compulsory_bytes, "predicted_bytes"_a = plan.predicted_bytes);
+  py::dict result("strategy"_a = plan.strategy == Strategy::kTeam ? "team" : "two_pass",
+                  "reason"_a = plan.reason, "pattern"_a = pattern_name(plan.pattern),
+                  "vec"_a = plan.vec, "launches"_a = plan.launches,
+                  "workspace_bytes"_a = plan.workspace_bytes,
+                  "compulsory_bytes"_a = plan.compulsory_bytes,
+                  "reread_bytes"_a = plan.reread_bytes, "predicted_bytes"_a = plan.predicted_bytes);
   if (plan.strategy == Strategy::kTeam) {
     result["team"] = to_dict(plan.team);
     return result;

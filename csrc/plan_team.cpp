@@ -32,7 +32,7 @@ constexpr double kLaunchCost = 5.0;
 // Places for blocks that may idle, of all over all rounds, without a word in the plan's reason.
 constexpr double kIdleUnexplained = 0.1;
 
-constexpr Depth kDepths[] = {Depth::kShallow, Depth::kMiddle, Depth::kDeep, Depth::kStream};
+constexpr Depth kDepths[] = {Depth::kMiddle, Depth::kDeep, Depth::kStream};
 
 bool all_aligned(const Problem& p) {
   return p.output_shift == 0 && p.input_shift <= 0 && p.grad_output_shift <= 0;
@@ -157,7 +157,7 @@ void offer_teams(const TeamRequest& r, int slab, Choice& choice) {
   if (r.exact && !fits_32_bits(r, base)) return;
   const bool shares_block = r.pattern == Pattern::kAlongS && base.threads_x < kTeamThreads;
   for (const Depth depth : kDepths) {
-    if (team_windows(r.pattern, r.exact, depth, r.tensors) == 0) continue;
+    if (windows_of(r, depth) == 0) continue;
     if (depth == Depth::kStream && choice.once) continue;
     for (const int64_t size : team_sizes(r, base, depth)) {
       Team team;

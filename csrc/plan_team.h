@@ -25,6 +25,9 @@ struct TeamRequest {
   RowLayout rows;  // along a row
 };
 
+// Windows that a thread holds in registers, 0 where there is no kernel of that depth.
+int windows_of(const TeamRequest& request, Depth depth);
+
 // Threads and windows of a team's traversal, before it is split over blocks. `slab`: windows of a
 // slab along C at most.
 Traversal team_traversal(const TeamRequest& request, int slab);

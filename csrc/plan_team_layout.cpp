@@ -1,5 +1,6 @@
 // The layout of a team: how its threads walk over the tensor, and what they hold where.
 #include <algorithm>
+#include <cmath>
 
 #include "plan_team.h"
 
@@ -23,9 +24,7 @@ void lay_out_along_s(const TeamRequest& r, Traversal& t) {
   t.row_windows = r.exact ? t.s / r.vec : ceil_div(t.s + r.vec - 1, r.vec);
   t.rows = t.n;
   const int64_t windows = t.rows * t.row_windows;
-  const int64_t held = team_windows(Pattern::kAlongS, r.exact,
-                                    r.exact ? Depth::kShallow : Depth::kMiddle, r.tensors) /
-                       r.tensors;
+  const int64_t held = kUnroll / r.tensors;  // before a thread more is worth its while
   const int64_t threads = std::max(std::min<int64_t>(windows, kWarpSize), ceil_div(windows, held));
   t.threads_x = static_cast<int>(std::min<int64_t>(kTeamThreads, power_of_two_at_least(threads)));
   t.threads_y = kTeamThreads / t.threads_x;
@@ -67,7 +66,7 @@ void lay_out_shared(const TeamRequest& r, Team& team) {
 // memory as far as it leaves as many blocks resident as the registers do. False where they do not
 // fit and the depth may not read them twice.
 bool place_windows(const TeamRequest& r, Team& team, int64_t per_thread) {
-  const int windows = team_windows(r.pattern, r.exact, team.depth, r.tensors);
+  const int windows = windows_of(r, team.depth);
   if (windows == 0) return false;
   team.tensors = r.tensors;
   team.register_windows = windows / r.tensors;
@@ -79,8 +78,7 @@ bool place_windows(const TeamRequest& r, Team& team, int64_t per_thread) {
   if (room < 0) return false;
   const int64_t slot_bytes = int64_t{kTeamThreads} * kWindowBytes * r.tensors;
   const int64_t wanted = std::max<int64_t>(per_thread - team.register_windows, 0);
-  const int64_t shared =
-      team.depth == Depth::kShallow ? 0 : std::min<int64_t>(room / slot_bytes, wanted);
+  const int64_t shared = std::min<int64_t>(room / slot_bytes, wanted);
   if (shared < wanted && team.depth != Depth::kStream) return false;
   team.shared_windows = static_cast<int>(shared);
   team.shared_bytes = team.data_offset + shared * slot_bytes;
@@ -131,7 +129,23 @@ int64_t part_of(int64_t work, int64_t size, Pattern pattern) {
   return even;
 }
 
+// Of all tensors, what exceeds the room of the blocks that hold it.
+int64_t streamed_bytes(const TeamRequest& r, const Team& team, int64_t members, int64_t work) {
+  const Traversal& t = team.traversal;
+  const int64_t capacity = members * (team.register_windows + team.shared_windows);
+  const int64_t last = work - (team.size - 1) * t.per_split;
+  const int64_t streamed = (team.size - 1) * std::max<int64_t>(t.per_split - capacity, 0) +
+                           std::max<int64_t>(last - capacity, 0);
+  const double share = static_cast<double>(streamed) / static_cast<double>(work);
+  const int64_t bytes = t.numel * dtype_bytes(r.problem.dtype) * r.tensors;
+  return static_cast<int64_t>(std::ceil(share * static_cast<double>(bytes)));
+}
+
 }  // namespace
+
+int windows_of(const TeamRequest& r, Depth depth) {
+  return team_windows(r.pattern, r.exact, depth, acc_bytes(r.problem.dtype) > 4);
+}
 
 Traversal team_traversal(const TeamRequest& r, int slab) {
   const Problem& p = r.problem;
@@ -185,10 +199,7 @@ bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, int64_
   t.tasks = t.channel_blocks * size;
   t.grid = team.grid;
   t.shared_bytes = team.shared_bytes;
-  const int64_t capacity = members * (team.register_windows + team.shared_windows);
-  const int64_t across = r.pattern == Pattern::kAlongS ? t.threads_y : t.threads_x;
-  const int64_t streamed = std::max<int64_t>(t.per_split - capacity, 0) * size;
-  team.streamed_bytes = streamed * t.channel_blocks * across * kWindowBytes * r.tensors;
+  team.streamed_bytes = streamed_bytes(r, team, members, work);
   plan_workspace(r, team);
   return true;
 }

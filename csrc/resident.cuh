@@ -47,7 +47,7 @@ class Resident {
       Window<index_t> window{0, 0, 0};
       if (i < in_registers_) window = cursor.take();
 #pragma unroll
-      for (int k = 0; k < kTensors; ++k) held_[k][i] = load(k, window);
+      for (int k = 0; k < kTensors; ++k) held_[k][i] = to_bits(load(k, window));
     }
     for (int i = 0; i < in_shared_; ++i) {
       const Window<index_t> window = cursor.take();
@@ -57,10 +57,7 @@ class Resident {
           copy_async(slot(i, k),
                      reinterpret_cast<const uint4*>(Operation::tensor(p_, k) + window.offset));
         } else {
-          const Vec<scalar_t> vec = load(k, window);
-          uint4 bits;
-          memcpy(&bits, &vec, sizeof(bits));
-          store_shared(slot(i, k), bits);
+          store_shared(slot(i, k), to_bits(load(k, window)));
         }
       }
     }
@@ -96,13 +93,13 @@ class Resident {
       if (i >= in_registers_) continue;
       Vec<scalar_t> vec[kTensors];
 #pragma unroll
-      for (int k = 0; k < kTensors; ++k) vec[k] = held_[k][i];
+      for (int k = 0; k < kTensors; ++k) vec[k] = to_values(held_[k][i]);
       emit(operation, cursor.take(), vec, epilogue);
     }
     for (int i = 0; i < in_shared_; ++i) {
       Vec<scalar_t> vec[kTensors];
 #pragma unroll
-      for (int k = 0; k < kTensors; ++k) vec[k] = read_shared(i, k);
+      for (int k = 0; k < kTensors; ++k) vec[k] = to_values(load_shared(slot(i, k)));
       emit(operation, cursor.take(), vec, epilogue);
     }
     for (index_t i = 0; i < streamed_; i += kBatch) {
@@ -122,7 +119,8 @@ class Resident {
   static constexpr int kTensors = Operation::kTensors;
   // Windows of each tensor that a thread holds in registers.
   static constexpr int kRegisters =
-      team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kTensors) / kTensors;
+      team_windows(Cursor::kPattern, Cursor::kExact, kDepth, sizeof(acc_type<scalar_t>) > 4) /
+      kTensors;
   static constexpr int kBatch = kUnroll / kTensors;
 
   template <int kWindows>
@@ -156,8 +154,12 @@ class Resident {
   __device__ __forceinline__ uint4* slot(int i, int k) const {
     return shared_ + (i * kTensors + k) * kTeamThreads;
   }
-  __device__ __forceinline__ Vec<scalar_t> read_shared(int i, int k) const {
-    const uint4 bits = load_shared(slot(i, k));
+  __device__ __forceinline__ static uint4 to_bits(const Vec<scalar_t>& vec) {
+    uint4 bits;
+    memcpy(&bits, &vec, sizeof(bits));
+    return bits;
+  }
+  __device__ __forceinline__ static Vec<scalar_t> to_values(const uint4& bits) {
     Vec<scalar_t> vec;
     memcpy(&vec, &bits, sizeof(bits));
     return vec;
@@ -175,7 +177,7 @@ class Resident {
         if (!last && i + u < in_registers_) batch.windows[u] = cursor.take();
 #pragma unroll
         for (int k = 0; k < kTensors; ++k) {
-          batch.vec[k][u] = last ? Vec<scalar_t>{} : held_[k][last ? 0 : i + u];
+          batch.vec[k][u] = last ? Vec<scalar_t>{} : to_values(held_[k][last ? 0 : i + u]);
         }
       }
       f(batch);
@@ -190,7 +192,7 @@ class Resident {
         if (present) batch.windows[u] = cursor.take();
 #pragma unroll
         for (int k = 0; k < kTensors; ++k) {
-          batch.vec[k][u] = present ? read_shared(i + u, k) : Vec<scalar_t>{};
+          batch.vec[k][u] = to_values(present ? load_shared(slot(i + u, k)) : uint4{0, 0, 0, 0});
         }
       }
       f(batch);
@@ -202,11 +204,7 @@ class Resident {
   __device__ __forceinline__ void drop_conversions() {
 #pragma unroll
     for (int i = 0; i < kRegisters * kTensors; ++i) {
-      Vec<scalar_t>& vec = held_[i % kTensors][i / kTensors];
-      uint4 bits;
-      memcpy(&bits, &vec, sizeof(bits));
-      forget_derived(bits);
-      memcpy(&vec, &bits, sizeof(bits));
+      forget_derived(held_[i % kTensors][i / kTensors]);
     }
   }
 
@@ -222,7 +220,8 @@ class Resident {
 
   const Params& p_;
   uint4* const shared_;
-  Vec<scalar_t> held_[kTensors][kRegisters];
+  // As bits: values of 16 bits would each be kept in a register of their own.
+  uint4 held_[kTensors][kRegisters];
   index_t streamed_ = 0;
   int in_registers_ = 0, in_shared_ = 0;
 };

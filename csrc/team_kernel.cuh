@@ -64,16 +64,14 @@ LaunchStatus launch_team_variant(const Params& params, cudaStream_t stream) {
   const auto launch = [&](auto depth) {
     constexpr Depth kDepth = decltype(depth)::value;
     using Epilogue = Identity<typename Params::acc_t>;
-    constexpr int kTensors = OperationOf<Cursor>::kTensors;
-    if constexpr (team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kTensors) > 0) {
+    constexpr bool kWide = sizeof(typename Params::acc_t) > 4;
+    if constexpr (team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kWide) > 0) {
       return launch_team(team_kernel<Cursor, OperationOf, kDepth, Epilogue>, params.team, stream,
                          params, Epilogue{});
     }
     return static_cast<LaunchStatus>(cudaErrorInvalidValue);  // the plan never asks for it
   };
   switch (params.team.depth) {
-    case Depth::kShallow:
-      return launch(std::integral_constant<Depth, Depth::kShallow>{});
     case Depth::kMiddle:
       return launch(std::integral_constant<Depth, Depth::kMiddle>{});
     case Depth::kDeep:

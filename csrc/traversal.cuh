@@ -63,6 +63,17 @@ struct AlongS {
     return current();
   }
 
+  // Goes behind the last window, for a walk by take_back(). Returns how many there are.
+  __device__ __forceinline__ index_t seek_end() {
+    const index_t windows = left;
+    const int64_t end = split_ * t_.per_split + threadIdx.x + int64_t{left} * blockDim.x;
+    const int64_t run = end / t_.row_windows;
+    column_ = static_cast<index_t>(end - run * t_.row_windows);
+    run_start_ = static_cast<index_t>((run * t_.c + channel_) * t_.s);
+    left = 0;
+    return windows;
+  }
+
   // To be called between two walks over the same windows: the offsets of the first are not kept in
   // registers for the second.
   __device__ __forceinline__ void forget() { forget_derived(run_start_); }
@@ -139,6 +150,12 @@ struct AlongC {
   }
 
   // See AlongS.
+  __device__ __forceinline__ index_t seek_end() {
+    const index_t windows = left;
+    offset_ += windows * step_;
+    left = 0;
+    return windows;
+  }
   __device__ __forceinline__ void forget() { forget_derived(offset_); }
 
   // The threads that share a channel, and this one among them.

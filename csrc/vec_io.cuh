@@ -23,7 +23,16 @@ inline constexpr int kVec = kWindowBytes / static_cast<int>(sizeof(scalar_t));
 __device__ __forceinline__ float to_acc(float value) { return value; }
 __device__ __forceinline__ double to_acc(double value) { return value; }
 __device__ __forceinline__ float to_acc(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_acc(__nv_bfloat16 value) { return __bfloat162float(value); }
+// The upper half of a float. Spelt out: two of them in a register are then taken apart in place,
+// where the conversion's own 16-bit values would take registers.
+__device__ __forceinline__ float to_acc(__nv_bfloat16 value) {
+  uint16_t half;
+  memcpy(&half, &value, sizeof(half));
+  const uint32_t bits = uint32_t{half} << 16;
+  float result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
+}
 
 template <typename scalar_t>
 __device__ __forceinline__ scalar_t from_acc(acc_type<scalar_t> value) {
@@ -56,16 +65,16 @@ __device__ __forceinline__ Vec<scalar_t> load_window(const scalar_t* base,
                                                      bool aligned, Site site = Site::current()) {
   mark_step(site);
   Vec<scalar_t> vec;
+  uint4 bits = {0, 0, 0, 0};
   const bool whole = kExact ? window.hi > 0
                             : aligned && window.lo < window.hi && window.offset >= 0 &&
                                   window.offset + kVec<scalar_t> <= numel;
-  if (whole) {
-    const uint4 bits = load_global(reinterpret_cast<const uint4*>(base + window.offset), site);
-    memcpy(&vec, &bits, sizeof(bits));
-  }
+  if (whole) bits = load_global(reinterpret_cast<const uint4*>(base + window.offset), site);
+  memcpy(&vec, &bits, sizeof(bits));
+  if (kExact) return vec;
 #pragma unroll
   for (int l = 0; l < kVec<scalar_t>; ++l) {
-    if (kExact ? !whole : !window.valid(l)) {
+    if (!window.valid(l)) {
       vec.lane[l] = from_acc<scalar_t>(0);
     } else if (!whole) {
       vec.lane[l] = load_global(base + window.offset + l, site);

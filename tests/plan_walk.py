@@ -45,7 +45,7 @@ def covered(plan: dict[str, Any], t: dict[str, Any], c: int, s: int, numel: int)
     """How often each element of the tensor is visited by the kernel that follows traversal t."""
     visits = np.zeros(numel, dtype=np.int64)
     for task in range(t["tasks"]):
-        np.add.at(visits, elements_of(plan["pattern"], plan["vec"], t, c, s, numel, task), 1)
+        np.add.at(visits, elements_of(t["pattern"], plan["vec"], t, c, s, numel, task), 1)
     return visits
 
 

@@ -40,9 +40,9 @@ def check_limits(plan, c, dtype, device):
         assert 1 <= t["grid"] <= min(t["tasks"], device.get("max_grid", 2**31 - 1))
         assert t["shared_bytes"] <= 48 * 1024
         assert t["tasks"] == t["channel_blocks"] * t["splits"]
-        work = t["rows"] * (t["row_windows"] if plan["pattern"] == "along_s" else 1)
+        work = t["rows"] * (t["row_windows"] if t["pattern"] == "along_s" else 1)
         assert (t["splits"] - 1) * t["per_split"] < work <= t["splits"] * t["per_split"]
-        if plan["pattern"] == "along_s":
+        if t["pattern"] == "along_s":
             # Shuffles and the warp partials need whole warps and power-of-two groups.
             assert t["threads_x"] * t["threads_y"] == STAGE_THREADS
             assert t["threads_x"] & (t["threads_x"] - 1) == 0
@@ -101,13 +101,13 @@ def test_limits_hold_at_any_size(make_plan, n, c, s, dtype, op, device, shift):
     for t in traversals(plan):
         if t["index_bits"] == 32:
             # The furthest index a cursor forms: one step past its last window.
-            if plan["pattern"] == "along_s":
+            if t["pattern"] == "along_s":
                 step = (t["threads_x"] // t["row_windows"] + 1) * c * s
             else:
                 step = t["threads_y"] * t["row_windows"] * vec
             assert numel + step + vec < 2**31
         covered_windows = t["rows"] * t["row_windows"]
-        per_channel = c if plan["pattern"] == "along_s" else 1
+        per_channel = c if t["pattern"] == "along_s" else 1
         assert covered_windows * per_channel * vec >= numel + t["shift"] * (per_channel == 1)
 
 
@@ -131,7 +131,7 @@ def test_index_width_can_be_widened_but_not_narrowed(make_plan):
 def test_few_channels_still_fill_the_device(make_plan, n, c, s):
     plan = make_plan("forward_training", n, c, s, "float16", {"sm_count": 132}, {})
     for t in traversals(plan):
-        windows = t["rows"] * t["row_windows"] * (c if plan["pattern"] == "along_s" else 1)
+        windows = t["rows"] * t["row_windows"] * (c if t["pattern"] == "along_s" else 1)
         enough_work = windows >= 132 * STAGE_THREADS
         assert t["grid"] >= 132 or not enough_work
 
@@ -148,8 +148,19 @@ def test_few_channels_still_fill_the_device(make_plan, n, c, s):
 )
 def test_predicted_bytes(make_plan, op, need_sums, reads_writes):
     n, c, s = 4, 16, 100
-    plan = make_plan(op, n, c, s, "float16", {}, {"need_sums": need_sums})
-    assert plan["predicted_bytes"] == reads_writes * n * c * s * 2
+    tensor = n * c * s * 2
+    small = {"l2_bytes": 0}
+    plan = make_plan(op, n, c, s, "float16", small, {"need_sums": need_sums})
+    assert plan["predicted_bytes"] == reads_writes * tensor
+    assert plan["compulsory_bytes"] + plan["reread_bytes"] == plan["predicted_bytes"]
+    # Beside all inputs and the output of what lies between two reads, L2 holds the rest.
+    inputs = 1 if op.startswith("forward") else 2
+    half = {"l2_bytes": (inputs + 1) * tensor // 2}
+    plan = make_plan(op, n, c, s, "float16", half, {"need_sums": need_sums})
+    assert plan["predicted_bytes"] == plan["compulsory_bytes"] + plan["reread_bytes"] // 2
+    large = {"l2_bytes": (inputs + 1) * tensor}
+    plan = make_plan(op, n, c, s, "float16", large, {"need_sums": need_sums})
+    assert plan["predicted_bytes"] == plan["compulsory_bytes"]
 
 
 @pytest.mark.parametrize(
