@@ -48,12 +48,20 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def bound(name: str, expected: Tensor, scale: Tensor, got: torch.dtype, input: torch.dtype):
-    """The bound of every element of one output."""
+def bound(
+    name: str,
+    expected: Tensor,
+    scale: Tensor,
+    got: torch.dtype,
+    input: torch.dtype,
+    units: int | None = None,
+) -> Tensor:
+    """The bound of every element of one output, or with other than the output's own UNITS."""
     unit = ROUNDOFF[accumulation(input)]
+    units = UNITS[name] if units is None else units
     rounding = (ROUNDOFF[got] * expected.abs()).clamp_min(SMALLEST_STEP[got])
     # The float64 reference rounds as well.
-    noise = UNITS[name] * (unit + 2 * ROUNDOFF[torch.float64]) * scale
+    noise = units * (unit + 2 * ROUNDOFF[torch.float64]) * scale
     return rounding * (1 + unit) + noise * (1 + ROUNDOFF[got])
 
 
