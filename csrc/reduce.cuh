@@ -32,6 +32,16 @@ struct Welford {
     mean += delta * fraction;
     count = total;
   }
+
+  // Moves what the sum shift + mean can hold into the shift, and leaves the rest, which is exact
+  // (Knuth's two-sum). The first batch's mean may be far off the others', an outlier's, and the
+  // mean would be of that size from then on, and round at it.
+  __device__ __forceinline__ void rebase() {
+    const acc_t sum = shift + mean;
+    const acc_t from_mean = sum - shift;
+    mean = (shift - (sum - from_mean)) + (mean - from_mean);
+    shift = sum;
+  }
 };
 
 // The two sums of the backward pass. A thread adds dy * (x - mean); x̂ = (x - mean) * invstd.
@@ -46,6 +56,8 @@ struct GradSums {
     sum_dy += other.sum_dy;
     sum_dy_xhat += other.sum_dy_xhat;
   }
+
+  __device__ __forceinline__ void rebase() {}
 };
 
 template <typename Acc>
@@ -67,6 +79,7 @@ __device__ __forceinline__ Acc group_reduce(Acc acc, int group, acc_t* shared) {
   const int width = group < kWarpSize ? group : kWarpSize;
   for (int offset = width / 2; offset > 0; offset /= 2) {
     acc.merge(shuffle_down(acc, offset, width));
+    acc.rebase();
   }
   if (group > kWarpSize) {
     const int warps = blockDim.x * blockDim.y / kWarpSize;
@@ -86,6 +99,7 @@ __device__ __forceinline__ Acc group_reduce(Acc acc, int group, acc_t* shared) {
         other.field(f) = load_shared(shared + f * warps + warp);
       }
       acc.merge(other);
+      acc.rebase();
     }
     __syncthreads();
   } else {
@@ -107,7 +121,10 @@ __device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared)
   const int warp_rows = rows_merged_by_shuffles(blockDim.x, blockDim.y);
   for (int offset = warp_rows * columns / 2; offset >= columns; offset /= 2) {
 #pragma unroll
-    for (int l = 0; l < kLanes; ++l) acc[l].merge(shuffle_down(acc[l], offset, kWarpSize));
+    for (int l = 0; l < kLanes; ++l) {
+      acc[l].merge(shuffle_down(acc[l], offset, kWarpSize));
+      acc[l].rebase();
+    }
   }
   const bool holds = threadIdx.y % warp_rows == 0;
   const int row = threadIdx.y / warp_rows;
@@ -133,6 +150,7 @@ __device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared)
               load_shared(shared + (l * Acc::kFields + f) * plane + mine + half * columns);
         }
         acc[l].merge(other);
+        acc[l].rebase();
       }
     }
     rows = half;

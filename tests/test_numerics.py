@@ -103,6 +103,24 @@ def test_one_outlier_as_first_element(backend: Backend, layout) -> None:
     check_training(backend, layout(x).to(backend.device))
 
 
+def test_outlier_alone_in_the_first_window(backend: Backend) -> None:
+    """Its window ends after one value, so that a thread's first batch may be the outlier alone.
+
+    A mean taken relative to that batch's would round at the outlier's size at every merge, and be
+    off by a roundoff of it. Relative to the mean so far, each merge of equal halves halves what a
+    rounding weighs: over 256 threads next to nothing is left. An eighth is allowed.
+    """
+    # 483 = 4 * 120 + 3: channel 1 begins in a window's last lane. Of its 732 windows, a thread of
+    # three blocks has one.
+    x = torch.randn(6, 4, 21, 23)
+    x[0, :, 0, 0] = 1e4
+    x = x.to(backend.device)
+    mean, var = torch.zeros(4, device=x.device), torch.ones(4, device=x.device)
+    batch_norm(x, mean, var, training=True, momentum=1.0)
+    atol = 1e4 * 2.0**-24 / 8
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=0, atol=atol)
+
+
 @both_layouts
 @pytest.mark.parametrize("value", [0.0, 3.0, 1e4, -1e-3], ids=str)
 def test_constant_channel(backend: Backend, layout, value: float) -> None:
