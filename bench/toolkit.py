@@ -28,6 +28,7 @@ def _load(name: str) -> ModuleType:
 
 
 archs = _load("_archs")
+devices = _load("devices")
 sources = _load("_sources")
 toolkit = _load("_toolkit")
 Toolkit = toolkit.Toolkit

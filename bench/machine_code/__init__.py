@@ -4,4 +4,5 @@
 - listing.py: those three texts -> launch bounds, resources and instructions
 - loops.py: instructions -> loops of the control flow graph
 - kernels.py: all of it -> one Kernel record, and what is wrong with it
+- budget.py: Kernel and described device -> share of issue slots at full bandwidth
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .compile import Job, Texts
 from .listing import (
@@ -42,6 +42,10 @@ class MainLoop:
     loads: dict[int, int]
     stores: dict[int, int]
     nested: int
+    kinds: dict[str, int] = field(default_factory=dict, compare=False)  # instructions by class
+    # Windows read from shared memory, and moved there from global memory.
+    shared_loads: int = field(default=0, compare=False)
+    copied: int = field(default=0, compare=False)
 
     @property
     def windows(self) -> int:
@@ -73,6 +77,7 @@ class Kernel:
     generic_accesses: int
     bulk_copies: int
     main_loop: MainLoop | None
+    loops: tuple[MainLoop, ...] = ()
 
     @property
     def template(self) -> str:
@@ -88,6 +93,11 @@ class Kernel:
         """Windows that a thread of a team kernel holds in registers, all tensors together."""
         held = re.search(r">, Team\w+, (\d+)\b", self.name)
         return int(held.group(1)) if held else None
+
+    @property
+    def tensors(self) -> int:
+        """Activations that a team kernel holds: x, or dy and x."""
+        return 2 if "Backward" in self.name else 1
 
     @property
     def register_limit(self) -> int:
@@ -154,11 +164,10 @@ def _missing_windows(kernel: Kernel, loop: MainLoop, held: int) -> list[str]:
     It also reads parameters and saves statistics, one channel at a time, so that narrow accesses
     prove nothing; a window that is not moved as a whole does.
     """
-    tensors = 2 if "Backward" in kernel.name else 1
     found = []
     for what, accesses, expected in (
         ("loads", loop.loads, held),
-        ("stores", loop.stores, held // tensors),
+        ("stores", loop.stores, held // kernel.tensors),
     ):
         whole = sum(count for bits, count in accesses.items() if bits >= WINDOW_BITS)
         if whole < expected:
@@ -188,6 +197,7 @@ def _kernel(
 ) -> Kernel:
     code = [*listing.own, *listing.helpers]
     accesses = [i.access for i in code if i.access is not None]
+    loops = [describe_loop(loop) for loop in find_loops(listing.own)]
     return Kernel(
         name=name,
         arch=job.arch,
@@ -200,18 +210,18 @@ def _kernel(
         local_accesses=sum(access.space == "local" for access in accesses),
         generic_accesses=sum(access.space == "generic" for access in accesses),
         bulk_copies=sum(access.space == "bulk" for access in accesses),
-        main_loop=choose_main_loop(find_loops(listing.own)),
+        main_loop=choose_main_loop(loops),
+        loops=tuple(loops),
     )
 
 
-def choose_main_loop(loops: list[Loop]) -> MainLoop | None:
+def choose_main_loop(loops: list[MainLoop]) -> MainLoop | None:
     """Of loops that move as much, the shortest: it is the one without the tail's conditions."""
-    described = [_describe_loop(loop) for loop in loops]
-    moving = [loop for loop in described if loop.loads or loop.stores]
+    moving = [loop for loop in loops if loop.loads or loop.stores]
     return max(moving, key=lambda loop: (loop.windows, -loop.instructions), default=None)
 
 
-def _describe_loop(loop: Loop) -> MainLoop:
+def describe_loop(loop: Loop) -> MainLoop:
     accesses = [i.access for i in loop.own if i.access is not None and not i.access.ordered]
     return MainLoop(
         loop.header,
@@ -219,6 +229,10 @@ def _describe_loop(loop: Loop) -> MainLoop:
         _widths(accesses, store=False),
         _widths(accesses, store=True),
         loop.nested,
+        dict(Counter(i.kind for i in loop.own)),
+        sum(i.shared_window == "load" for i in loop.own),
+        # Before 8.0 through registers: a load from global, a store to shared memory.
+        sum(i.mnemonic == "LDGSTS" or i.shared_window == "store" for i in loop.own),
     )
 
 

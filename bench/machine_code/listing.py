@@ -88,9 +88,36 @@ class Instruction:
         return self.opcode.split(".")[0]
 
     @property
+    def kind(self) -> str:
+        """The class of its work, one of KINDS."""
+        if self.mnemonic == "HADD2" and "F32" in self.opcode:
+            return "convert"  # half to float, as an addition of -0
+        found = _KINDS.get(self.mnemonic)
+        return found or ("float" if self.mnemonic[0] in "DH" else "integer")
+
+    @property
+    def shared_window(self) -> str | None:
+        """ "load" or "store" of 16 bytes of shared memory."""
+        if "128" not in self.opcode.split("."):
+            return None
+        return {"LDS": "load", "STS": "store"}.get(self.mnemonic)
+
+    @property
     def access(self) -> Access | None:
         return parse_access(self.opcode)
 
+
+KINDS = ("memory", "convert", "float", "integer", "control")
+# By mnemonic; half2 and double arithmetic by its first letter, the rest is integer: addresses,
+# selections, moves, and bfloat16's conversion to float, which is a shift.
+_KINDS = {
+    "memory": "LD LDG LDGSTS LDS LDC LDL LDCU ULDC ST STG STS STL ATOM ATOMS ATOMG RED SHFL UBLKCP",
+    "convert": "F2F F2FP I2F I2FP F2I",
+    "float": "FADD FADD2 FMUL FMUL2 FFMA FFMA2 FSEL FSETP FMNMX FSET FCHK MUFU",
+    "control": "BRA BRX BRXU JMP JMX CALL RET EXIT BSSY BSYNC BREAK WARPSYNC BAR DEPBAR LDGDEPBAR "
+    "MEMBAR ERRBAR CGAERRBAR CCTL YIELD UCGABAR_ARV UCGABAR_WAIT ENDCOLLECTIVE VOTE VOTEU",
+}
+_KINDS = {mnemonic: kind for kind, names in _KINDS.items() for mnemonic in names.split()}
 
 _SPACES = {"LDG": "global", "STG": "global", "LDGSTS": "global", "LDL": "local", "STL": "local"}
 _SPACES |= {"LD": "generic", "ST": "generic", "UBLKCP": "bulk"}

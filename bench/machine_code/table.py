@@ -38,7 +38,7 @@ def template_table(kernels: list[Kernel]) -> str:
                 _range([_per_window(m) for m in members if not m.exact]),
             ]
         )
-    return _align(rows)
+    return align(rows)
 
 
 def instance_table(kernels: list[Kernel]) -> str:
@@ -69,7 +69,7 @@ def instance_table(kernels: list[Kernel]) -> str:
                 _range([_per_window(kernel)]),
             ]
         )
-    return _align(rows)
+    return align(rows)
 
 
 def _loop(loop: MainLoop | None) -> str:
@@ -97,7 +97,7 @@ def _widths(counts: list[dict[int, int]]) -> str:
     return " ".join(texts) or "-"
 
 
-def _align(rows: list[list[str]]) -> str:
+def align(rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
