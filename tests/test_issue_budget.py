@@ -60,7 +60,8 @@ STAGE = Kernel(
 def team(operation: str, held: int, kinds: dict[str, int], loops: list[MainLoop]) -> Kernel:
     name = f"team_kernel<AlongS<float, int, true>, {operation}, {held}, Identity<float>>"
     whole = loop(kinds, held, held, nested=len(loops))
-    return replace(STAGE, name=name, main_loop=whole, loops=(whole, *loops))
+    most = max([whole, *loops], key=lambda each: each.windows)
+    return replace(STAGE, name=name, main_loop=most, loops=(whole, *loops))
 
 
 def test_slots_at_full_bandwidth() -> None:
@@ -81,7 +82,7 @@ def test_a_stage_kernel_is_its_main_loop() -> None:
 
 def test_parts_of_a_team_kernel() -> None:
     loops = [
-        loop({"memory": 2, "integer": 4}, 2, 0, copied=2),  # 3 a window
+        loop({"memory": 12, "integer": 24}, 12, 0, copied=12),  # 3 a window
         loop({"float": 40, "memory": 4}, 0, 0, shared_loads=4),  # 11
         loop({"float": 6, "memory": 2}, 0, 1, shared_loads=1),  # 8
         loop({"float": 30, "memory": 2}, 2, 0),  # streamed in: 16

@@ -123,7 +123,9 @@ def _parts(kernel: Kernel) -> list[Budget]:
         return []
     if kernel.held_windows is None:
         return [Budget(kernel, "loop", _over([(kernel.main_loop, 1)], kernel.main_loop.windows))]
-    parts = {"round": _over([(kernel.main_loop, 1)], moved_by_round(kernel))}
+    # Not the main loop: before 8.0 the unrolled copies to shared memory may move more windows.
+    whole = max(kernel.loops, key=lambda loop: loop.nested)
+    parts = {"round": _over([(whole, 1)], moved_by_round(kernel))}
     parts["shared"] = _shared(kernel)
     parts["streamed"] = _streamed(kernel)
     return [Budget(kernel, part, mix) for part, mix in parts.items() if mix]
