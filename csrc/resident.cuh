@@ -13,7 +13,7 @@
 
 namespace batchnorm_cuda {
 
-template <typename Cursor, typename Operation, Depth kDepth>
+template <typename Cursor, typename Operation, Depth kDepth, int kWindows>
 class Resident {
  public:
   using scalar_t = typename Cursor::scalar_t;
@@ -118,22 +118,20 @@ class Resident {
  private:
   static constexpr int kTensors = Operation::kTensors;
   // Windows of each tensor that a thread holds in registers.
-  static constexpr int kRegisters =
-      team_windows(Cursor::kPattern, Cursor::kExact, kDepth, sizeof(acc_type<scalar_t>) > 4) /
-      kTensors;
+  static constexpr int kRegisters = kWindows / kTensors;
   static constexpr int kBatch = kUnroll / kTensors;
 
-  template <int kWindows>
+  template <int kCount>
   struct Batch {
-    Vec<scalar_t> vec[kTensors][kWindows];
-    Window<index_t> windows[kWindows] = {};
+    Vec<scalar_t> vec[kTensors][kCount];
+    Window<index_t> windows[kCount] = {};
   };
 
-  // Calls f(u) for u < min(kWindows, left).
-  template <int kWindows, typename F>
+  // Calls f(u) for u < min(kCount, left).
+  template <int kCount, typename F>
   __device__ __forceinline__ static void for_each_present(index_t left, F&& f) {
 #pragma unroll
-    for (int u = 0; u < kWindows; ++u) {
+    for (int u = 0; u < kCount; ++u) {
       if (u < left) f(u);
     }
   }
@@ -142,10 +140,10 @@ class Resident {
     return load_window<Cursor::kExact>(Operation::tensor(p_, k), window, p_.team.traversal.numel,
                                        Operation::aligned(p_, k));
   }
-  template <int kWindows>
-  __device__ __forceinline__ void load(Batch<kWindows>& batch) const {
+  template <int kCount>
+  __device__ __forceinline__ void load(Batch<kCount>& batch) const {
 #pragma unroll
-    for (int u = 0; u < kWindows; ++u) {
+    for (int u = 0; u < kCount; ++u) {
 #pragma unroll
       for (int k = 0; k < kTensors; ++k) batch.vec[k][u] = load(k, batch.windows[u]);
     }

@@ -27,7 +27,9 @@ struct Identity {
   __device__ __forceinline__ acc_t operator()(acc_t value) const { return value; }
 };
 
-template <typename Cursor, template <typename> class OperationOf, Depth kDepth, typename Epilogue>
+// kWindows: team_windows() of the plan, in the kernel's name for who reads its machine code.
+template <typename Cursor, template <typename> class OperationOf, Depth kDepth, int kWindows,
+          typename Epilogue>
 __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
     team_kernel(const typename OperationOf<Cursor>::Params p, const Epilogue epilogue) {
   using Operation = OperationOf<Cursor>;
@@ -42,7 +44,8 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
   for (int64_t group = exchange.team(); group < t.channel_blocks; group += p.team.teams) {
     Cursor cursor(t, exchange.rank() * t.channel_blocks + group);
     Operation operation(p, cursor);
-    Resident<Cursor, Operation, kDepth> resident(p, data + threadIdx.y * blockDim.x + threadIdx.x);
+    Resident<Cursor, Operation, kDepth, kWindows> resident(
+        p, data + threadIdx.y * blockDim.x + threadIdx.x);
     Acc acc[Cursor::kChannels];
     resident.stream(operation, cursor, acc);
     resident.fetch(cursor);
@@ -65,9 +68,10 @@ LaunchStatus launch_team_variant(const Params& params, cudaStream_t stream) {
     constexpr Depth kDepth = decltype(depth)::value;
     using Epilogue = Identity<typename Params::acc_t>;
     constexpr bool kWide = sizeof(typename Params::acc_t) > 4;
-    if constexpr (team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kWide) > 0) {
-      return launch_team(team_kernel<Cursor, OperationOf, kDepth, Epilogue>, params.team, stream,
-                         params, Epilogue{});
+    constexpr int kWindows = team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kWide);
+    if constexpr (kWindows > 0) {
+      return launch_team(team_kernel<Cursor, OperationOf, kDepth, kWindows, Epilogue>, params.team,
+                         stream, params, Epilogue{});
     }
     return static_cast<LaunchStatus>(cudaErrorInvalidValue);  // the plan never asks for it
   };

@@ -58,7 +58,8 @@ STAGE = Kernel(
 
 
 def team(operation: str, held: int, kinds: dict[str, int], loops: list[MainLoop]) -> Kernel:
-    name = f"team_kernel<AlongS<float, int, true>, {operation}, {held}, Identity<float>>"
+    depth = f"(Depth){int(held > 4)}, {held}"
+    name = f"team_kernel<AlongS<float, int, true>, {operation}, {depth}, Identity<float>>"
     whole = loop(kinds, held, held, nested=len(loops))
     most = max([whole, *loops], key=lambda each: each.windows)
     return replace(STAGE, name=name, main_loop=most, loops=(whole, *loops))
@@ -139,7 +140,7 @@ def test_tables() -> None:
     header, _, limits, row = budget_markdown(found, KNOWN).splitlines()
     assert header.endswith("| made up |") and limits.endswith("| 16 |")
     assert row == "| transform input, along S | loop | half | 1.1-1.2 | **62%** |"
-    name = "team_kernel<AlongRow<float, int>, TeamForward, 4, Identity<float>>"
+    name = "team_kernel<AlongRow<float, int>, TeamForward, (Depth)0, 4, Identity<float>>"
     assert short_name(name) == "team forward, along a row"
 
 

@@ -17,10 +17,10 @@ A team kernel is a round, not a loop. It is counted in parts:
                straight-line code loads, reduces and writes once each. Parameters, exchange and
                every branch of rare cases are in there: an upper bound, of which most is paid once
                a round and not per window, and which is reported only.
-    held       a window held in registers: what the variant with more of them has more in `round`,
-               over what it moves more. Where there is only one variant, "shared" comes near it.
+    held       a window held in registers: what the deep variant has more in `round` than the middle
+               one, over what it moves more. Where there is only one, "shared" comes near it.
     shared     a window held in shared memory: an iteration each of the loops that copy it, reduce
-               it, and write its output.
+               it, in one sweep or two, and write its output.
     streamed   a window that is not held: an iteration each of the loops that reduce it and that
                read it again to write its output.
 """
@@ -92,8 +92,8 @@ def budgets(kernels: list[Kernel]) -> list[Budget]:
     found = [budget for kernel in kernels for budget in _parts(kernel)]
     rounds: dict[tuple[str, str], list[Budget]] = {}
     for budget in found:
-        if budget.part == "round":
-            variant = re.sub(r"(, Team\w+), \d+", r"\1", budget.kernel.name)
+        if budget.part == "round" and not _streams(budget.kernel):
+            variant = re.sub(r"(, Team\w+), \(Depth\)\d, \d+", r"\1", budget.kernel.name)
             rounds.setdefault((budget.kernel.arch, variant), []).append(budget)
     for variants in rounds.values():
         if len(variants) == 2:
@@ -148,13 +148,24 @@ def _longest(loops: list[MainLoop], windows: str) -> MainLoop | None:
 def _shared(kernel: Kernel) -> dict[str, float]:
     inner = [loop for loop in kernel.loops if not loop.nested]
     copy = _longest([x for x in inner if x.copied], "copied")
-    reduce = _longest([x for x in inner if x.shared_loads and not _stores(x)], "shared_loads")
+    reduce = _sweeps([x for x in inner if x.shared_loads and not _stores(x)])
     write = _longest([x for x in inner if x.shared_loads and _stores(x)], "shared_loads")
-    if copy is None or reduce is None or write is None:
+    if copy is None or not reduce or write is None:
         return {}
     work = [(copy, 1 / copy.copied)]
-    work += [(loop, 1 / loop.shared_loads) for loop in (reduce, write)]
+    work += [(loop, 1 / loop.shared_loads) for loop in (*reduce, write)]
     return _over(work, 1 + 1 / kernel.tensors)
+
+
+def _sweeps(loops: list[MainLoop]) -> list[MainLoop]:
+    """The loops that reduce what is in shared memory: one, or two for mean and deviations."""
+    most = max((loop.shared_loads for loop in loops), default=0)
+    return [loop for loop in loops if loop.shared_loads == most]
+
+
+def _streams(kernel: Kernel) -> bool:
+    """The variant that reads windows twice (Depth::kStream of csrc/plan.h) is another round."""
+    return ", (Depth)2, " in kernel.name
 
 
 def _streamed(kernel: Kernel) -> dict[str, float]:
