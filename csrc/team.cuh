@@ -201,35 +201,43 @@ class TeamExchange {
     return Cursor::kChannels == 1 ? blockDim.y : blockDim.x;
   }
 
-  // This thread's place in a slot: field f of its channel c.
-  __device__ __forceinline__ int place(int c, int f) const {
-    const int column = Cursor::kChannels == 1 ? threadIdx.y : threadIdx.x;
-    return (f * Cursor::kChannels + c) * columns() + column;
+  // Where a slot holds this thread's channels: field f of channel c at first + (f*kChannels + c) *
+  // columns(). Hidden from the compiler, which would work all of them out ahead of the rounds and
+  // spill them.
+  __device__ __forceinline__ static int first_place() {
+    int first = Cursor::kChannels == 1 ? threadIdx.y : threadIdx.x;
+    forget_derived(first);
+    return first;
   }
 
   __device__ __forceinline__ void publish(Acc (&acc)[Cursor::kChannels]) const {
+    const int first = first_place();
 #pragma unroll
     for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
-      const int c = i / Acc::kFields, f = i % Acc::kFields;
-      store_slot(place(c, f), acc[c].field(f));
+      const int c = i % Cursor::kChannels, f = i / Cursor::kChannels;
+      store_slot(first + i * columns(), acc[c].field(f));
     }
   }
 
   __device__ __forceinline__ void merge_slot(Acc (&acc)[Cursor::kChannels], int rank) const {
+    const int first = first_place();
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) {
       Acc other;
 #pragma unroll
-      for (int f = 0; f < Acc::kFields; ++f) other.field(f) = load_slot(rank, place(c, f));
+      for (int f = 0; f < Acc::kFields; ++f) {
+        other.field(f) = load_slot(rank, first + (f * Cursor::kChannels + c) * columns());
+      }
       acc[c].merge(other);
     }
   }
 
   __device__ __forceinline__ void load_totals(Acc (&acc)[Cursor::kChannels]) const {
+    const int first = first_place();
 #pragma unroll
     for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
-      const int c = i / Acc::kFields, f = i % Acc::kFields;
-      acc[c].field(f) = load_global(totals() + place(c, f));
+      const int c = i % Cursor::kChannels, f = i / Cursor::kChannels;
+      acc[c].field(f) = load_global(totals() + first + i * columns());
     }
   }
 

@@ -51,10 +51,12 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
     resident.fetch(cursor);
     resident.accumulate(operation, cursor, acc);
     cursor.forget();
-    // A deep kernel has no registers left to wait with, and rounds long enough not to mind.
-    if constexpr (kDepth != Depth::kDeep) operation.prefetch(p, cursor);
+    // With a channel a lane there are no registers left to wait with what is loaded, nor are there
+    // in a deep kernel, whose rounds are long enough not to mind.
+    constexpr bool kAhead = Cursor::kChannels == 1 && kDepth != Depth::kDeep;
+    if constexpr (kAhead) operation.prefetch(p, cursor);
     exchange.all_reduce(cursor, acc);
-    if constexpr (kDepth == Depth::kDeep) operation.prefetch(p, cursor);
+    if constexpr (!kAhead) operation.prefetch(p, cursor);
     operation.finish(p, cursor, acc);
     resident.write(operation, cursor, epilogue);
   }

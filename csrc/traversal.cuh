@@ -24,10 +24,11 @@ struct AlongS {
   index_t left = 0;
 
   __device__ __forceinline__ AlongS(const Traversal& t, int64_t task) : t_(t) {
-    split_ = task / t.channel_blocks;
-    channel_ = (task - split_ * t.channel_blocks) * blockDim.y + threadIdx.y;
-    const int64_t first = split_ * t.per_split + threadIdx.x;
-    const int64_t end = min_of((split_ + 1) * t.per_split, t.rows * t.row_windows);
+    const int64_t split = task / t.channel_blocks;
+    split_ = static_cast<int>(split);
+    channel_ = static_cast<index_t>((task - split * t.channel_blocks) * blockDim.y + threadIdx.y);
+    const int64_t first = split * t.per_split + threadIdx.x;
+    const int64_t end = min_of((split + 1) * t.per_split, t.rows * t.row_windows);
     if (!channel_valid(0) || first >= end) return;
     const int64_t step = blockDim.x;
     left = static_cast<index_t>((end - first + step - 1) / step);
@@ -66,7 +67,7 @@ struct AlongS {
   // Goes behind the last window, for a walk by take_back(). Returns how many there are.
   __device__ __forceinline__ index_t seek_end() {
     const index_t windows = left;
-    const int64_t end = split_ * t_.per_split + threadIdx.x + int64_t{left} * blockDim.x;
+    const int64_t end = int64_t{split_} * t_.per_split + threadIdx.x + int64_t{left} * blockDim.x;
     const int64_t run = end / t_.row_windows;
     column_ = static_cast<index_t>(end - run * t_.row_windows);
     run_start_ = static_cast<index_t>((run * t_.c + channel_) * t_.s);
@@ -85,7 +86,9 @@ struct AlongS {
   __device__ __forceinline__ bool channel_valid(int) const { return channel_ < t_.c; }
   __device__ __forceinline__ int64_t channel(int) const { return channel_; }
   // Where this thread's channel stands in a plane of partial results.
-  __device__ __forceinline__ int64_t partial_index(int) const { return split_ * t_.c + channel_; }
+  __device__ __forceinline__ int64_t partial_index(int) const {
+    return int64_t{split_} * t_.c + channel_;
+  }
   // True in one thread per channel and kernel.
   __device__ __forceinline__ bool owns_channel(int) const {
     return split_ == 0 && member() == 0 && channel_valid(0);
@@ -106,8 +109,8 @@ struct AlongS {
   }
 
   const Traversal& t_;
-  int64_t split_, channel_;
-  index_t column_ = 0, run_start_ = 0, step_columns_ = 0, step_elements_ = 0;
+  int split_;
+  index_t channel_, column_ = 0, run_start_ = 0, step_columns_ = 0, step_elements_ = 0;
 };
 
 // Along C: threadIdx.x is a window column of the row group, whose lanes are fixed channels;
@@ -125,10 +128,11 @@ struct AlongC {
   index_t left = 0;
 
   __device__ __forceinline__ AlongC(const Traversal& t, int64_t task) : t_(t) {
-    split_ = task / t.channel_blocks;
-    column_ = (task - split_ * t.channel_blocks) * blockDim.x + threadIdx.x;
-    const int64_t first = split_ * t.per_split + threadIdx.y;
-    const int64_t end = min_of((split_ + 1) * t.per_split, t.rows);
+    const int64_t split = task / t.channel_blocks;
+    split_ = static_cast<int>(split);
+    column_ = static_cast<index_t>((task - split * t.channel_blocks) * blockDim.x + threadIdx.x);
+    const int64_t first = split * t.per_split + threadIdx.y;
+    const int64_t end = min_of((split + 1) * t.per_split, t.rows);
     if (column_ >= t.row_windows || first >= end) return;
     left = static_cast<index_t>((end - first + blockDim.y - 1) / blockDim.y);
     offset_ = static_cast<index_t>((first * t.row_windows + column_) * kVecSize - t.shift);
@@ -164,17 +168,18 @@ struct AlongC {
 
   __device__ __forceinline__ bool channel_valid(int) const { return column_ < t_.row_windows; }
   __device__ __forceinline__ int64_t channel(int lane) const {
-    const int64_t position = column_ * kVecSize + lane;
+    const int64_t position = int64_t{column_} * kVecSize + lane;
     if (kExact) return position;
     const int64_t channel = (position - t_.shift) % t_.c;
     return channel < 0 ? channel + t_.c : channel;
   }
   __device__ __forceinline__ int64_t partial_index(int lane) const {
-    return (split_ * t_.row_windows + column_) * kVecSize + lane;
+    return (int64_t{split_} * t_.row_windows + column_) * kVecSize + lane;
   }
   // Of the lanes of a row group that hold a channel, the first one owns it.
   __device__ __forceinline__ bool owns_channel(int lane) const {
-    return split_ == 0 && member() == 0 && channel_valid(lane) && column_ * kVecSize + lane < t_.c;
+    return split_ == 0 && member() == 0 && channel_valid(lane) &&
+           int64_t{column_} * kVecSize + lane < t_.c;
   }
 
  protected:
@@ -189,7 +194,8 @@ struct AlongC {
   }
 
   const Traversal& t_;
-  int64_t split_, column_;
+  int split_;
+  index_t column_;
   index_t offset_ = 0, step_ = 0;
 };
 
@@ -210,12 +216,12 @@ struct AlongRow : AlongC<scalar, index, true> {
     return t.s > 1 ? position / static_cast<int>(t.s) : position % static_cast<int>(t.c);
   }
   __device__ __forceinline__ int64_t channel(int lane) const {
-    const int64_t position = this->column_ * Base::kVecSize + lane;
+    const int64_t position = int64_t{this->column_} * Base::kVecSize + lane;
     const Traversal& t = this->t_;
     return t.s > 1 ? position / t.s : position % t.c;
   }
   __device__ __forceinline__ bool owns_channel(int lane) const {
-    const int64_t position = this->column_ * Base::kVecSize + lane;
+    const int64_t position = int64_t{this->column_} * Base::kVecSize + lane;
     const Traversal& t = this->t_;
     const bool first = t.s > 1 ? position % t.s == 0 : position < t.c;
     return this->split_ == 0 && Base::member() == 0 && this->channel_valid(lane) && first;
