@@ -102,6 +102,15 @@ void plan_along_row(Traversal& t, const RowLayout& rows, int vec, const DeviceIn
   split_work(t, t.rows, int64_t{t.threads_y} * kUnroll, device, options);
 }
 
+// Rows for the elementwise kernels, where few threads of a block would be left over: what saves
+// sectors must not cost bytes in flight.
+RowLayout elementwise_rows(const Problem& problem, int vec) {
+  const RowLayout rows = choose_rows(problem, vec, kStageThreads);
+  if (rows.elements == 0) return rows;
+  const int64_t threads = kStageThreads / rows.windows * rows.windows;
+  return threads * 8 >= kStageThreads * 7 ? rows : RowLayout{};
+}
+
 // Index arithmetic reaches at most one step past the last window of a thread.
 bool fits_32_bits(const Traversal& t, int vec) {
   const int64_t step = t.pattern == Pattern::kAlongS ? (t.threads_x / t.row_windows + 2) * t.c * t.s
@@ -173,7 +182,7 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
         plan_traversal(problem, plan.pattern, problem.output_shift,
                        {problem.op == Op::kBackwardEval ? -1 : problem.input_shift,
                         forward ? -1 : problem.grad_output_shift},
-                       plan.vec, device, options, choose_rows(problem, plan.vec, kStageThreads));
+                       plan.vec, device, options, elementwise_rows(problem, plan.vec));
     plan.launches += 1;
   }
 }

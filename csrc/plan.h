@@ -68,9 +68,9 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr int team_blocks_per_sm(Depth depth) {
 // accumulators and coefficients for every lane beside them, and those of float64 are twice as wide.
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exact, Depth depth,
                                                       bool wide) {
-  if (pattern == Pattern::kAlongRow) return depth == Depth::kMiddle ? 8 : 0;
+  if (pattern == Pattern::kAlongRow) return depth == Depth::kMiddle ? 6 : 0;
   if (pattern == Pattern::kAlongC) {
-    return depth == Depth::kStream ? 4 : depth == Depth::kMiddle ? 8 : wide ? 28 : 36;
+    return depth == Depth::kStream ? 4 : depth == Depth::kMiddle ? 8 : wide ? 28 : 34;
   }
   if (!exact) return depth == Depth::kMiddle ? 8 : depth == Depth::kStream ? 4 : 0;
   return depth == Depth::kStream ? 12 : depth == Depth::kMiddle ? (wide ? 12 : 16) : wide ? 36 : 46;

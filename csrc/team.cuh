@@ -5,22 +5,26 @@
 // merging them in the same order, so that every block holds the same bits without a leader. Two
 // slots a block, used in turn, suffice: a block writes a slot again two rounds later, after it has
 // waited for every rank's slot of the round between, which a rank publishes only when it is done
-// reading.
+// reading. The same chain of flags that shows the slots orders these reads before the later stores.
 //
 // Two levels, for large teams with many channels: reading every rank's slot would cost each block
 // more than its own data. There each rank merges the slots of a slice of the channels, publishes
-// these totals, and after a second wait every block reads all totals. They too have two places a
-// team, used in turn: a rank writes totals again two rounds later, after it has waited for the
-// slots of that round, which the ranks publish when they have read the totals before.
+// these totals, and after a second wait every block reads all totals. With two waits a round, one
+// place each would do; slots and totals take turns all the same.
 //
 // Scope kGrid, why a reader sees the slots (CUDA C++ memory model, device scope): the writers'
 // plain stores happen before thread 0's release store of the flag by way of __syncthreads; the
 // polling thread's acquire load that sees the flag synchronises with it; the readers' plain loads
 // come after the polling thread by way of the second __syncthreads. Waiting cannot deadlock because
-// the launch is cooperative: all blocks are resident or the launch fails. Flags only grow: they
+// the launch is cooperative (all blocks are resident or the launch fails) and threads of a warp are
+// scheduled independently: thread 0 publishes though others of its warp poll. Flags only grow: they
 // hold the epoch of the launch plus the waits so far, and the last block to finish moves the epoch
 // past all of them, so that the words serve the next launch on the stream, or the next replay of a
-// graph, as they are.
+// graph, as they are. Only a launch that is aborted leaves them unfit, and with it the context.
+//
+// Scope kCluster: the barrier of the cluster releases and acquires for all its threads. It orders
+// the stores to slots before the others' reads, and those before the stores two rounds later; the
+// first one also shows that all blocks have started.
 #pragma once
 
 #include "accumulate.cuh"
@@ -46,8 +50,8 @@ class TeamExchange {
   }
 
   // With the ranks of a cluster in neighbouring blocks, for every scope.
-  __device__ __forceinline__ int rank() const { return blockIdx.x % team_.size; }
-  __device__ __forceinline__ int64_t team() const { return blockIdx.x / team_.size; }
+  __device__ __forceinline__ int rank() const { return block() % team_.size; }
+  __device__ __forceinline__ int team() const { return block() / team_.size; }
 
   // Merges the accumulators of all threads of the team that serve the same channels; every thread
   // gets the result. Every thread of every block of the team must call.
@@ -64,10 +68,10 @@ class TeamExchange {
     if (team_.scope == Scope::kCluster) {
       cluster_barrier();  // no block leaves while another may still read its slots
     } else if (team_.scope == Scope::kGrid) {
-      __syncthreads();
       if (threadIdx.x + threadIdx.y == 0 &&
           fetch_add(sync_ + kFinished, uint64_t{1}) == gridDim.x - 1) {
-        // Every block has read the epoch before it was counted.
+        // Every block has read the epoch before it was counted: it has had a round, whose barriers
+        // lie between.
         const auto waits = static_cast<uint64_t>(team_.rounds * (team_.two_level ? 2 : 1));
         store_release(sync_ + kFinished, uint64_t{0});
         store_release(sync_ + kEpoch, load_acquire(sync_ + kEpoch) + waits);
@@ -76,6 +80,14 @@ class TeamExchange {
   }
 
  private:
+  // Hidden from the compiler, which would keep all that follows from it, addresses too, in
+  // registers for all rounds; a division a few times a round costs less.
+  __device__ __forceinline__ static int block() {
+    int index = static_cast<int>(blockIdx.x);
+    forget_derived(index);
+    return index;
+  }
+
   // A thread's lanes are whole channels, or one: the same threads of each block hold a channel.
   __device__ __forceinline__ void all_reduce_columns(Acc (&acc)[Cursor::kChannels]) {
     reduce_members<Cursor>(acc, scratch_);

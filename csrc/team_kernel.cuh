@@ -41,8 +41,11 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
   uint4* const data = reinterpret_cast<uint4*>(shared + p.team.data_offset);
   const Traversal& t = p.team.traversal;
   TeamExchange<Cursor, Acc, acc_t> exchange(p.team, scratch, slots, p.slots, p.sync);
-  for (int64_t group = exchange.team(); group < t.channel_blocks; group += p.team.teams) {
-    Cursor cursor(t, exchange.rank() * t.channel_blocks + group);
+  using index_t = typename Cursor::index_t;
+  const auto groups = static_cast<index_t>(t.channel_blocks);
+  for (auto group = static_cast<index_t>(exchange.team()); group < groups;
+       group += static_cast<index_t>(p.team.teams)) {
+    Cursor cursor(t, exchange.rank(), group);
     Operation operation(p, cursor);
     Resident<Cursor, Operation, kDepth, kWindows> resident(
         p, data + threadIdx.y * blockDim.x + threadIdx.x);

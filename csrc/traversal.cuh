@@ -1,6 +1,6 @@
 // How a thread walks over its windows of the tensor, for the two access patterns of plan.h. A
-// cursor is made per task; `left` windows remain, take() hands out the next one. No division per
-// window.
+// cursor is made per task, or per split and channel block; `left` windows remain, take() hands out
+// the next one. No division per window.
 #pragma once
 
 #include "plan.h"
@@ -23,10 +23,11 @@ struct AlongS {
 
   index_t left = 0;
 
-  __device__ __forceinline__ AlongS(const Traversal& t, int64_t task) : t_(t) {
-    const int64_t split = task / t.channel_blocks;
-    split_ = static_cast<int>(split);
-    channel_ = static_cast<index_t>((task - split * t.channel_blocks) * blockDim.y + threadIdx.y);
+  __device__ __forceinline__ AlongS(const Traversal& t, int64_t task)
+      : AlongS(t, task / t.channel_blocks, task % t.channel_blocks) {}
+  __device__ __forceinline__ AlongS(const Traversal& t, int64_t split, int64_t channel_block)
+      : t_(t), split_(static_cast<int>(split)) {
+    channel_ = static_cast<index_t>(channel_block * blockDim.y + threadIdx.y);
     const int64_t first = split * t.per_split + threadIdx.x;
     const int64_t end = min_of((split + 1) * t.per_split, t.rows * t.row_windows);
     if (!channel_valid(0) || first >= end) return;
@@ -127,10 +128,11 @@ struct AlongC {
 
   index_t left = 0;
 
-  __device__ __forceinline__ AlongC(const Traversal& t, int64_t task) : t_(t) {
-    const int64_t split = task / t.channel_blocks;
-    split_ = static_cast<int>(split);
-    column_ = static_cast<index_t>((task - split * t.channel_blocks) * blockDim.x + threadIdx.x);
+  __device__ __forceinline__ AlongC(const Traversal& t, int64_t task)
+      : AlongC(t, task / t.channel_blocks, task % t.channel_blocks) {}
+  __device__ __forceinline__ AlongC(const Traversal& t, int64_t split, int64_t channel_block)
+      : t_(t), split_(static_cast<int>(split)) {
+    column_ = static_cast<index_t>(channel_block * blockDim.x + threadIdx.x);
     const int64_t first = split * t.per_split + threadIdx.y;
     const int64_t end = min_of((split + 1) * t.per_split, t.rows);
     if (column_ >= t.row_windows || first >= end) return;
@@ -207,7 +209,7 @@ struct AlongRow : AlongC<scalar, index, true> {
   using Base = AlongC<scalar, index, true>;
   static constexpr Pattern kPattern = Pattern::kAlongRow;
 
-  __device__ __forceinline__ AlongRow(const Traversal& t, int64_t task) : Base(t, task) {}
+  using Base::Base;
 
   // The channel of a lane among those of the channel block.
   __device__ __forceinline__ int segment(int lane) const {

@@ -37,6 +37,7 @@ struct Case {
   int team_size;
   int64_t max_grid = 1 << 20;  // of the plan: makes rounds where every block is a team
   int launch_sms = 4;          // of the device launched on; the plan is for 4
+  bool two_level = false;      // which the plan chooses for larger teams
 };
 
 constexpr Case kCases[] = {
@@ -51,6 +52,8 @@ constexpr Case kCases[] = {
     {"grid_c", 70, 192, 1, Scope::kGrid, 3},
     {"grid_row", 16, 24, 49, Scope::kGrid, 3},       // rows of threads that are no part of a warp
     {"grid_row_short", 70, 96, 2, Scope::kGrid, 3},  // rows that a warp holds several of
+    {"grid_c_two_level", 70, 192, 1, Scope::kGrid, 3, 1 << 20, 4, true},
+    {"grid_row_two_level", 16, 24, 49, Scope::kGrid, 3, 1 << 20, 4, true},
     {"grid_not_resident", 4, 6, 1088, Scope::kGrid, 3, 1 << 20, 2},
 };
 
@@ -73,7 +76,11 @@ batchnorm_cuda::Team plan_case(const Case& c, batchnorm_cuda::Problem* problem) 
   options.scope = c.team_size > 1 ? c.scope : Scope::kAuto;
   options.team_size = c.team_size;
   const batchnorm_cuda::Plan plan = make_plan(*problem, device, options);
-  const batchnorm_cuda::Team& team = plan.team;
+  batchnorm_cuda::Team team = plan.team;
+  if (c.two_level) {
+    team.two_level = true;
+    team.exchange_bytes = (team.grid + team.teams) * 2 * team.slot_values * sizeof(float);
+  }
   // The faults of an exchange need rounds to show, and at least two teams.
   if (plan.strategy != batchnorm_cuda::Strategy::kTeam || team.scope != c.scope ||
       team.rounds < 3 || team.teams < 2) {
