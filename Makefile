@@ -48,17 +48,20 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
-# What only nvcc can tell: builds for real architectures, which link, load and hold their code.
+# What only nvcc can tell: builds for real architectures, which link, load and hold their code, and
+# the rules of the machine code for two of them (`make sass`: for all).
 # The compiler is the machine's, else it comes from PyPI.
 cuda: venv
 	$(BIN)/python batchnorm_cuda/_toolkit.py || $(PIP) -e ".[nvcc]" "$(TORCH)"
 	$(BIN)/python batchnorm_cuda/_toolkit.py
-	$(BIN)/python -m pytest -m nvcc tests/test_install.py
+	$(BIN)/python -m pytest -m nvcc tests/test_install.py tests/test_standalone.py
+	$(BIN)/python -m pytest -m nvcc -k "8.0 or 9.0" tests/test_sass.py tests/test_issue_budget.py
 
 # What the compiler made of the kernels, for every architecture; and that it holds the rules.
 sass: venv
 	$(BIN)/python -m bench.sass
-	$(BIN)/python -m pytest -m "nvcc or not nvcc" tests/test_sass.py
+	$(BIN)/python -m bench.sass --budget
+	$(BIN)/python -m pytest -m "nvcc or not nvcc" tests/test_sass.py tests/test_issue_budget.py
 
 # The kernels and the plan without Python and PyTorch, as a program: for the GPU, and for the CPU.
 standalone:
