@@ -31,6 +31,22 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(grad_input, grad_weight, grad_bias), None where not needed."""
 
+def double_backward(
+    grad_grad_input: Tensor | None,
+    grad_grad_weight: Tensor | None,
+    grad_grad_bias: Tensor | None,
+    grad_output: Tensor | None,
+    input: Tensor,
+    weight: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    training: bool,
+    need_grad_output: bool,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_grad_output, grad_input, grad_weight), None where not needed."""
+
 def make_plan(
     op: str,
     n: int,

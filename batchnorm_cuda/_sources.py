@@ -19,6 +19,7 @@ HOST_SOURCES = (
     "bindings.cpp",
     "checks.cpp",
     "device_query.cpp",
+    "double_backward.cpp",
     "forward.cpp",
     "plan.cpp",
     "plan_bytes.cpp",
@@ -32,6 +33,8 @@ DEVICE_CONTEXT = "device_context.cpp"
 KERNEL_SOURCES = (
     "backward_elementwise.cu",
     "backward_reduce.cu",
+    "double_backward_elementwise.cu",
+    "double_backward_reduce.cu",
     "merge.cu",
     "normalize.cu",
     "statistics.cu",

@@ -1,4 +1,7 @@
-"""The autograd Function over the kernels: save, call, return."""
+"""The autograd Function over the kernels: save, call, return.
+
+The one that plain training goes through; derivatives.py has those for everything beyond.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import ops
+from .derivatives import BatchNormBackward, is_recorded
 
 
 class BatchNormFunction(Function):
-    """Batch normalisation by the CUDA kernels. Differentiable once.
+    """Batch normalisation by the CUDA kernels. Twice differentiable.
 
     `apply` takes (input, weight, bias, running_mean, running_var, num_batches_tracked, training,
     momentum, eps) and returns the output. `functional.batch_norm` is the checked way in.
@@ -45,16 +48,16 @@ class BatchNormFunction(Function):
         ctx.save_for_backward(input, weight, save_mean, save_invstd)
         # Only the dtype of bias takes part in the backward, so it is not saved: an in-place update
         # of bias between forward and backward is no error.
-        ctx.bias = bias.detach() if ctx.needs_input_grad[2] else None
+        ctx.bias = bias
         ctx.training = training
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, save_mean, save_invstd = ctx.saved_tensors
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_input, grad_weight, grad_bias = ops.backward(
+        call = BatchNormBackward.apply if is_recorded() else ops.backward
+        grad_input, grad_weight, grad_bias = call(
             grad_output,
             input,
             weight,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _composite, _extension, ops
 from .autograd import BatchNormFunction
+from .derivatives import TransformableBatchNorm, forward_mode_active, transforms_active
 
 Backend = Literal["cuda", "emulated", "aten"]
 
@@ -59,13 +60,16 @@ def batch_norm(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: a shape or a value is wrong, evaluation lacks running statistics, or training
             mode meets one value per channel.
-        RuntimeError: tensors are on different devices, or a running statistic requires grad.
+        RuntimeError: tensors are on different devices, a running statistic requires grad, or one
+            would be updated under a transform of torch.func.
         Messages read "batch_norm: expected <argument> to be <what>, got <what came>". Nothing is
         written before all checks have passed.
 
     Statistics and sums are float32, or float64 for float64 input, whatever the dtype of `input`.
-    Results are deterministic. On the GPU the gradient is differentiable once. `backend_for` says
-    what computes a given tensor.
+    Results are deterministic. The kernels have first and second derivatives, in forward and in
+    reverse mode (docs/math.md), the composite those of any order. Under the transforms of
+    torch.func, training mode is without running statistics. `backend_for` says what computes a
+    given tensor.
     """
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a number, got None")
@@ -115,8 +119,14 @@ def normalize(
             momentum,
             eps,
         )
+        compiling = torch.compiler.is_compiling()
+        transformed = not compiling and transforms_active()
+        if transformed and training:
+            _check_transformed(running_mean)
         if backend_for(input) == "aten":
             return _composite.batch_norm(*arguments)
+        if transformed or (not compiling and forward_mode_active()):
+            return TransformableBatchNorm.apply(*arguments)[0]
         if torch.is_grad_enabled():
             return BatchNormFunction.apply(*arguments)
         return ops.forward(*arguments)[0]
@@ -133,9 +143,18 @@ def normalize(
 
 
 def _check_count(shape: torch.Size) -> None:
-    if len(shape) >= 2 and shape[0] * math.prod(shape[2:]) == 1:
+    if len(shape) >= 2 and shape[0] == 1 and math.prod(shape[2:]) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {shape}"
+        )
+
+
+def _check_transformed(running_mean: Tensor | None) -> None:
+    if running_mean is not None:
+        raise RuntimeError(
+            "batch_norm: expected running_mean and running_var to be None in training mode under "
+            "the transforms of torch.func (grad, vmap, jvp, ...), which cannot follow their update "
+            "in place, got tensors; use eval() or track_running_stats=False"
         )
 
 

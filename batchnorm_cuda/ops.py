@@ -1,4 +1,4 @@
-"""The two operators behind the autograd Function, and their registration with torch.
+"""The operators behind the autograd Functions, and their registration with torch.
 
 In plain eager mode a call goes straight to the extension. Everything that has to see operators
 instead (torch.compile, fake tensors, tensor subclasses, dispatch modes, tracing) goes through
@@ -28,6 +28,12 @@ _library.define(
     "backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor save_mean, "
     "Tensor save_invstd, bool training, bool need_input, bool need_weight, bool need_bias)"
     " -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "double_backward(Tensor? grad_grad_input, Tensor? grad_grad_weight, Tensor? grad_grad_bias, "
+    "Tensor? grad_output, Tensor input, Tensor? weight, Tensor save_mean, Tensor save_invstd, "
+    "bool training, bool need_grad_output, bool need_input, bool need_weight) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -80,7 +86,7 @@ def backward(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """grad_input, grad_weight, grad_bias; None where not needed. bias lends only its dtype."""
-    plain = _is_plain(grad_output) and _is_plain(input)
+    plain = _is_plain(grad_output, input)
     call = extension_for(input).backward if plain else torch.ops.batchnorm_cuda.backward
     grads = call(
         grad_output,
@@ -96,11 +102,47 @@ def backward(
     )
     if plain:
         return grads
-    needed = list(grads)
-    grad_input = needed.pop(0) if need_input else None
-    grad_weight = needed.pop(0) if need_weight else None
-    grad_bias = needed.pop(0) if need_bias else None
-    return grad_input, grad_weight, grad_bias
+    return _in_place_of_needed(grads, need_input, need_weight, need_bias)
+
+
+def double_backward(
+    grad_grad_input: Tensor | None,
+    grad_grad_weight: Tensor | None,
+    grad_grad_bias: Tensor | None,
+    grad_output: Tensor | None,
+    input: Tensor,
+    weight: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    training: bool,
+    need_grad_output: bool,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """grad_grad_output, grad_input, grad_weight: the gradients of `backward`; None if not needed.
+
+    The incoming gradients of grad_input, grad_weight and grad_bias are zero where None.
+    grad_grad_output does not depend on grad_output, which may then be None.
+    """
+    tensors = (grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input)
+    plain = _is_plain(*(tensor for tensor in tensors if tensor is not None))
+    extension = extension_for(input)
+    call = extension.double_backward if plain else torch.ops.batchnorm_cuda.double_backward
+    grads = call(
+        grad_grad_input,
+        grad_grad_weight,
+        grad_grad_bias,
+        grad_output,
+        input,
+        weight,
+        save_mean,
+        save_invstd,
+        training,
+        need_grad_output,
+        need_input,
+        need_weight,
+    )
+    return grads if plain else _in_place_of_needed(grads, need_grad_output, need_input, need_weight)
 
 
 def as_dense(tensor: Tensor) -> Tensor:
@@ -137,17 +179,28 @@ def _suggest_memory_format(tensor: Tensor) -> torch.memory_format:
     return channels_last
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and type(tensor) is Tensor
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch.jit.is_tracing()
-    )
+def _is_plain(*tensors: Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    for tensor in tensors:
+        if type(tensor) is not Tensor:
+            return False
+    return not torch._C._is_tracing()
+
+
+def _in_place_of_needed(grads: list[Tensor], *needed: bool) -> tuple[Tensor | None, ...]:
+    """The results of an operator that returns those needed only, with None for the others."""
+    left = iter(grads)
+    return tuple(next(left) if need else None for need in needed)
 
 
 def _backward_needed(grad_output: Tensor, input: Tensor, *rest: object) -> list[Tensor]:
     grads = extension_for(input).backward(grad_output, input, *rest)
+    return [grad for grad in grads if grad is not None]
+
+
+def _double_backward_needed(*arguments: Tensor | None) -> list[Tensor]:
+    grads = extension_for(arguments[4]).double_backward(*arguments)
     return [grad for grad in grads if grad is not None]
 
 
@@ -182,6 +235,26 @@ def _fake_backward(
     return grads
 
 
+def _fake_double_backward(
+    grad_grad_input: Tensor | None,
+    grad_grad_weight: Tensor | None,
+    grad_grad_bias: Tensor | None,
+    grad_output: Tensor | None,
+    input: Tensor,
+    weight: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    training: bool,
+    need_grad_output: bool,
+    need_input: bool,
+    need_weight: bool,
+) -> list[Tensor]:
+    grads = [torch.empty_like(as_dense(input)) for need in (need_grad_output, need_input) if need]
+    if need_weight:
+        grads.append(input.new_empty(input.shape[1], dtype=weight.dtype))
+    return grads
+
+
 def _forward_kernel(input: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     return extension_for(input).forward(input, *rest)
 
@@ -189,5 +262,7 @@ def _forward_kernel(input: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tenso
 for _key in ("CUDA", "CPU"):
     _library.impl("forward", _forward_kernel, _key)
     _library.impl("backward", _backward_needed, _key)
+    _library.impl("double_backward", _double_backward_needed, _key)
 torch.library.register_fake("batchnorm_cuda::forward", _fake_forward, lib=_library)
 torch.library.register_fake("batchnorm_cuda::backward", _fake_backward, lib=_library)
+torch.library.register_fake("batchnorm_cuda::double_backward", _fake_double_backward, lib=_library)

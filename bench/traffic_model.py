@@ -38,12 +38,15 @@ _MOMENTUM, _EPS = 0.1, 1e-5
 # Every buffer that a kernel declares (visit_buffers in csrc/params.h). A name that is missing here
 # is an error: a new activation must not pass for a parameter.
 _KINDS = {
-    "activation": {"input", "output", "grad_output", "grad_input"},
+    "activation": {
+        *("input", "output", "grad_output", "grad_input", "grad_grad_output", "grad_grad_input"),
+    },
     "parameter": {
         *("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
         *("mean", "invstd", "save_mean", "save_invstd", "grad_weight", "grad_bias"),
+        *("grad_grad_weight", "grad_grad_bias"),
     },
-    "workspace": {"partials", "sum_dy", "sum_dy_xhat", "slots", "sync"},
+    "workspace": {"partials", "sum_dy", "sum_dy_xhat", "sums", "slots", "sync"},
 }
 
 

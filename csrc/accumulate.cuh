@@ -135,6 +135,33 @@ __device__ __forceinline__ void add_gradients(GradSums<acc_t> (&sums)[Cursor::kC
   for (int c = 0; c < Cursor::kChannels; ++c) sums[c].merge(batch[c]);
 }
 
+// The same for the five sums of the double backward. Channel by channel, so that the batch's own
+// sums of one channel at a time are in registers.
+template <typename Cursor, typename acc_t, int kWindows>
+__device__ __forceinline__ void add_double_gradients(
+    DoubleGradSums<acc_t> (&sums)[Cursor::kChannels],
+    const Vec<typename Cursor::scalar_t> (&dy)[kWindows],
+    const Vec<typename Cursor::scalar_t> (&ggx)[kWindows],
+    const Vec<typename Cursor::scalar_t> (&x)[kWindows], const acc_t (&mean)[Cursor::kChannels]) {
+  constexpr int kLanes = Cursor::kVecSize / Cursor::kChannels;
+#pragma unroll
+  for (int c = 0; c < Cursor::kChannels; ++c) {
+    DoubleGradSums<acc_t> batch;
+#pragma unroll
+    for (int i = 0; i < kWindows * kLanes; ++i) {
+      const int u = i / kLanes, l = c * kLanes + i % kLanes;
+      const acc_t first = to_acc(dy[u].lane[l]), second = to_acc(ggx[u].lane[l]);
+      const acc_t centred = to_acc(x[u].lane[l]) - mean[c];
+      batch.sum_dy += first;
+      batch.sum_dy_xhat += first * centred;
+      batch.sum_ggx += second;
+      batch.sum_ggx_xhat += second * centred;
+      batch.sum_ggx_dy += second * first;
+    }
+    sums[c].merge(batch);
+  }
+}
+
 // Merges the accumulators of all threads of the block that serve the same channels; the result is
 // in the threads whose Cursor::member() is 0. Every thread of the block must call.
 template <typename Cursor, typename Acc, typename acc_t>

@@ -19,6 +19,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("save_mean"),
         py::arg("save_invstd"), py::arg("training"), py::arg("need_input"), py::arg("need_weight"),
         py::arg("need_bias"), "(grad_input, grad_weight, grad_bias), None where not needed");
+  m.def("double_backward", &bn::double_backward, py::call_guard<py::gil_scoped_release>(),
+        py::arg("grad_grad_input"), py::arg("grad_grad_weight"), py::arg("grad_grad_bias"),
+        py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("save_mean"),
+        py::arg("save_invstd"), py::arg("training"), py::arg("need_grad_output"),
+        py::arg("need_input"), py::arg("need_weight"),
+        "(grad_grad_output, grad_input, grad_weight), None where not needed");
   m.def(
       "make_plan",
       [](const std::string& op, int64_t n, int64_t c, int64_t s, const std::string& dtype,

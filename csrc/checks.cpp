@@ -83,6 +83,16 @@ void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef exp
                     expected, ", got ", tensor.sizes());
 }
 
+// A gradient of the output or of the input: like input.
+void check_gradient(const at::Tensor& gradient, const char* name, const at::Tensor& input) {
+  check_strided(gradient, name);
+  check_same_device(gradient, name, input);
+  TORCH_CHECK_TYPE(gradient.scalar_type() == input.scalar_type(), "batch_norm: expected ", name,
+                   " to have dtype ", dtype_name(input.scalar_type()), ", the dtype of input, got ",
+                   dtype_name(gradient.scalar_type()));
+  check_shape(gradient, name, input.sizes());
+}
+
 // A per-channel vector in the input's dtype or in float32.
 void check_param(const OptionalTensor& param, const char* name, const at::Tensor& input) {
   if (!param) return;
@@ -157,13 +167,7 @@ void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
                     const at::Tensor& save_mean, const at::Tensor& save_invstd, bool need_weight,
                     bool need_bias) {
   check_input(input);
-  check_strided(grad_output, "grad_output");
-  check_same_device(grad_output, "grad_output", input);
-  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(),
-                   "batch_norm: expected grad_output to have dtype ",
-                   dtype_name(input.scalar_type()), ", the dtype of input, got ",
-                   dtype_name(grad_output.scalar_type()));
-  check_shape(grad_output, "grad_output", input.sizes());
+  check_gradient(grad_output, "grad_output", input);
   check_param(weight, "weight", input);
   check_param(bias, "bias", input);
   check_saved(save_mean, "save_mean", input);
@@ -173,6 +177,28 @@ void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
       "batch_norm: expected weight to be given where its gradient is wanted, got None");
   TORCH_CHECK_VALUE(bias || !need_bias,
                     "batch_norm: expected bias to be given where its gradient is wanted, got None");
+}
+
+void check_double_backward(const OptionalTensor& grad_grad_input,
+                           const OptionalTensor& grad_grad_weight,
+                           const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_output,
+                           const at::Tensor& input, const OptionalTensor& weight,
+                           const at::Tensor& save_mean, const at::Tensor& save_invstd,
+                           bool need_input, bool need_weight) {
+  check_input(input);
+  if (grad_grad_input) check_gradient(*grad_grad_input, "grad_grad_input", input);
+  check_param(grad_grad_weight, "grad_grad_weight", input);
+  check_param(grad_grad_bias, "grad_grad_bias", input);
+  if (grad_output) check_gradient(*grad_output, "grad_output", input);
+  check_param(weight, "weight", input);
+  check_saved(save_mean, "save_mean", input);
+  check_saved(save_invstd, "save_invstd", input);
+  TORCH_CHECK_VALUE(grad_output || !(need_input || need_weight),
+                    "batch_norm: expected grad_output to be given where the gradient of input or "
+                    "weight is wanted, got None");
+  TORCH_CHECK_VALUE(
+      weight || !need_weight,
+      "batch_norm: expected weight to be given where its gradient is wanted, got None");
 }
 
 }  // namespace batchnorm_cuda

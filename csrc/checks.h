@@ -21,4 +21,11 @@ void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
                     const at::Tensor& save_mean, const at::Tensor& save_invstd, bool need_weight,
                     bool need_bias);
 
+void check_double_backward(const OptionalTensor& grad_grad_input,
+                           const OptionalTensor& grad_grad_weight,
+                           const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_output,
+                           const at::Tensor& input, const OptionalTensor& weight,
+                           const at::Tensor& save_mean, const at::Tensor& save_invstd,
+                           bool need_input, bool need_weight);
+
 }  // namespace batchnorm_cuda

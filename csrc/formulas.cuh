@@ -51,4 +51,54 @@ __device__ __forceinline__ GradInput<acc_t> make_grad_input(acc_t weight, acc_t 
   return {scale, mean, -scale * invstd * (sum_dy_xhat / count), -scale * (sum_dy / count)};
 }
 
+// The first two results of the double backward, as lines in dy, ggx (the gradient of grad_input)
+// and (x - mean):
+//   grad_grad_output = scale * ggx + slope * (x - mean) + offset
+//   grad_input = slope * dy + mixed * ggx + curve * (x - mean) + shift
+// In eval mode the statistics are constants and grad_input is slope * dy.
+template <typename acc_t>
+struct DoubleGrad {
+  acc_t mean = 0, scale = 0, slope = 0, offset = 0;
+  acc_t mixed = 0, curve = 0, shift = 0;  // training only
+  __device__ __forceinline__ acc_t grad_grad_output(acc_t ggx, acc_t x) const {
+    return fused_multiply_add(scale, ggx, fused_multiply_add(slope, x - mean, offset));
+  }
+  __device__ __forceinline__ acc_t grad_input(acc_t dy, acc_t ggx, acc_t x) const {
+    const acc_t line = fused_multiply_add(curve, x - mean, shift);
+    return fused_multiply_add(slope, dy, fused_multiply_add(mixed, ggx, line));
+  }
+  __device__ __forceinline__ acc_t grad_input(acc_t dy) const { return slope * dy; }
+};
+
+// <ggx·dy> - <ggx><dy> - <ggx·x̂><dy·x̂>: what is left of the product of the two gradients when both
+// are freed of their mean and of their part along x̂.
+template <typename acc_t, typename Sums>
+__device__ __forceinline__ acc_t centred_product(const Sums& sums, acc_t count) {
+  return sums.sum_ggx_dy / count - (sums.sum_ggx / count) * (sums.sum_dy / count) -
+         (sums.sum_ggx_xhat / count) * (sums.sum_dy_xhat / count);
+}
+
+// In eval mode. ggw and ggb are the gradients of grad_weight and grad_bias.
+template <typename acc_t>
+__device__ __forceinline__ DoubleGrad<acc_t> make_double_grad_eval(acc_t weight, acc_t mean,
+                                                                   acc_t invstd, acc_t ggw,
+                                                                   acc_t ggb) {
+  return {mean, weight * invstd, ggw * invstd, ggb};
+}
+
+template <typename acc_t, typename Sums>
+__device__ __forceinline__ DoubleGrad<acc_t> make_double_grad(acc_t weight, acc_t mean,
+                                                              acc_t invstd, acc_t ggw, acc_t ggb,
+                                                              const Sums& sums, acc_t count) {
+  DoubleGrad<acc_t> f{mean, weight * invstd};
+  const acc_t dy_xhat = sums.sum_dy_xhat / count, ggx_xhat = sums.sum_ggx_xhat / count;
+  f.slope = invstd * (ggw - f.scale * ggx_xhat);
+  f.offset = ggb - f.scale * (sums.sum_ggx / count);
+  f.mixed = -f.scale * invstd * dy_xhat;
+  f.curve = -invstd * (f.scale * invstd * centred_product(sums, count) + f.slope * dy_xhat +
+                       f.mixed * ggx_xhat);
+  f.shift = -f.slope * (sums.sum_dy / count) - f.mixed * (sums.sum_ggx / count);
+  return f;
+}
+
 }  // namespace batchnorm_cuda

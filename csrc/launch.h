@@ -43,6 +43,18 @@ LaunchStatus launch_backward_elementwise(Pattern pattern,
                                          const BackwardElementwiseParams<scalar_t>& params,
                                          cudaStream_t stream);
 
+template <typename scalar_t>
+LaunchStatus launch_double_backward_reduce(Pattern pattern,
+                                           const DoubleBackwardReduceParams<scalar_t>& params,
+                                           cudaStream_t stream);
+template <typename acc_t>
+LaunchStatus launch_merge_double_gradients(const MergeGeometry& geometry,
+                                           const MergeDoubleGradientsParams<acc_t>& params,
+                                           cudaStream_t stream);
+template <typename scalar_t>
+LaunchStatus launch_double_backward_elementwise(
+    Pattern pattern, const DoubleBackwardElementwiseParams<scalar_t>& params, cudaStream_t stream);
+
 // The team kernels. kNotResident: a cooperative grid does not fit the device after all (other
 // limits than the plan knows of); nothing was launched.
 constexpr LaunchStatus kNotResident = -1;

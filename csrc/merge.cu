@@ -1,8 +1,9 @@
 // Merges the partial results of all splits, [rows, C], channel by channel in a fixed order, and
-// forms what the channel needs from them: mean and invstd with the running-statistics update, or
-// the two sums of the backward pass with grad_weight and grad_bias.
+// forms what the channel needs from them: mean and invstd with the running-statistics update, the
+// two sums of the backward pass with grad_weight and grad_bias, or the five of the double backward.
 //
 // threadIdx.x is the channel, threadIdx.y takes every threads_y-th row; column_reduce merges.
+#include "formulas.cuh"
 #include "launch.cuh"
 #include "partials.cuh"
 #include "statistics.cuh"
@@ -30,6 +31,16 @@ __device__ __forceinline__ void finish(const MergeGradientsParams<acc_t>& p, int
   if (p.sum_dy_xhat) store_global(p.sum_dy_xhat + channel, total.sum_dy_xhat);
   if (p.grad_weight.data) store_param(p.grad_weight, channel, total.sum_dy_xhat);
   if (p.grad_bias.data) store_param(p.grad_bias, channel, total.sum_dy);
+}
+
+template <typename acc_t>
+__device__ __forceinline__ void finish(const MergeDoubleGradientsParams<acc_t>& p, int64_t channel,
+                                       DoubleGradSums<acc_t>& total) {
+  if (p.sums.data) store_partial(p.sums, channel, total);
+  if (!p.grad_weight.data) return;
+  const acc_t count = static_cast<acc_t>(p.count);
+  const acc_t product = p.training ? count * centred_product(total, count) : total.sum_ggx_dy;
+  store_param(p.grad_weight, channel, load_global(p.invstd + channel) * product);
 }
 
 template <typename Acc, typename Params>
@@ -79,6 +90,13 @@ LaunchStatus launch_merge_gradients(const MergeGeometry& geometry,
   return launch_merge<GradSums<acc_t>>(geometry, params, stream);
 }
 
+template <typename acc_t>
+LaunchStatus launch_merge_double_gradients(const MergeGeometry& geometry,
+                                           const MergeDoubleGradientsParams<acc_t>& params,
+                                           cudaStream_t stream) {
+  return launch_merge<DoubleGradSums<acc_t>>(geometry, params, stream);
+}
+
 const char* describe_status(LaunchStatus status) {
   return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
@@ -91,5 +109,11 @@ template LaunchStatus launch_merge_gradients(const MergeGeometry&,
                                              const MergeGradientsParams<float>&, cudaStream_t);
 template LaunchStatus launch_merge_gradients(const MergeGeometry&,
                                              const MergeGradientsParams<double>&, cudaStream_t);
+template LaunchStatus launch_merge_double_gradients(const MergeGeometry&,
+                                                    const MergeDoubleGradientsParams<float>&,
+                                                    cudaStream_t);
+template LaunchStatus launch_merge_double_gradients(const MergeGeometry&,
+                                                    const MergeDoubleGradientsParams<double>&,
+                                                    cudaStream_t);
 
 }  // namespace batchnorm_cuda

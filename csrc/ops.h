@@ -28,6 +28,16 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> backward(
     const OptionalTensor& bias, const at::Tensor& save_mean, const at::Tensor& save_invstd,
     bool training, bool need_input, bool need_weight, bool need_bias);
 
+// Returns (grad_grad_output, grad_input, grad_weight), each only where asked for: the gradients of
+// backward's grad_output, input and weight, from those of its three results (absent: zero).
+// grad_output may be absent where only grad_grad_output is asked for, which does not depend on it.
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> double_backward(
+    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_output,
+    const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& save_mean,
+    const at::Tensor& save_invstd, bool training, bool need_grad_output, bool need_input,
+    bool need_weight);
+
 // What the planner is told to force, for tests and benchmarks; process-wide.
 void set_plan_options(const PlanOptions& options);
 

@@ -170,6 +170,74 @@ struct BackwardElementwiseParams {
   }
 };
 
+template <typename scalar_t>
+struct DoubleBackwardReduceParams {
+  using acc_t = acc_type<scalar_t>;
+  Traversal traversal;
+  bool grad_output_aligned, grad_grad_input_aligned;  // share the input's 16-byte boundaries
+  // [N, C, S]; null: it takes no part, and sums with it are not used
+  const scalar_t *grad_output, *grad_grad_input, *input;
+  const acc_t *mean, *invstd;  // [C]
+  Partials<acc_t> partials;    // 5 planes
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    f("grad_output", grad_output, sizeof(scalar_t) * traversal.numel, true, false);
+    f("grad_grad_input", grad_grad_input, sizeof(scalar_t) * traversal.numel, true, false);
+    f("input", input, sizeof(scalar_t) * traversal.numel, true, false);
+    f("mean", mean, sizeof(acc_t) * traversal.c, true, false);
+    f("invstd", invstd, sizeof(acc_t) * traversal.c, true, false);
+    f("partials", partials.data, partials.bytes(5), false, true);
+  }
+};
+
+template <typename acc_t>
+struct MergeDoubleGradientsParams {
+  Partials<acc_t> partials;  // 5 planes
+  int shift;                 // as in MergeStatisticsParams
+  bool training;             // the statistics depend on the input
+  int64_t count;             // values per channel
+  const acc_t* invstd;       // [C]
+  Partials<acc_t> sums;      // 5 planes of one row: the sums of each channel, or null
+  ParamPointer grad_weight;  // [C] or absent
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    f("partials", partials.data, partials.bytes(5), true, false);
+    f("invstd", invstd, sizeof(acc_t) * partials.c, true, false);
+    f("sums", sums.data, sums.bytes(5), false, true);
+    f("grad_weight", grad_weight.data, grad_weight.bytes(partials.c), false, true);
+  }
+};
+
+template <typename scalar_t>
+struct DoubleBackwardElementwiseParams {
+  using acc_t = acc_type<scalar_t>;
+  Traversal traversal;
+  // Share the outputs' 16-byte boundaries.
+  bool grad_output_aligned, grad_grad_input_aligned, input_aligned;
+  bool training;                                          // the statistics depend on the input
+  int64_t count;                                          // values per channel
+  const scalar_t *grad_output, *grad_grad_input, *input;  // [N, C, S]; null: it takes no part
+  scalar_t *grad_grad_output, *grad_input;                // [N, C, S] or null
+  ParamPointer weight, grad_grad_weight, grad_grad_bias;  // [C] or absent
+  const acc_t *mean, *invstd;                             // [C]
+  Partials<acc_t> sums;  // 5 planes of one row; null in eval, and where all sums are zero
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    const size_t tensor = sizeof(scalar_t) * traversal.numel, c = sizeof(acc_t) * traversal.c;
+    f("grad_output", grad_output, tensor, true, false);
+    f("grad_grad_input", grad_grad_input, tensor, true, false);
+    f("input", input, tensor, true, false);
+    f("grad_grad_output", grad_grad_output, tensor, false, true);
+    f("grad_input", grad_input, tensor, false, true);
+    f("weight", weight.data, weight.bytes(traversal.c), true, false);
+    f("grad_grad_weight", grad_grad_weight.data, grad_grad_weight.bytes(traversal.c), true, false);
+    f("grad_grad_bias", grad_grad_bias.data, grad_grad_bias.bytes(traversal.c), true, false);
+    f("mean", mean, c, true, false);
+    f("invstd", invstd, c, true, false);
+    f("sums", sums.data, sums.bytes(5), true, false);
+  }
+};
+
 // Workspace of a team kernel whose blocks exchange through global memory; null otherwise.
 template <typename acc_t, typename F>
 void visit_team_workspace(const Team& team, acc_t* slots, uint64_t* sync, F&& f) {

@@ -20,6 +20,16 @@ __device__ __forceinline__ void store_partials(const Partials<acc_t>& partials,
   }
 }
 
+template <typename acc_t, typename Acc>
+__device__ __forceinline__ void store_partial(const Partials<acc_t>& partials, int64_t index,
+                                              Acc& acc) {
+  const int64_t plane = partials.rows * partials.c;
+#pragma unroll
+  for (int f = 0; f < Acc::kFields; ++f) {
+    store_global(partials.data + f * plane + index, acc.field(f));
+  }
+}
+
 template <typename Acc, typename acc_t>
 __device__ __forceinline__ Acc load_partial(const Partials<acc_t>& partials, int64_t index) {
   const int64_t plane = partials.rows * partials.c;

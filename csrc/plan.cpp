@@ -161,12 +161,15 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
   const bool forward = problem.op == Op::kForwardTraining || problem.op == Op::kForwardEval;
   plan.has_reduce = problem.op == Op::kForwardTraining || problem.op == Op::kBackwardTraining ||
                     (problem.op == Op::kBackwardEval && problem.need_sums);
+  if (is_double_backward(problem.op)) plan.has_reduce = problem.need_sums;
   plan.has_elementwise = problem.output_shift >= 0;
   if (plan.has_reduce) {
     plan.reduce =
         plan_traversal(problem, plan.pattern, problem.input_shift,
-                       {forward ? -1 : problem.grad_output_shift}, plan.vec, device, options);
-    const int fields = forward ? 4 : 2;  // Welford and GradSums of reduce.cuh
+                       {forward ? -1 : problem.grad_output_shift, problem.grad_grad_input_shift},
+                       plan.vec, device, options);
+    // Welford, DoubleGradSums and GradSums of reduce.cuh
+    const int fields = forward ? 4 : is_double_backward(problem.op) ? 5 : 2;
     const int acc = acc_bytes(problem.dtype);
     const int64_t scratch =
         plan.pattern == Pattern::kAlongC
@@ -181,7 +184,7 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
     plan.elementwise =
         plan_traversal(problem, plan.pattern, problem.output_shift,
                        {problem.op == Op::kBackwardEval ? -1 : problem.input_shift,
-                        forward ? -1 : problem.grad_output_shift},
+                        forward ? -1 : problem.grad_output_shift, problem.grad_grad_input_shift},
                        plan.vec, device, options, elementwise_rows(problem, plan.vec));
     plan.launches += 1;
   }
@@ -199,8 +202,11 @@ Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptio
     return plan;
   }
   plan_stages(plan, problem, device, options);
-  plan.reason = "two passes are forced";
-  if (options.strategy != Strategy::kTwoPass) {
+  if (options.strategy == Strategy::kTwoPass) {
+    plan.reason = "two passes are forced";
+  } else if (is_double_backward(problem.op)) {
+    plan.reason = "the double backward has no team kernel";
+  } else {
     plan.team = plan_team(problem, device, options, &plan.reason);
   }
   if (plan.team.size > 0) {

@@ -27,7 +27,17 @@ constexpr int kUnroll = 4;
 // loads while the other exchanges or stores.
 constexpr int kTeamThreads = 256;
 enum class Dtype : int { kHalf, kBFloat16, kFloat, kDouble };
-enum class Op : int { kForwardTraining, kForwardEval, kBackwardTraining, kBackwardEval };
+enum class Op : int {
+  kForwardTraining,
+  kForwardEval,
+  kBackwardTraining,
+  kBackwardEval,
+  kDoubleBackwardTraining,
+  kDoubleBackwardEval
+};
+inline constexpr bool is_double_backward(Op op) {
+  return op == Op::kDoubleBackwardTraining || op == Op::kDoubleBackwardEval;
+}
 // Along a row (team kernels only): like along C, but several columns of a row belong to one
 // channel, either S neighbours (S > 1, rows of C*S) or every C-th (rows of several times C).
 enum class Pattern : int { kAlongS, kAlongC, kAlongRow };
@@ -112,8 +122,12 @@ struct Problem {
   int64_t n = 0, c = 0, s = 0;
   // Elements by which each tensor lies past a 16-byte boundary; -1: the tensor takes no part.
   int input_shift = 0, grad_output_shift = -1, output_shift = 0;
-  // Backward: are the two sums wanted for their own sake (grad_weight or grad_bias)?
+  // Backward: are the two sums wanted for their own sake (grad_weight or grad_bias)? Double
+  // backward: are any sums wanted?
   bool need_sums = true;
+  // Double backward: the third input, and the outputs of its elementwise kernel, aligned alike.
+  int grad_grad_input_shift = -1;
+  int outputs = 1;
 };
 
 // What a caller may force; 0 leaves the choice to the planner.

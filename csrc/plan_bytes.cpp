@@ -14,11 +14,34 @@ int64_t found_in_l2(const DeviceInfo& device, int64_t between, int64_t per_byte)
   return std::max<int64_t>(device.l2_bytes - between, 0) / per_byte;
 }
 
+// Tensors that the reduce kernel reads, and that the elementwise kernel reads and writes.
+struct Touched {
+  int64_t reduced = 0, transformed = 0, written = 0;
+  int64_t twice() const { return std::min(reduced, transformed); }
+  int64_t all() const { return std::max(reduced, transformed) + written; }
+};
+
+Touched touched_by_stages(const Plan& plan, const Problem& p) {
+  const bool forward = p.op == Op::kForwardTraining || p.op == Op::kForwardEval;
+  Touched t;
+  t.reduced = forward ? 1 : 2;
+  t.transformed = p.op == Op::kBackwardTraining ? 2 : 1;
+  if (is_double_backward(p.op)) {
+    // In eval the sums leave out x, and the outputs read at most this.
+    t.transformed = 1 + (p.grad_output_shift >= 0) + (p.grad_grad_input_shift >= 0);
+    t.reduced = t.transformed - (p.op == Op::kDoubleBackwardEval);
+  }
+  if (!plan.has_reduce) t.reduced = 0;
+  if (!plan.has_elementwise) t.transformed = 0;
+  t.written = plan.has_elementwise ? p.outputs : 0;
+  return t;
+}
+
 // Of the stage kernels: between the two reads of an element lie what both reduce and elementwise
-// kernel touch of the rest of the tensor, all inputs and the output.
-int64_t found_by_stages(const Plan& plan, int64_t tensor, int64_t reads, const DeviceInfo& device) {
-  const int64_t outputs = plan.has_elementwise ? 1 : 0;
-  return std::min(tensor, found_in_l2(device, 0, reads + outputs));
+// kernel touch of the rest of the tensor, all inputs and outputs.
+int64_t found_by_stages(const Touched& touched, int64_t tensor, const DeviceInfo& device) {
+  if (touched.twice() == 0) return 0;
+  return std::min(tensor, found_in_l2(device, 0, touched.all())) * touched.twice();
 }
 
 // Of a team: what all teams hold on chip passes through the cache as well, and its output.
@@ -32,20 +55,16 @@ int64_t found_by_teams(const Team& team, int64_t tensor, const DeviceInfo& devic
 }  // namespace
 
 void predict_bytes(Plan& plan, const Problem& p, const DeviceInfo& device) {
-  const bool forward = p.op == Op::kForwardTraining || p.op == Op::kForwardEval;
   const int64_t tensor = p.n * p.c * p.s * dtype_bytes(p.dtype);
-  const int64_t reduced = plan.has_reduce ? (forward ? 1 : 2) : 0;
-  const int64_t outputs = plan.has_elementwise ? 1 : 0;
-  const int64_t transformed = outputs * (p.op == Op::kBackwardTraining ? 2 : 1);
-  const int64_t twice = std::min(reduced, transformed);
-  plan.compulsory_bytes = tensor * (std::max(reduced, transformed) + outputs);
+  const Touched touched = touched_by_stages(plan, p);
+  plan.compulsory_bytes = tensor * touched.all();
   int64_t found;
   if (plan.strategy == Strategy::kTeam) {
     plan.reread_bytes = plan.team.streamed_bytes;
     found = found_by_teams(plan.team, tensor, device) * plan.team.tensors;
   } else {
-    plan.reread_bytes = tensor * twice;
-    found = found_by_stages(plan, tensor, reduced, device) * twice;
+    plan.reread_bytes = tensor * touched.twice();
+    found = found_by_stages(touched, tensor, device);
   }
   plan.predicted_bytes = plan.compulsory_bytes + plan.reread_bytes - found;
 }

@@ -44,9 +44,11 @@ Op parse_op(const std::string& op) {
   if (op == "forward_eval") return Op::kForwardEval;
   if (op == "backward_training") return Op::kBackwardTraining;
   if (op == "backward_eval") return Op::kBackwardEval;
+  if (op == "double_backward_training") return Op::kDoubleBackwardTraining;
+  if (op == "double_backward_eval") return Op::kDoubleBackwardEval;
   throw py::value_error(
-      "make_plan: expected op to be forward_training, forward_eval, backward_training or "
-      "backward_eval, got " +
+      "make_plan: expected op to be forward, backward or double_backward followed by _training or "
+      "_eval, got " +
       op);
 }
 
@@ -179,6 +181,8 @@ py::dict plan_as_dict(const std::string& op, int64_t n, int64_t c, int64_t s,
   take(left, "grad_output_shift", problem.grad_output_shift);
   take(left, "output_shift", problem.output_shift);
   take(left, "need_sums", problem.need_sums);
+  take(left, "grad_grad_input_shift", problem.grad_grad_input_shift);
+  take(left, "outputs", problem.outputs);
   DeviceInfo described = base;
   py::dict device_left(device.attr("copy")());
   visit_fields(described, [&](const char* key, auto& value) { take(device_left, key, value); });

@@ -60,6 +60,32 @@ struct GradSums {
   __device__ __forceinline__ void rebase() {}
 };
 
+// The sums of the double backward: those of GradSums, the same two of the gradient of grad_input
+// (ggx), and Σ ggx·dy.
+template <typename acc_t>
+struct DoubleGradSums {
+  static constexpr int kFields = 5;
+  acc_t sum_dy = 0, sum_dy_xhat = 0, sum_ggx = 0, sum_ggx_xhat = 0, sum_ggx_dy = 0;
+
+  __device__ __forceinline__ acc_t& field(int i) {
+    return i == 0   ? sum_dy
+           : i == 1 ? sum_dy_xhat
+           : i == 2 ? sum_ggx
+           : i == 3 ? sum_ggx_xhat
+                    : sum_ggx_dy;
+  }
+
+  __device__ __forceinline__ void merge(const DoubleGradSums& other) {
+    sum_dy += other.sum_dy;
+    sum_dy_xhat += other.sum_dy_xhat;
+    sum_ggx += other.sum_ggx;
+    sum_ggx_xhat += other.sum_ggx_xhat;
+    sum_ggx_dy += other.sum_ggx_dy;
+  }
+
+  __device__ __forceinline__ void rebase() {}
+};
+
 template <typename Acc>
 __device__ __forceinline__ Acc shuffle_down(Acc acc, int offset, int width) {
 #pragma unroll

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 
 #include <mutex>
 
@@ -21,6 +22,13 @@ bool same_memory_order(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
+// Forward-mode AD and torch.func pass tensors that stand for zeros or for negated values without
+// holding them. Looks before it asks the dispatcher, which costs more than the look.
+at::Tensor materialized(const at::Tensor& tensor) {
+  if (tensor._is_zerotensor()) return at::zeros(tensor.sizes(), tensor.options());
+  return tensor.is_neg() ? tensor.resolve_neg() : tensor;
+}
+
 }  // namespace
 
 void set_plan_options(const PlanOptions& options) {
@@ -38,14 +46,14 @@ void check_launch(LaunchStatus status, const char* kernel) {
 }
 
 at::Tensor dense(const at::Tensor& tensor) {
-  const at::Tensor resolved = tensor.resolve_neg();
+  const at::Tensor resolved = materialized(tensor);
   return resolved.is_non_overlapping_and_dense()
              ? resolved
              : resolved.contiguous(resolved.suggest_memory_format());
 }
 
 at::Tensor dense_like(const at::Tensor& tensor, const at::Tensor& like) {
-  const at::Tensor resolved = tensor.resolve_neg();
+  const at::Tensor resolved = materialized(tensor);
   return same_memory_order(resolved, like) ? resolved : at::empty_like(like).copy_(resolved);
 }
 
@@ -72,7 +80,7 @@ at::Tensor channel_vector(const at::Tensor& input) {
 }
 
 OptionalTensor packed(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
+  return tensor ? OptionalTensor(materialized(*tensor).contiguous()) : std::nullopt;
 }
 
 ParamPointer param_pointer(const at::Tensor& tensor) {

@@ -83,6 +83,19 @@ __device__ __forceinline__ Vec<scalar_t> load_window(const scalar_t* base,
   return vec;
 }
 
+// Zeros where there is no such tensor.
+template <bool kExact, typename scalar_t, typename index_t>
+__device__ __forceinline__ Vec<scalar_t> load_window_or_zero(const scalar_t* base,
+                                                             const Window<index_t>& window,
+                                                             int64_t numel, bool aligned,
+                                                             Site site = Site::current()) {
+  if (base) return load_window<kExact>(base, window, numel, aligned, site);
+  Vec<scalar_t> zeros;
+#pragma unroll
+  for (int l = 0; l < kVec<scalar_t>; ++l) zeros.lane[l] = from_acc<scalar_t>(0);
+  return zeros;
+}
+
 template <bool kExact, typename scalar_t, typename index_t>
 __device__ __forceinline__ void store_window(scalar_t* base, const Window<index_t>& window,
                                              const Vec<scalar_t>& vec,

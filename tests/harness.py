@@ -59,6 +59,39 @@ def backward(
     return dict(zip(wanted, torch.autograd.grad(output, wanted.values(), dy), strict=True))
 
 
+def double_backward(
+    function: Callable,
+    x: Tensor,
+    p: Parameters,
+    dy: Tensor,
+    grad_grads: tuple[Tensor, Tensor | None, Tensor | None],
+    training: bool,
+) -> dict[str, Tensor]:
+    """The gradients of what `backward` returns, by name, through autograd."""
+    leaf, copy, dy = x.detach().requires_grad_(), p.clone(), dy.detach().requires_grad_()
+    given = zip((leaf, copy.weight, copy.bias), grad_grads, strict=True)
+    leaves = [(t.requires_grad_(), grad) for t, grad in given if t is not None and grad is not None]
+    output = call(function, leaf, copy, training)
+    first = torch.autograd.grad(output, [t for t, _ in leaves], dy, create_graph=True)
+    wanted = {"grad_grad_output": dy, "double_grad_input": leaf}
+    if copy.weight is not None and copy.weight.requires_grad:
+        wanted["double_grad_weight"] = copy.weight
+    second = torch.autograd.grad(first, wanted.values(), [grad for _, grad in leaves])
+    return dict(zip(wanted, second, strict=True))
+
+
+def reference_double_backward(
+    grad_grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    dy: Tensor,
+    x: Tensor,
+    p: Parameters,
+    training: bool,
+) -> reference.DoubleBackward:
+    return reference.double_backward(
+        grad_grads, dy, x, p.weight, p.running_mean, p.running_var, training, EPS
+    )
+
+
 def reference_forward(x: Tensor, p: Parameters, training: bool) -> reference.Forward:
     return reference.forward(
         x, p.weight, p.bias, p.running_mean, p.running_var, training, MOMENTUM, EPS
@@ -71,7 +104,7 @@ def reference_backward(dy: Tensor, x: Tensor, p: Parameters, training: bool) -> 
 
 def assert_matches(
     results: dict[str, Tensor],
-    expected: reference.Forward | reference.Backward,
+    expected: reference.Forward | reference.Backward | reference.DoubleBackward,
     input: Tensor,
     torchs: dict[str, Tensor] | None = None,
 ) -> None:

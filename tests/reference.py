@@ -144,3 +144,91 @@ def backward(
         "grad_bias": bias_scale,
     }
     return Backward(restore(grad_input, x.shape), grad_weight, grad_bias, scales)
+
+
+@dataclass
+class DoubleBackward:
+    """Gradients of v·grad_input + a·grad_weight + b·grad_bias, and the magnitudes of the terms."""
+
+    grad_grad_output: Tensor
+    double_grad_input: Tensor
+    double_grad_weight: Tensor
+    scales: dict[str, Tensor]
+
+
+def double_backward(
+    grad_grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+) -> DoubleBackward:
+    """By autograd, twice through the definition. grad_grads: v, a and b; None is zero."""
+    rows = channel_rows(x).requires_grad_()
+    c = rows.shape[0]
+    grads = channel_rows(dy).requires_grad_()
+    w = vector(weight, c, 1.0).requires_grad_()
+    shift = torch.zeros(c, 1, dtype=torch.float64, requires_grad=True)
+    if training:
+        mean, var = statistics(rows)
+    else:
+        mean, var = vector(running_mean, c, 0), vector(running_var, c, 0)
+    xhat = (rows - mean) / (var + eps).sqrt()
+    first = torch.autograd.grad(xhat * w + shift, (rows, w, shift), grads, create_graph=True)
+    v = torch.zeros_like(rows) if grad_grads[0] is None else channel_rows(grad_grads[0])
+    a, b = (vector(given, c, 0.0) for given in grad_grads[1:])
+    phi = sum((one * other).sum() for one, other in zip(first, (v, a, b), strict=True))
+    second = torch.autograd.grad(
+        phi, (grads, rows, w), allow_unused=True, materialize_grads=True, retain_graph=True
+    )
+    scales = _double_backward_scales(
+        rows.detach(), grads.detach(), v, w.detach(), a, b, mean.detach(), var.detach() + eps
+    )
+    return DoubleBackward(
+        restore(second[0], x.shape),
+        restore(second[1], x.shape),
+        second[2].flatten(),
+        {
+            name: restore(s.expand_as(rows), x.shape)
+            for name, s in scales.items()
+            if "weight" not in name
+        }
+        | {"double_grad_weight": scales["double_grad_weight"].flatten()},
+    )
+
+
+def _double_backward_scales(
+    x: Tensor, g: Tensor, v: Tensor, w: Tensor, a: Tensor, b: Tensor, mean: Tensor, var: Tensor
+) -> dict[str, Tensor]:
+    """As in `backward`: means by random walks of their terms, times what multiplies them."""
+    count = x.shape[1]
+    s = var.rsqrt()
+    xhat = (x - mean) * s
+    condition = x.abs().amax(1, keepdim=True).maximum(mean.abs()) * s
+
+    def average(terms: Tensor) -> Tensor:
+        walk = terms.pow(2).mean(1, keepdim=True).sqrt() / count**0.5
+        return walk + terms.mean(1, keepdim=True).abs()
+
+    def size(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the values, of their mean and of their mean product with xhat."""
+        mean_size = average(values)
+        return (
+            values.abs().amax(1, keepdim=True),
+            mean_size,
+            average(values * xhat) + condition * mean_size,
+        )
+
+    peak = xhat.abs().amax(1, keepdim=True) + condition
+    (g_peak, g_mean, g_xhat), (v_peak, v_mean, v_xhat) = size(g), size(v)
+    product = average(v * g) + v_mean * g_mean + v_xhat * g_xhat
+    g_part, v_part = g_peak + g_mean + peak * g_xhat, v_peak + v_mean + peak * v_xhat
+    of_v = s * s * w.abs() * (product * peak + v_xhat * g_part + g_xhat * v_part)
+    return {
+        "grad_grad_output": w.abs() * s * v_part + a.abs() * peak + b.abs(),
+        "double_grad_input": of_v + a.abs() * s * g_part,
+        "double_grad_weight": s * count * product,
+    }

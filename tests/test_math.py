@@ -33,29 +33,6 @@ def test_gradcheck(backend: Backend, layout, training: bool) -> None:
     )
 
 
-@both_modes
-def test_double_backward_of_composite(aten: Backend, training: bool) -> None:
-    x = fill(Case((3, 2, 4), "small"), torch.float64, aten.device).requires_grad_()
-    p = fill_parameters(2, torch.float64, aten.device)
-    mean, var = p.running_mean, p.running_var
-
-    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return batch_norm(x, mean.clone(), var.clone(), weight, bias, training)
-
-    assert torch.autograd.gradgradcheck(
-        function, (x, p.weight.requires_grad_(), p.bias.requires_grad_())
-    )
-
-
-def test_double_backward_of_kernels_is_refused(kernels: Backend) -> None:
-    """No second derivative is better than a wrong one."""
-    x = fill(Case((3, 2, 4), "small"), torch.float32, kernels.device).requires_grad_()
-    output = batch_norm(x, None, None, training=True)
-    (grad,) = torch.autograd.grad(output.pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 class Channel:
     """One channel in float64, its gradient by autograd of the definition, and the pieces."""
 

@@ -15,7 +15,14 @@ from batchnorm_cuda import _extension
 
 STAGE_THREADS = 256
 MERGE_THREADS = 512
-OPS = ("forward_training", "forward_eval", "backward_training", "backward_eval")
+OPS = (
+    "forward_training",
+    "forward_eval",
+    "backward_training",
+    "backward_eval",
+    "double_backward_training",
+    "double_backward_eval",
+)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +168,12 @@ def test_predicted_bytes(make_plan, op, need_sums, reads_writes):
     large = {"l2_bytes": (inputs + 1) * tensor}
     plan = make_plan(op, n, c, s, "float16", large, {"need_sums": need_sums})
     assert plan["predicted_bytes"] == plan["compulsory_bytes"]
+
+
+@pytest.mark.parametrize("op", ["backward_eval", "double_backward_eval"])
+def test_nothing_wanted_is_nothing_moved(make_plan, op):
+    plan = make_plan(op, 4, 16, 100, "float16", {}, {"need_sums": False, "output_shift": -1})
+    assert plan["predicted_bytes"] == plan["launches"] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+// The elementwise half of the double backward, both of its large outputs in one pass over dy, ggx
+// (the gradient of grad_input) and x: the gradients of dy and of x, as formulas.cuh has them. In
+// eval mode the statistics are constants, so that the gradient of x needs dy alone. A tensor that
+// takes no part is not read, an output that is not wanted not written.
+#include "formulas.cuh"
+#include "launch.cuh"
+#include "partials.cuh"
+
+namespace batchnorm_cuda {
+namespace {
+
+template <bool kTraining, typename Cursor, typename Params>
+__device__ __forceinline__ auto load_channel(const Params& p, const Cursor& cursor, int lane) {
+  using acc_t = typename Params::acc_t;
+  if (!cursor.channel_valid(lane)) return DoubleGrad<acc_t>{};
+  const int64_t c = cursor.channel(lane);
+  const acc_t weight = load_param_or<acc_t>(p.weight, c, 1);
+  const acc_t mean = load_global(p.mean + c), invstd = load_global(p.invstd + c);
+  const acc_t ggw = load_param_or<acc_t>(p.grad_grad_weight, c, 0);
+  const acc_t ggb = load_param_or<acc_t>(p.grad_grad_bias, c, 0);
+  if (!kTraining) return make_double_grad_eval(weight, mean, invstd, ggw, ggb);
+  DoubleGradSums<acc_t> sums;
+  if (p.sums.data) sums = load_partial<DoubleGradSums<acc_t>>(p.sums, c);
+  return make_double_grad(weight, mean, invstd, ggw, ggb, sums, static_cast<acc_t>(p.count));
+}
+
+template <typename Cursor, bool kTraining>
+__global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
+    double_backward_elementwise_kernel(
+        const DoubleBackwardElementwiseParams<typename Cursor::scalar_t> p) {
+  using scalar_t = typename Cursor::scalar_t;
+  using acc_t = acc_type<scalar_t>;
+  constexpr bool kExact = Cursor::kExact;
+  // Along C, seven constants for every lane leave registers for the three windows of one position.
+  constexpr int kUnrollTriples = Cursor::kChannels == 1 ? 2 : 1;
+  const int64_t numel = p.traversal.numel;
+  // Backwards: what the reduce kernel read last may still be in the L2 cache.
+  for (int64_t task = p.traversal.tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
+    Cursor cursor(p.traversal, task);
+    DoubleGrad<acc_t> channel[Cursor::kChannels];
+#pragma unroll
+    for (int c = 0; c < Cursor::kChannels; ++c) {
+      channel[c] = load_channel<kTraining>(p, cursor, c);
+    }
+    const auto count = cursor.seek_end();
+    for (auto i = count; i > 0; i -= kUnrollTriples) {
+      Window<typename Cursor::index_t> windows[kUnrollTriples];
+      Vec<scalar_t> dy[kUnrollTriples], ggx[kUnrollTriples], x[kUnrollTriples];
+#pragma unroll
+      for (int u = 0; u < kUnrollTriples; ++u) {
+        windows[u] = {0, 0, 0};
+        if (u < i) windows[u] = cursor.take_back();
+        dy[u] =
+            load_window_or_zero<kExact>(p.grad_output, windows[u], numel, p.grad_output_aligned);
+        ggx[u] = load_window_or_zero<kExact>(p.grad_grad_input, windows[u], numel,
+                                             p.grad_grad_input_aligned);
+        x[u] = load_window_or_zero<kExact>(p.input, windows[u], numel, p.input_aligned);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnrollTriples; ++u) {
+        acc_t ddy[Cursor::kVecSize], dx[Cursor::kVecSize];
+#pragma unroll
+        for (int l = 0; l < Cursor::kVecSize; ++l) {
+          const DoubleGrad<acc_t>& formula = channel[l * Cursor::kChannels / Cursor::kVecSize];
+          const acc_t grad = to_acc(dy[u].lane[l]), grad_grad = to_acc(ggx[u].lane[l]);
+          const acc_t value = to_acc(x[u].lane[l]);
+          ddy[l] = formula.grad_grad_output(grad_grad, value);
+          dx[l] = kTraining ? formula.grad_input(grad, grad_grad, value) : formula.grad_input(grad);
+        }
+        if (p.grad_grad_output) {
+          store_window<kExact>(p.grad_grad_output, windows[u], round_to<scalar_t>(ddy));
+        }
+        if (p.grad_input) store_window<kExact>(p.grad_input, windows[u], round_to<scalar_t>(dx));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------- launchers
+
+template <typename scalar_t>
+LaunchStatus launch_double_backward_elementwise(
+    Pattern pattern, const DoubleBackwardElementwiseParams<scalar_t>& params, cudaStream_t stream) {
+  const Traversal& t = params.traversal;
+  return with_cursor<scalar_t>(pattern, t, [&](auto tag) {
+    using Cursor = typename decltype(tag)::type;
+    const auto kernel = params.training ? double_backward_elementwise_kernel<Cursor, true>
+                                        : double_backward_elementwise_kernel<Cursor, false>;
+    return launch_kernel(kernel, t.grid, block_of(t), 0, stream, params);
+  });
+}
+
+template LaunchStatus launch_double_backward_elementwise(
+    Pattern, const DoubleBackwardElementwiseParams<__half>&, cudaStream_t);
+template LaunchStatus launch_double_backward_elementwise(
+    Pattern, const DoubleBackwardElementwiseParams<__nv_bfloat16>&, cudaStream_t);
+template LaunchStatus launch_double_backward_elementwise(
+    Pattern, const DoubleBackwardElementwiseParams<float>&, cudaStream_t);
+template LaunchStatus launch_double_backward_elementwise(
+    Pattern, const DoubleBackwardElementwiseParams<double>&, cudaStream_t);
+
+}  // namespace batchnorm_cuda

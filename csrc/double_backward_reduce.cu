@@ -1,0 +1,85 @@
+// The reductions of the double backward over one split of a channel, in one read of dy, ggx and x,
+// where ggx is the gradient of grad_input: Σ dy, Σ dy·x̂, Σ ggx, Σ ggx·x̂ and Σ ggx·dy with
+// x̂ = (x - mean) * invstd. One partial result per channel and split: [splits, C]. Products and sums
+// are in acc_t, whatever the activation dtype. A tensor that takes no part is not read.
+#include "accumulate.cuh"
+#include "launch.cuh"
+#include "partials.cuh"
+
+namespace batchnorm_cuda {
+namespace {
+
+template <typename Cursor>
+__global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
+    double_backward_reduce_kernel(const DoubleBackwardReduceParams<typename Cursor::scalar_t> p) {
+  using scalar_t = typename Cursor::scalar_t;
+  using acc_t = acc_type<scalar_t>;
+  constexpr bool kExact = Cursor::kExact;
+  constexpr int kChannels = Cursor::kChannels;
+  // Along C, five sums for every lane leave registers for the three windows of one position.
+  constexpr int kUnrollTriples = kChannels == 1 ? 2 : 1;
+  acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared());
+  const int64_t numel = p.traversal.numel;
+  for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
+    Cursor cursor(p.traversal, task);
+    DoubleGradSums<acc_t> sums[kChannels];
+    acc_t mean[kChannels];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      mean[c] = cursor.channel_valid(c) ? load_global(p.mean + cursor.channel(c)) : acc_t(0);
+    }
+    while (cursor.left > 0) {
+      Vec<scalar_t> dy[kUnrollTriples], ggx[kUnrollTriples], x[kUnrollTriples];
+#pragma unroll
+      for (int u = 0; u < kUnrollTriples; ++u) {
+        Window<typename Cursor::index_t> window = {0, 0, 0};
+        if (cursor.left > 0) window = cursor.take();
+        x[u] = load_window_or_zero<kExact>(p.input, window, numel, true);
+        dy[u] = load_window_or_zero<kExact>(p.grad_output, window, numel, p.grad_output_aligned);
+        ggx[u] = load_window_or_zero<kExact>(p.grad_grad_input, window, numel,
+                                             p.grad_grad_input_aligned);
+      }
+      add_double_gradients<Cursor>(sums, dy, ggx, x, mean);
+    }
+    reduce_members<Cursor>(sums, shared);
+    if (Cursor::member() == 0 && cursor.channel_valid(0)) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        const acc_t invstd = load_global(p.invstd + cursor.channel(c));
+        sums[c].sum_dy_xhat *= invstd;
+        sums[c].sum_ggx_xhat *= invstd;
+      }
+      store_partials(p.partials, cursor, sums);
+    }
+  }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------- launchers
+
+template <typename scalar_t>
+LaunchStatus launch_double_backward_reduce(Pattern pattern,
+                                           const DoubleBackwardReduceParams<scalar_t>& params,
+                                           cudaStream_t stream) {
+  const Traversal& t = params.traversal;
+  return with_cursor<scalar_t>(pattern, t, [&](auto tag) {
+    using Cursor = typename decltype(tag)::type;
+    return launch_kernel(double_backward_reduce_kernel<Cursor>, t.grid, block_of(t), t.shared_bytes,
+                         stream, params);
+  });
+}
+
+template LaunchStatus launch_double_backward_reduce(Pattern,
+                                                    const DoubleBackwardReduceParams<__half>&,
+                                                    cudaStream_t);
+template LaunchStatus launch_double_backward_reduce(
+    Pattern, const DoubleBackwardReduceParams<__nv_bfloat16>&, cudaStream_t);
+template LaunchStatus launch_double_backward_reduce(Pattern,
+                                                    const DoubleBackwardReduceParams<float>&,
+                                                    cudaStream_t);
+template LaunchStatus launch_double_backward_reduce(Pattern,
+                                                    const DoubleBackwardReduceParams<double>&,
+                                                    cudaStream_t);
+
+}  // namespace batchnorm_cuda
