@@ -19,7 +19,7 @@ class _KernelForward:
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         training = self.training
-        running_mean, running_var = self.running_mean, self.running_var
+        weight, bias, running_mean, running_var = self._tensors()
         counter, momentum = None, self.momentum
         if not training:
             training = running_mean is None and running_var is None
@@ -35,8 +35,8 @@ class _KernelForward:
                 batches = counter + 1
         output = normalize(
             input,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             running_mean,
             running_var,
             batches,
@@ -47,6 +47,19 @@ class _KernelForward:
         if counter is not None:
             counter.add_(1)
         return output
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """weight, bias, running_mean, running_var: half a microsecond each by attribute look-up."""
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            return (
+                parameters["weight"],
+                parameters["bias"],
+                buffers["running_mean"],
+                buffers["running_var"],
+            )
+        except KeyError:  # something has taken the place of one, such as a parametrization
+            return self.weight, self.bias, self.running_mean, self.running_var
 
 
 class BatchNorm1d(_KernelForward, torch.nn.BatchNorm1d):

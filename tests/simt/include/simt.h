@@ -86,4 +86,8 @@ const DeviceDescription& device();
 // BATCHNORM_CUDA_EMULATE_SEED, read at each launch, overrides it.
 void set_seed(uint64_t seed);
 
+// From now on launches are checked but not run, and leave their outputs as they are: what a call
+// takes is then the host code's time alone, as where kernels run asynchronously.
+void skip_launches(bool skip);
+
 }  // namespace simt

@@ -63,6 +63,8 @@ void bind_build(py::module_& m) {
   py::module_ model = m.def_submodule("_host_model", "The CPU model of CUDA that runs the kernels");
   model.def("set_device", &set_device, py::arg("device"),
             "Describes the modelled device by the keys of device_info(); {} is the default one");
+  model.def("skip_launches", &simt::skip_launches, py::arg("skip"),
+            "Checks launches without running them, to time the host code alone");
   model.def("start_traffic", &simt::start_traffic, "Counts memory traffic from now on");
   model.def("stop_traffic", &stop_traffic,
             "Ends counting: launches, DRAM bytes of each buffer, sectors of each source line");
