@@ -244,3 +244,20 @@ def test_forward_over_forward_is_refused(kernels: Backend) -> None:
     p = Problem(True, kernels.device)
     with pytest.raises(RuntimeError, match=r"forward mode over forward mode.* not available"):
         jacfwd(jacfwd(loss_of(p.ours)))(*p.arguments)
+
+
+def test_transforms_of_an_earlier_output(backend: Backend) -> None:
+    """The graph is recorded first; vmap and forward mode then go over its backward alone."""
+    p = Problem(True, backend.device)
+    x, *rest = p.arguments
+    output = p.ours(x.requires_grad_(), *rest)
+    many = double((3, *SHAPE), backend.device)
+
+    def pull_back(dy: Tensor) -> Tensor:
+        return torch.autograd.grad(output, x, dy, retain_graph=True)[0]
+
+    alone = torch.stack([pull_back(dy) for dy in many])
+    torch.testing.assert_close(vmap(pull_back)(many), alone)
+    with forward_ad.dual_level():
+        gradient = pull_back(forward_ad.make_dual(many[0], many[1]))
+        torch.testing.assert_close(forward_ad.unpack_dual(gradient).tangent, alone[1])
