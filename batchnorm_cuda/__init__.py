@@ -3,8 +3,16 @@
 from ._explain import Explanation, explain
 from ._version import __version__
 from .autograd import BatchNormFunction
+from .convert import convert, revert
 from .functional import backend_for, batch_norm
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from .modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
 
 __all__ = [
     "BatchNorm1d",
@@ -12,8 +20,13 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormFunction",
     "Explanation",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
     "__version__",
     "backend_for",
     "batch_norm",
+    "convert",
     "explain",
+    "revert",
 ]

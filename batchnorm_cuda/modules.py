@@ -1,4 +1,4 @@
-"""`BatchNorm1d`, `2d` and `3d`: torch.nn's classes, computed by `batchnorm_cuda`."""
+"""`BatchNorm1d`, `2d` and `3d`, also lazy: torch.nn's classes, computed by `batchnorm_cuda`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class _KernelForward:
             counter = self.num_batches_tracked
         else:
             running_mean = running_var = None
+        if training and self.eps <= 0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {self.eps}")
         batches = None
         if momentum is None:
             if counter is None:
@@ -72,3 +74,21 @@ class BatchNorm2d(_KernelForward, torch.nn.BatchNorm2d):
 
 class BatchNorm3d(_KernelForward, torch.nn.BatchNorm3d):
     """`torch.nn.BatchNorm3d` for (N, C, D, H, W) inputs: same arguments, state and errors."""
+
+
+class LazyBatchNorm1d(_KernelForward, torch.nn.LazyBatchNorm1d):
+    """`torch.nn.LazyBatchNorm1d`: takes C from its first input, and then is a `BatchNorm1d`."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_KernelForward, torch.nn.LazyBatchNorm2d):
+    """`torch.nn.LazyBatchNorm2d`: takes C from its first input, and then is a `BatchNorm2d`."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_KernelForward, torch.nn.LazyBatchNorm3d):
+    """`torch.nn.LazyBatchNorm3d`: takes C from its first input, and then is a `BatchNorm3d`."""
+
+    cls_to_become = BatchNorm3d

@@ -73,6 +73,15 @@ def plan_options(extension: ModuleType) -> Iterator[Callable[[dict], None]]:
     extension.set_plan_options({})
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small networks: layers this small only wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -1,0 +1,147 @@
+"""`convert` and `revert`: exchange torch.nn's batch norms for ours inside a model, and back.
+
+An exchange assigns the module's `__class__`, as torch's own lazy modules and parametrisations do.
+The object stays, and all that it holds stays with it: parameters, buffers, hooks, mode, attributes
+that a user set, and every reference to it from wherever. Nothing is copied, so nothing is missed.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from . import modules
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_DENSE = {
+    nn.BatchNorm1d: modules.BatchNorm1d,
+    nn.BatchNorm2d: modules.BatchNorm2d,
+    nn.BatchNorm3d: modules.BatchNorm3d,
+}
+_LAZY = {
+    nn.LazyBatchNorm1d: modules.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d: modules.LazyBatchNorm2d,
+    nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
+}
+_OURS = _DENSE | _LAZY
+_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+
+# Where a module that `convert(sync=True)` exchanged keeps the class that it came from.
+_ORIGIN = "_class_before_sync"
+
+
+def convert(model: Model, fuse: bool = False, sync: bool = False) -> Model:
+    """Exchange the batch norms of torch.nn in `model` for those of this package, in place.
+
+    `torch.nn.BatchNorm1d`, `2d` and `3d`, their lazy variants and `torch.nn.SyncBatchNorm` become
+    the class of the same name. The module objects stay the same ones, so that an optimizer, hooks,
+    a wrapper such as DistributedDataParallel, and any other reference to a module, parameter or
+    buffer go on working, and the keys and values of `state_dict()` do not change. A module used in
+    several places stays one module; parametrisations stay registered. Converting twice changes
+    nothing more.
+
+    Only exact types are exchanged. A subclass that a user wrote may compute something else, so it
+    is left alone, and so are the classes that `fully_shard` makes: convert before sharding.
+
+    Args:
+        model: any module, also a batch norm itself.
+        fuse: must be False: fusing the operations that follow a batch norm is not available yet.
+        sync: exchange `BatchNorm1d`, `2d` and `3d`, torch.nn's and ours, for `SyncBatchNorm` over
+            the default process group. Without it they stay local; a `torch.nn.SyncBatchNorm` stays
+            synchronised, over its own process group, in either case.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is not a module.
+        NotImplementedError: `fuse` is set.
+        ValueError: `sync` is set and `model` has lazy batch norms, which do not know their size.
+        In each case nothing has been changed.
+    """
+    _check_model("convert", model)
+    if fuse:
+        raise NotImplementedError("convert: expected fuse to be False, got True: not available yet")
+    found = list(model.modules())
+    if sync:
+        _refuse_lazy(model)
+    for module in found:
+        kind = parametrize.type_before_parametrizations(module)
+        if kind is nn.SyncBatchNorm:
+            _become(module, _sync_batch_norm())
+        elif sync and (kind in _DENSE or kind in _DENSE.values()):
+            setattr(module, _ORIGIN, _TORCHS.get(kind, kind))
+            module.process_group = None
+            _become(module, _sync_batch_norm())
+        elif kind in _OURS:
+            _become(module, _OURS[kind])
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Exchange the batch norms of this package in `model` for those of torch.nn, in place.
+
+    The inverse of `convert`, with the same guarantees; it also takes modules that were made as ours
+    from the start. `SyncBatchNorm` becomes what `convert(sync=True)` found there, otherwise
+    `torch.nn.SyncBatchNorm`.
+
+    Args:
+        model: any module, also a batch norm itself.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    _check_model("revert", model)
+    for module in list(model.modules()):
+        kind = parametrize.type_before_parametrizations(module)
+        if kind in _TORCHS:
+            _become(module, _TORCHS[kind])
+        elif _is_our_sync(kind):
+            origin = module.__dict__.pop(_ORIGIN, nn.SyncBatchNorm)
+            if origin is not nn.SyncBatchNorm:
+                del module.process_group
+            _become(module, origin)
+    return model
+
+
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
+    if parametrize.is_parametrized(module):
+        # The class is the module's own, made by torch from the one that is exchanged: it holds the
+        # parametrised tensors as properties. Its like is made from `kind`.
+        of_every_class = ("__dict__", "__weakref__")
+        members = {k: v for k, v in vars(type(module)).items() if k not in of_every_class}
+        kind = type(f"Parametrized{kind.__name__}", (kind,), members)
+    module.__class__ = kind
+
+
+def _sync_batch_norm() -> type[nn.Module]:
+    from .sync import SyncBatchNorm  # here, because it needs torch.distributed
+
+    return SyncBatchNorm
+
+
+def _is_our_sync(kind: type) -> bool:
+    subclass = issubclass(kind, nn.SyncBatchNorm) and kind is not nn.SyncBatchNorm
+    return subclass and kind is _sync_batch_norm()
+
+
+def _check_model(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        raise TypeError(f"{function}: expected model to be a torch.nn.Module, got {got}")
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kind = parametrize.type_before_parametrizations(module)
+        if kind in _LAZY or kind in _LAZY.values():
+            raise ValueError(
+                "convert: expected model to have no lazy batch norms when sync=True, got "
+                f"{kind.__name__} at {name or 'its root'!r}: run a forward pass first"
+            )
