@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from . import ops
-from ._vmap import over_channels
+from ._transforms import forward_over_channels, over_channels
 
 # True under torch.func's transforms (grad, vmap, jvp, ...). An alias: a call less on every step.
 transforms_active = torch._C._are_functorch_transforms_active
@@ -107,7 +107,7 @@ class TransformableBatchNorm(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return over_channels(TransformableBatchNorm, info.batch_size, in_dims, args)
+        return forward_over_channels(TransformableBatchNorm.apply, info.batch_size, in_dims, args)
 
 
 class BatchNormBackward(Function):
@@ -196,7 +196,7 @@ class BatchNormBackward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return over_channels(BatchNormBackward, info.batch_size, in_dims, args)
+        return over_channels(BatchNormBackward.apply, info.batch_size, in_dims, args)
 
 
 class BatchNormDoubleBackward(Function):
@@ -273,7 +273,7 @@ class BatchNormDoubleBackward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return over_channels(BatchNormDoubleBackward, info.batch_size, in_dims, args)
+        return over_channels(BatchNormDoubleBackward.apply, info.batch_size, in_dims, args)
 
 
 def _save(ctx: Any, *tensors: Tensor | None) -> None:

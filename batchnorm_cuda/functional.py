@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _composite, _extension, ops
+from ._transforms import check_update
 from .autograd import BatchNormFunction
 from .derivatives import TransformableBatchNorm, forward_mode_active, transforms_active
 
@@ -68,8 +69,8 @@ def batch_norm(
     Statistics and sums are float32, or float64 for float64 input, whatever the dtype of `input`.
     Results are deterministic. The kernels have first and second derivatives, in forward and in
     reverse mode (docs/math.md), the composite those of any order. Under the transforms of
-    torch.func, training mode is without running statistics. `backend_for` says what computes a
-    given tensor.
+    torch.func, training mode takes running statistics only as arguments of the transformed
+    function, batched like `input` under vmap. `backend_for` says what computes a given tensor.
     """
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a number, got None")
@@ -121,8 +122,8 @@ def normalize(
         )
         compiling = torch.compiler.is_compiling()
         transformed = not compiling and transforms_active()
-        if transformed and training:
-            _check_transformed(running_mean)
+        if transformed and training and running_mean is not None:
+            check_update(input, running_mean)
         if backend_for(input) == "aten":
             return _composite.batch_norm(*arguments)
         if transformed or (not compiling and forward_mode_active()):
@@ -146,15 +147,6 @@ def _check_count(shape: torch.Size) -> None:
     if len(shape) >= 2 and shape[0] == 1 and math.prod(shape[2:]) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {shape}"
-        )
-
-
-def _check_transformed(running_mean: Tensor | None) -> None:
-    if running_mean is not None:
-        raise RuntimeError(
-            "batch_norm: expected running_mean and running_var to be None in training mode under "
-            "the transforms of torch.func (grad, vmap, jvp, ...), which cannot follow their update "
-            "in place, got tensors; use eval() or track_running_stats=False"
         )
 
 
