@@ -16,6 +16,8 @@ from .derivatives import TransformableBatchNorm, forward_mode_active, transforms
 
 Backend = Literal["cuda", "emulated", "aten"]
 
+_NOTHING = (0,)  # the one shape of fewer than two dimensions that torch takes, and gives back
+
 
 def batch_norm(
     input: Tensor,
@@ -41,6 +43,7 @@ def batch_norm(
         input: (N, C) or (N, C, \*), of two or more dimensions; float16, bfloat16, float32 or
             float64. Contiguous and channels-last inputs are read in place, any other strides are
             copied to one of the two first. Output and gradient have the input's memory format.
+            As in torch, a one-dimensional input is given back if it is empty, and else refused.
         running_mean: (C,), the running mean; in the dtype of `input` or float32, as are all
             parameters, each by itself. None only together with `running_var`, and in training.
         running_var: (C,), the running variance.
@@ -107,6 +110,8 @@ def normalize(
     The backends check dtypes, shapes and devices. What is left is what torch checks in Python, too.
     """
     try:
+        if input.shape == _NOTHING:
+            return input.clone()
         if training:
             _check_count(input.shape)
         arguments = (
