@@ -6,6 +6,9 @@ TORCH ?= torch
 VENV ?= .venv
 PYTEST_ARGS ?=
 
+# The version as pip knows it: a torchvision belongs to exactly one, and is never to change it.
+TORCH_VERSION = from importlib.metadata import version; print(version("torch"))
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(cu|cuh|cpp|h)$$')
@@ -29,6 +32,8 @@ $(VENV)/.ready: pyproject.toml setup.py $(VENV)/.torch
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip "setuptools>=77" wheel
 	$(PIP) --no-build-isolation -e ".[test,train,dev,sass$(NVCC_EXTRA)]" "$(TORCH)"
+	@$(PIP) torchvision "torch==$$($(BIN)/python -c '$(TORCH_VERSION)')" \
+		|| echo "no torchvision fits this torch: its tests are left out"
 	touch $@
 
 # Changes when TORCH does, so that asking for another version installs it.
