@@ -210,7 +210,7 @@ def test_hooks_are_kept(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(("theirs", "ours"), LAZY_PAIRS, ids=lambda kind: kind.__module__)
-def test_lazy(backend: Backend, theirs: type, ours: type) -> None:
+def test_lazy(backend: Backend, calls: list[torch.Size], theirs: type, ours: type) -> None:
     module = theirs(momentum=0.5)
     assert convert(module) is module and type(module) is ours
     assert type(revert(module)) is theirs
@@ -218,6 +218,7 @@ def test_lazy(backend: Backend, theirs: type, ours: type) -> None:
     shape = (4, 3, 2, 2, 2)[: 2 + int(ours.__name__[-2])]
     x = torch.randn(shape)
     output = module.to(backend.device)(x.to(backend.device))
+    assert len(calls) == 1  # the first forward, too
     assert type(module) is getattr(batchnorm_cuda, ours.__name__.removeprefix("Lazy"))
     assert not module._forward_pre_hooks and not module._load_state_dict_pre_hooks
     expected = theirs(momentum=0.5)
