@@ -47,6 +47,48 @@ def double_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(grad_grad_output, grad_input, grad_weight), None where not needed."""
 
+def sync_statistics(input: Tensor) -> Tensor:
+    """This rank's row: count (the bits of an int64), mean [C] and M2 [C]."""
+
+def sync_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    gathered: Tensor,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(output, mean, invstd, count) from the rows of all ranks; updates the running statistics."""
+
+def sync_backward_reduce(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(sums [2, C], grad_weight, grad_bias) of this rank; gradients None where not needed."""
+
+def sync_sum(gathered: Tensor) -> Tensor:
+    """Sums over the first dimension, to the same bits in any order."""
+
+def sync_backward_elementwise(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sums: Tensor,
+    count: Tensor,
+) -> Tensor:
+    """grad_input of this rank's part, from sums [2, C] and count [1] of all ranks."""
+
 def make_plan(
     op: str,
     n: int,

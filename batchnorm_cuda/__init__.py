@@ -13,6 +13,7 @@ from .modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from .sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -23,6 +24,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
     "__version__",
     "backend_for",
     "batch_norm",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .ops import as_dense
 
-_ACCUMULATE = {
+ACCUMULATE = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
     torch.float32: torch.float32,
@@ -34,17 +34,10 @@ def batch_norm(
     eps: float,
 ) -> Tensor:
     """`functional.normalize` for tensors that no kernel takes; checks what ops.cpp checks there."""
-    _check_input(input)
-    _check_vector("weight", weight, input)
-    _check_vector("bias", bias, input)
-    _check_running(running_mean, running_var, input, training)
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"batch_norm: expected eps to be finite and not negative, got {eps}")
-
-    acc = _ACCUMULATE[input.dtype]
+    check_arguments(input, weight, bias, running_mean, running_var, training, eps)
+    acc = ACCUMULATE[input.dtype]
     dense = as_dense(input)
     x = dense.to(acc)
-    per_channel = [1, -1] + [1] * (x.dim() - 2)
     reduced = [0, *range(2, x.dim())]
     if training:
         # Statistics of nothing are 0; they are not used, but take part in gradients.
@@ -57,23 +50,35 @@ def batch_norm(
             _update(running_mean, mean, factor)
             _update(running_var, var * (count / (count - 1)), factor)
     else:
-        centred = x - running_mean.to(acc).view(per_channel)
-        var = running_var.to(acc).view(per_channel)
-    scale = (var + eps).rsqrt()
-    if weight is not None:
-        scale = scale * weight.to(acc).view(per_channel)
-    output = centred * scale
-    if bias is not None:
-        output = output + bias.to(acc).view(per_channel)
-    output = _with_strides_of(dense, output.to(input.dtype))
+        centred = x - per_channel(running_mean.to(acc), x)
+        var = running_var.to(acc)
+    output = transform(dense, centred, (var + eps).rsqrt(), weight, bias)
     if output.requires_grad and not torch.compiler.is_compiling():
         # grad_input then has the input's strides, too, whatever those of grad_output. A compiler
         # chooses strides by itself, and traces no hook that looks at them.
-        output.register_hook(lambda grad: _with_strides_of(dense, grad))
+        output.register_hook(lambda grad: with_strides_of(dense, grad))
     return output
 
 
-def _with_strides_of(dense: Tensor, values: Tensor | None) -> Tensor | None:
+def transform(
+    dense: Tensor, centred: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """centred * invstd * weight + bias, in the dtype and strides of the dense input."""
+    scale = per_channel(invstd, dense)
+    if weight is not None:
+        scale = scale * per_channel(weight.to(invstd.dtype), dense)
+    output = centred * scale
+    if bias is not None:
+        output = output + per_channel(bias.to(invstd.dtype), dense)
+    return with_strides_of(dense, output.to(dense.dtype))
+
+
+def per_channel(vector: Tensor, input: Tensor) -> Tensor:
+    """A view of the [C] values that broadcasts over the input."""
+    return vector.view([1, -1] + [1] * (input.dim() - 2))
+
+
+def with_strides_of(dense: Tensor, values: Tensor | None) -> Tensor | None:
     if values is None or values.stride() == dense.stride():  # None: a gradient of zero
         return values
     return torch.empty_like(dense, dtype=values.dtype).copy_(values)
@@ -81,15 +86,35 @@ def _with_strides_of(dense: Tensor, values: Tensor | None) -> Tensor | None:
 
 @torch.no_grad()
 def _update(running: Tensor, statistic: Tensor, factor: float | Tensor) -> None:
-    statistic = statistic.flatten()
-    kept = running.to(statistic.dtype) * (1 - factor)
-    running.copy_(kept + factor * statistic)
+    running.copy_(updated(running, statistic.flatten(), factor))
 
 
-def _check_input(input: Tensor) -> None:
+def updated(running: Tensor, statistic: Tensor, factor: float | Tensor) -> Tensor:
+    """The running statistic after a batch, in the dtype of `statistic`."""
+    return running.to(statistic.dtype) * (1 - factor) + factor * statistic
+
+
+def check_arguments(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    check_input(input)
+    _check_vector("weight", weight, input)
+    _check_vector("bias", bias, input)
+    _check_running(running_mean, running_var, input, training)
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"batch_norm: expected eps to be finite and not negative, got {eps}")
+
+
+def check_input(input: Tensor) -> None:
     if input.layout is not torch.strided:
         raise TypeError(f"batch_norm: expected input to be a strided tensor, got {input.layout}")
-    if input.dtype not in _ACCUMULATE:
+    if input.dtype not in ACCUMULATE:
         raise TypeError(
             "batch_norm: expected input to have dtype torch.float16, torch.bfloat16, "
             f"torch.float32 or torch.float64, got {input.dtype}"

@@ -27,6 +27,7 @@ HOST_SOURCES = (
     "plan_rows.cpp",
     "plan_team.cpp",
     "plan_team_layout.cpp",
+    "sync_batch_norm.cpp",
     "tensors.cpp",
 )
 DEVICE_CONTEXT = "device_context.cpp"
@@ -36,6 +37,7 @@ KERNEL_SOURCES = (
     "double_backward_elementwise.cu",
     "double_backward_reduce.cu",
     "merge.cu",
+    "merge_ranks.cu",
     "normalize.cu",
     "statistics.cu",
     "team_backward.cu",

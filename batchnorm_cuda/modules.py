@@ -35,7 +35,7 @@ class _KernelForward:
                 momentum = 0.0  # as in torch: nothing to average over
             else:
                 batches = counter + 1
-        output = normalize(
+        output = self._normalize(
             input,
             weight,
             bias,
@@ -49,6 +49,8 @@ class _KernelForward:
         if counter is not None:
             counter.add_(1)
         return output
+
+    _normalize = staticmethod(normalize)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """weight, bias, running_mean, running_var: half a microsecond each by attribute look-up."""

@@ -44,9 +44,11 @@ _KINDS = {
     "parameter": {
         *("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
         *("mean", "invstd", "save_mean", "save_invstd", "grad_weight", "grad_bias"),
-        *("grad_grad_weight", "grad_grad_bias"),
+        *("grad_grad_weight", "grad_grad_bias", "count", "total_count"),
     },
-    "workspace": {"partials", "sum_dy", "sum_dy_xhat", "sums", "slots", "sync"},
+    "workspace": {
+        *("partials", "sum_dy", "sum_dy_xhat", "sums", "moments", "gathered", "slots", "sync"),
+    },
 }
 
 

@@ -6,24 +6,10 @@
 #include "device_context.h"
 #include "dispatch.h"
 #include "ops.h"
-#include "tensors.h"
+#include "stages.h"
 
 namespace batchnorm_cuda {
 namespace {
-
-// Everything one backward call works on.
-struct Backward {
-  at::Tensor grad_output, input, save_mean, save_invstd;
-  OptionalTensor weight, grad_input, grad_weight, grad_bias;
-  Problem problem;
-
-  bool training() const { return problem.op == Op::kBackwardTraining; }
-};
-
-template <typename T>
-const T* pointer_to(const at::Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
 
 template <typename scalar_t>
 LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) {
@@ -48,63 +34,6 @@ LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) 
   return launch_team_backward(params, stream);
 }
 
-// The two sums of every channel, undefined where only grad_weight and grad_bias are wanted.
-struct Sums {
-  at::Tensor dy, dy_xhat;
-};
-
-template <typename scalar_t>
-Sums run_reduce(const Backward& b, const Plan& plan, cudaStream_t stream) {
-  using acc_t = acc_type<scalar_t>;
-  const Workspace workspace = allocate_workspace(plan, b.input);
-  BackwardReduceParams<scalar_t> params{};
-  params.traversal = plan.reduce;
-  params.grad_output_aligned = b.problem.grad_output_shift == b.problem.input_shift;
-  params.grad_output = pointer_to<scalar_t>(b.grad_output);
-  params.input = pointer_to<scalar_t>(b.input);
-  params.mean = pointer_to<acc_t>(b.save_mean);
-  params.invstd = pointer_to<acc_t>(b.save_invstd);
-  params.partials = {workspace.data<acc_t>(), plan.merge.rows, plan.reduce.c};
-  check_launch(launch_backward_reduce(plan.pattern, params, stream), "backward_reduce_kernel");
-
-  Sums sums;
-  MergeGradientsParams<acc_t> merge{};
-  merge.partials = params.partials;
-  merge.shift = plan.pattern == Pattern::kAlongC ? plan.reduce.shift : 0;
-  if (b.training() && b.grad_input) {
-    sums.dy = channel_vector(b.input);
-    sums.dy_xhat = channel_vector(b.input);
-    merge.sum_dy = static_cast<acc_t*>(sums.dy.data_ptr());
-    merge.sum_dy_xhat = static_cast<acc_t*>(sums.dy_xhat.data_ptr());
-  }
-  merge.grad_weight = param_pointer(b.grad_weight);
-  merge.grad_bias = param_pointer(b.grad_bias);
-  check_launch(launch_merge_gradients(plan.merge, merge, stream), "merge_kernel");
-  return sums;
-}
-
-template <typename scalar_t>
-void run_elementwise(const Backward& b, const Plan& plan, const Sums& sums, cudaStream_t stream) {
-  using acc_t = acc_type<scalar_t>;
-  BackwardElementwiseParams<scalar_t> params{};
-  params.traversal = plan.elementwise;
-  params.grad_output_aligned = b.problem.grad_output_shift == b.problem.output_shift;
-  params.input_aligned = b.problem.input_shift == b.problem.output_shift;
-  params.count = b.problem.n * b.problem.s;
-  params.grad_output = pointer_to<scalar_t>(b.grad_output);
-  params.grad_input = static_cast<scalar_t*>(b.grad_input->data_ptr());
-  params.weight = param_pointer(b.weight);
-  params.mean = pointer_to<acc_t>(b.save_mean);
-  params.invstd = pointer_to<acc_t>(b.save_invstd);
-  if (b.training()) {
-    params.input = pointer_to<scalar_t>(b.input);
-    params.sum_dy = pointer_to<acc_t>(sums.dy);
-    params.sum_dy_xhat = pointer_to<acc_t>(sums.dy_xhat);
-  }
-  check_launch(launch_backward_elementwise(plan.elementwise.pattern, params, stream),
-               "backward_elementwise_kernel");
-}
-
 template <typename scalar_t>
 void run(const Backward& b) {
   const DeviceInfo& device = device_info(b.input.device());
@@ -118,7 +47,8 @@ void run(const Backward& b) {
     plan = make_plan(b.problem, device, options);
   }
   Sums sums;
-  if (plan.has_reduce) sums = run_reduce<scalar_t>(b, plan, stream);
+  if (b.training() && b.grad_input) sums = {channel_vector(b.input), channel_vector(b.input)};
+  if (plan.has_reduce) run_reduce<scalar_t>(b, plan, sums, stream);
   if (plan.has_elementwise) run_elementwise<scalar_t>(b, plan, sums, stream);
 }
 

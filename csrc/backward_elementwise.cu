@@ -8,7 +8,8 @@ namespace batchnorm_cuda {
 namespace {
 
 template <typename Cursor, typename Params>
-__device__ __forceinline__ auto load_channel(const Params& p, const Cursor& cursor, int lane) {
+__device__ __forceinline__ auto load_channel(const Params& p, const Cursor& cursor, int lane,
+                                             typename Params::acc_t count) {
   using acc_t = typename Params::acc_t;
   if (!cursor.channel_valid(lane)) return GradInput<acc_t>{0};
   const int64_t c = cursor.channel(lane);
@@ -16,7 +17,7 @@ __device__ __forceinline__ auto load_channel(const Params& p, const Cursor& curs
   const acc_t invstd = load_global(p.invstd + c);
   if (!p.input) return GradInput<acc_t>{weight * invstd};
   return make_grad_input<acc_t>(weight, load_global(p.mean + c), invstd, load_global(p.sum_dy + c),
-                                load_global(p.sum_dy_xhat + c), static_cast<acc_t>(p.count));
+                                load_global(p.sum_dy_xhat + c), count);
 }
 
 template <typename Cursor, bool kTraining>
@@ -26,12 +27,13 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   using acc_t = acc_type<scalar_t>;
   constexpr int kUnrollPairs = kTraining ? kUnroll / 2 : kUnroll;
   const int64_t numel = p.traversal.numel;
+  const acc_t total = static_cast<acc_t>(p.total_count ? load_global(p.total_count) : p.count);
   // Backwards: what the reduce kernel read last may still be in the L2 cache.
   for (int64_t task = p.traversal.tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
     Cursor cursor(p.traversal, task);
     GradInput<acc_t> channel[Cursor::kChannels];
 #pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_channel(p, cursor, c);
+    for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_channel(p, cursor, c, total);
     const auto count = cursor.seek_end();
     for (auto i = count; i > 0; i -= kUnrollPairs) {
       Window<typename Cursor::index_t> windows[kUnrollPairs];

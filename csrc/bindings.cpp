@@ -9,6 +9,29 @@
 namespace py = pybind11;
 namespace bn = batchnorm_cuda;
 
+namespace {
+
+void bind_sync(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> release;
+  m.def("sync_statistics", &bn::sync_statistics, release, py::arg("input"),
+        "This rank's row: count, mean [C] and M2 [C]");
+  m.def("sync_forward", &bn::sync_forward, release, py::arg("input"), py::arg("weight"),
+        py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
+        py::arg("num_batches_tracked"), py::arg("gathered"), py::arg("momentum"), py::arg("eps"),
+        "(output, mean, invstd, count); updates the running statistics");
+  m.def("sync_backward_reduce", &bn::sync_backward_reduce, release, py::arg("grad_output"),
+        py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("invstd"),
+        py::arg("need_weight"), py::arg("need_bias"),
+        "(sums, grad_weight, grad_bias) of this rank, gradients None where not needed");
+  m.def("sync_sum", &bn::sync_sum, release, py::arg("gathered"),
+        "Sums over the first dimension, to the same bits in any order");
+  m.def("sync_backward_elementwise", &bn::sync_backward_elementwise, release,
+        py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("mean"),
+        py::arg("invstd"), py::arg("sums"), py::arg("count"), "grad_input of this rank's part");
+}
+
+}  // namespace
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Batch normalisation kernels; see batchnorm_cuda.batch_norm for the public function.";
   m.def("forward", &bn::forward, py::call_guard<py::gil_scoped_release>(), py::arg("input"),
@@ -25,6 +48,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("save_invstd"), py::arg("training"), py::arg("need_grad_output"),
         py::arg("need_input"), py::arg("need_weight"),
         "(grad_grad_output, grad_input, grad_weight), None where not needed");
+  bind_sync(m);
   m.def(
       "make_plan",
       [](const std::string& op, int64_t n, int64_t c, int64_t s, const std::string& dtype,

@@ -7,6 +7,7 @@
 
 #include "device_context.h"
 #include "dispatch.h"
+#include "tensors.h"
 
 namespace batchnorm_cuda {
 namespace {
@@ -64,11 +65,14 @@ void check_same_device(const at::Tensor& tensor, const char* name, const at::Ten
               input.device(), ", the device of input, got ", tensor.device());
 }
 
+void check_supported_device(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.device().type() == supported_device_type(), "batch_norm: expected ", name,
+              " to be on ", supported_device_type(), ", got ", tensor.device());
+}
+
 void check_input(const at::Tensor& input) {
   check_strided(input, "input");
-  TORCH_CHECK(input.device().type() == supported_device_type(),
-              "batch_norm: expected input to be on ", supported_device_type(), ", got ",
-              input.device());
+  check_supported_device(input, "input");
   TORCH_CHECK_TYPE(is_supported(input.scalar_type()),
                    "batch_norm: expected input to have dtype torch.float16, torch.bfloat16, "
                    "torch.float32 or torch.float64, got ",
@@ -127,12 +131,17 @@ void check_running(const at::Tensor& input, const OptionalTensor& mean, const Op
   }
 }
 
-void check_saved(const at::Tensor& tensor, const char* name, const at::Tensor& input) {
+// A tensor of statistics or sums.
+void check_accumulated(const at::Tensor& tensor, const char* name, const at::Tensor& input) {
   check_strided(tensor, name);
   check_same_device(tensor, name, input);
   TORCH_CHECK_TYPE(tensor.scalar_type() == accumulate_type(input), "batch_norm: expected ", name,
                    " to have dtype ", dtype_name(accumulate_type(input)), ", got ",
                    dtype_name(tensor.scalar_type()));
+}
+
+void check_saved(const at::Tensor& tensor, const char* name, const at::Tensor& input) {
+  check_accumulated(tensor, name, input);
   check_shape(tensor, name, {input.size(1)});
 }
 
@@ -199,6 +208,50 @@ void check_double_backward(const OptionalTensor& grad_grad_input,
   TORCH_CHECK_VALUE(
       weight || !need_weight,
       "batch_norm: expected weight to be given where its gradient is wanted, got None");
+}
+
+void check_sync_statistics(const at::Tensor& input) { check_input(input); }
+
+void check_sync_forward(const at::Tensor& input, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const OptionalTensor& running_mean,
+                        const OptionalTensor& running_var,
+                        const OptionalTensor& num_batches_tracked, const at::Tensor& gathered,
+                        std::optional<double> momentum, double eps) {
+  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, true, momentum,
+                eps);
+  check_accumulated(gathered, "gathered", input);
+  const int64_t values = moments_values(input);
+  TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.size(0) > 0 && gathered.size(1) == values,
+                    "batch_norm: expected gathered to hold one row of ", values,
+                    " values a rank, got shape ", gathered.sizes());
+}
+
+void check_sum_ranks(const at::Tensor& gathered) {
+  check_strided(gathered, "gathered");
+  check_supported_device(gathered, "gathered");
+  TORCH_CHECK_TYPE(
+      gathered.scalar_type() == at::kFloat || gathered.scalar_type() == at::kDouble,
+      "batch_norm: expected gathered to have dtype torch.float32 or torch.float64, got ",
+      dtype_name(gathered.scalar_type()));
+  TORCH_CHECK_VALUE(gathered.dim() >= 2 && gathered.size(0) > 0,
+                    "batch_norm: expected gathered to have the ranks as its first dimension, got "
+                    "shape ",
+                    gathered.sizes());
+}
+
+void check_sync_backward_elementwise(const at::Tensor& grad_output, const at::Tensor& input,
+                                     const OptionalTensor& weight, const at::Tensor& mean,
+                                     const at::Tensor& invstd, const at::Tensor& sums,
+                                     const at::Tensor& count) {
+  check_backward(grad_output, input, weight, std::nullopt, mean, invstd, false, false);
+  check_accumulated(sums, "sums", input);
+  check_shape(sums, "sums", {2, input.size(1)});
+  check_strided(count, "count");
+  check_same_device(count, "count", input);
+  TORCH_CHECK_TYPE(count.scalar_type() == at::kLong,
+                   "batch_norm: expected count to have dtype torch.int64, got ",
+                   dtype_name(count.scalar_type()));
+  check_shape(count, "count", {1});
 }
 
 }  // namespace batchnorm_cuda

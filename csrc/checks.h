@@ -28,4 +28,19 @@ void check_double_backward(const OptionalTensor& grad_grad_input,
                            const at::Tensor& save_mean, const at::Tensor& save_invstd,
                            bool need_input, bool need_weight);
 
+void check_sync_statistics(const at::Tensor& input);
+
+void check_sync_forward(const at::Tensor& input, const OptionalTensor& weight,
+                        const OptionalTensor& bias, const OptionalTensor& running_mean,
+                        const OptionalTensor& running_var,
+                        const OptionalTensor& num_batches_tracked, const at::Tensor& gathered,
+                        std::optional<double> momentum, double eps);
+
+void check_sum_ranks(const at::Tensor& gathered);
+
+void check_sync_backward_elementwise(const at::Tensor& grad_output, const at::Tensor& input,
+                                     const OptionalTensor& weight, const at::Tensor& mean,
+                                     const at::Tensor& invstd, const at::Tensor& sums,
+                                     const at::Tensor& count);
+
 }  // namespace batchnorm_cuda

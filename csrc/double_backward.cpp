@@ -7,7 +7,7 @@
 #include "device_context.h"
 #include "dispatch.h"
 #include "ops.h"
-#include "tensors.h"
+#include "stages.h"
 
 namespace batchnorm_cuda {
 namespace {
@@ -32,11 +32,6 @@ scalar_t* written(const OptionalTensor& tensor) {
   return tensor ? static_cast<scalar_t*>(tensor->data_ptr()) : nullptr;
 }
 
-template <typename acc_t>
-const acc_t* vector_of(const at::Tensor& tensor) {
-  return static_cast<const acc_t*>(tensor.const_data_ptr());
-}
-
 // Are any sums over the channel wanted? In eval mode only grad_weight is one; in training mode the
 // gradient of grad_input sends sums into all results, and dy sends its own into grad_input.
 bool needs_sums(const DoubleBackward& b) {
@@ -57,8 +52,8 @@ at::Tensor run_reduce(const DoubleBackward& b, const Plan& plan, cudaStream_t st
   params.grad_output = read_if<scalar_t>(b.grad_input || b.grad_weight, b.grad_output);
   params.grad_grad_input = read_if<scalar_t>(true, b.grad_grad_input);
   params.input = read_if<scalar_t>(b.training(), b.input);
-  params.mean = vector_of<acc_t>(b.save_mean);
-  params.invstd = vector_of<acc_t>(b.save_invstd);
+  params.mean = pointer_to<acc_t>(b.save_mean);
+  params.invstd = pointer_to<acc_t>(b.save_invstd);
   params.partials = {workspace.data<acc_t>(), plan.merge.rows, plan.reduce.c};
   check_launch(launch_double_backward_reduce(plan.pattern, params, stream),
                "double_backward_reduce_kernel");
@@ -66,7 +61,7 @@ at::Tensor run_reduce(const DoubleBackward& b, const Plan& plan, cudaStream_t st
   at::Tensor sums;
   MergeDoubleGradientsParams<acc_t> merge{};
   merge.partials = params.partials;
-  merge.shift = plan.pattern == Pattern::kAlongC ? plan.reduce.shift : 0;
+  merge.shift = merge_shift(plan);
   merge.training = b.training();
   merge.count = b.problem.n * b.problem.s;
   merge.invstd = params.invstd;
@@ -100,8 +95,8 @@ void run_elementwise(const DoubleBackward& b, const Plan& plan, const at::Tensor
   params.weight = param_pointer(b.weight);
   params.grad_grad_weight = param_pointer(b.grad_grad_weight);
   params.grad_grad_bias = param_pointer(b.grad_grad_bias);
-  params.mean = vector_of<acc_t>(b.save_mean);
-  params.invstd = vector_of<acc_t>(b.save_invstd);
+  params.mean = pointer_to<acc_t>(b.save_mean);
+  params.invstd = pointer_to<acc_t>(b.save_invstd);
   if (sums.defined()) params.sums = {static_cast<acc_t*>(sums.data_ptr()), 1, problem.c};
   check_launch(launch_double_backward_elementwise(plan.elementwise.pattern, params, stream),
                "double_backward_elementwise_kernel");

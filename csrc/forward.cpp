@@ -5,53 +5,10 @@
 #include "device_context.h"
 #include "dispatch.h"
 #include "ops.h"
-#include "tensors.h"
+#include "stages.h"
 
 namespace batchnorm_cuda {
 namespace {
-
-// A running statistic as the kernel updates it; copied back where its own memory has gaps. Autograd
-// must see the update: a graph that saved the old values is stale.
-struct UpdatedInPlace {
-  explicit UpdatedInPlace(const OptionalTensor& tensor) : original(tensor), dense(packed(tensor)) {}
-  void finish() const {
-    if (!dense) return;
-    if (!dense->is_same(*original)) {
-      original->copy_(*dense);
-    } else if (!original->is_inference()) {  // those have no version
-      original->unsafeGetTensorImpl()->bump_version();
-    }
-  }
-  const OptionalTensor& original;
-  OptionalTensor dense;
-};
-
-// Everything one forward call works on.
-struct Forward {
-  at::Tensor input, output, save_mean, save_invstd;
-  OptionalTensor weight, bias, running_mean, running_var, num_batches_tracked;
-  bool training;
-  std::optional<double> momentum;
-  double eps;
-  Problem problem;
-};
-
-template <typename acc_t>
-StatisticsOutput<acc_t> statistics_output(const Forward& f) {
-  StatisticsOutput<acc_t> result{};
-  result.c = f.problem.c;
-  result.count = f.problem.n * f.problem.s;
-  result.eps = f.eps;
-  result.momentum = f.momentum.value_or(0.0);
-  if (!f.momentum && f.num_batches_tracked) {
-    result.num_batches_tracked = f.num_batches_tracked->const_data_ptr<int64_t>();
-  }
-  result.save_mean = static_cast<acc_t*>(f.save_mean.data_ptr());
-  result.save_invstd = static_cast<acc_t*>(f.save_invstd.data_ptr());
-  result.running_mean = param_pointer(f.running_mean);
-  result.running_var = param_pointer(f.running_var);
-  return result;
-}
 
 template <typename scalar_t>
 LaunchStatus run_team(const Forward& f, const Plan& plan, cudaStream_t stream) {
@@ -74,38 +31,11 @@ template <typename scalar_t>
 void run_statistics(const Forward& f, const Plan& plan, cudaStream_t stream) {
   using acc_t = acc_type<scalar_t>;
   const Workspace workspace = allocate_workspace(plan, f.input);
-  StatisticsParams<scalar_t> params{};
-  params.traversal = plan.reduce;
-  params.input = static_cast<const scalar_t*>(f.input.const_data_ptr());
-  params.partials = {workspace.data<acc_t>(), plan.merge.rows, plan.reduce.c};
-  check_launch(launch_statistics(plan.pattern, params, stream), "collect_statistics_kernel");
   MergeStatisticsParams<acc_t> merge{};
-  merge.partials = params.partials;
-  merge.shift = plan.pattern == Pattern::kAlongC ? plan.reduce.shift : 0;
+  merge.partials = collect_statistics<scalar_t>(f, plan, workspace, stream);
+  merge.shift = merge_shift(plan);
   merge.statistics = statistics_output<acc_t>(f);
   check_launch(launch_merge_statistics(plan.merge, merge, stream), "merge_kernel");
-}
-
-template <typename scalar_t>
-void run_normalize(const Forward& f, const Plan& plan, cudaStream_t stream) {
-  using acc_t = acc_type<scalar_t>;
-  NormalizeParams<scalar_t> params{};
-  params.traversal = plan.elementwise;
-  params.input_aligned = f.problem.input_shift == f.problem.output_shift;
-  params.use_running = !f.training;
-  params.eps = f.eps;
-  params.input = static_cast<const scalar_t*>(f.input.const_data_ptr());
-  params.output = static_cast<scalar_t*>(f.output.data_ptr());
-  params.weight = param_pointer(f.weight);
-  params.bias = param_pointer(f.bias);
-  if (!f.training) {
-    params.running_mean = param_pointer(f.running_mean);
-    params.running_var = param_pointer(f.running_var);
-  }
-  params.mean = static_cast<acc_t*>(f.save_mean.data_ptr());
-  params.invstd = static_cast<acc_t*>(f.save_invstd.data_ptr());
-  check_launch(launch_normalize(plan.elementwise.pattern, params, stream),
-               "transform_input_kernel");
 }
 
 template <typename scalar_t>

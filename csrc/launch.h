@@ -6,6 +6,7 @@
 #pragma once
 
 #include "params.h"
+#include "rank_merge.h"
 
 // As in the CUDA runtime's headers, which host code here does without.
 typedef struct CUstream_st* cudaStream_t;
@@ -25,6 +26,19 @@ template <typename acc_t>
 LaunchStatus launch_merge_statistics(const MergeGeometry& geometry,
                                      const MergeStatisticsParams<acc_t>& params,
                                      cudaStream_t stream);
+
+// Writes what the other ranks need to know of the batch, instead of its final statistics.
+template <typename acc_t>
+LaunchStatus launch_merge_moments(const MergeGeometry& geometry,
+                                  const MergeMomentsParams<acc_t>& params, cudaStream_t stream);
+
+// Merge what all ranks have gathered, to the same bits whatever the order of the ranks.
+template <typename acc_t>
+LaunchStatus launch_merge_ranks(const RankMergeGeometry& geometry,
+                                const MergeRanksParams<acc_t>& params, cudaStream_t stream);
+template <typename acc_t>
+LaunchStatus launch_sum_ranks(const RankMergeGeometry& geometry,
+                              const SumRanksParams<acc_t>& params, cudaStream_t stream);
 
 template <typename scalar_t>
 LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& params,

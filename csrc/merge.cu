@@ -1,6 +1,7 @@
 // Merges the partial results of all splits, [rows, C], channel by channel in a fixed order, and
 // forms what the channel needs from them: mean and invstd with the running-statistics update, the
-// two sums of the backward pass with grad_weight and grad_bias, or the five of the double backward.
+// moments that a rank tells the others, the two sums of the backward pass with grad_weight and
+// grad_bias, or the five of the double backward.
 //
 // threadIdx.x is the channel, threadIdx.y takes every threads_y-th row; column_reduce merges.
 #include "formulas.cuh"
@@ -22,6 +23,14 @@ template <typename acc_t>
 __device__ __forceinline__ void finish(const MergeStatisticsParams<acc_t>& p, int64_t channel,
                                        const Welford<acc_t>& total) {
   ChannelStatistics<acc_t>(p.statistics, total).save(p.statistics, channel);
+}
+
+template <typename acc_t>
+__device__ __forceinline__ void finish(const MergeMomentsParams<acc_t>& p, int64_t channel,
+                                       const Welford<acc_t>& total) {
+  if (channel == 0) store_global(p.moments.count(), p.count);
+  store_global(p.moments.mean() + channel, total.shift + total.mean);
+  store_global(p.moments.m2() + channel, total.m2);
 }
 
 template <typename acc_t>
@@ -84,6 +93,12 @@ LaunchStatus launch_merge_statistics(const MergeGeometry& geometry,
 }
 
 template <typename acc_t>
+LaunchStatus launch_merge_moments(const MergeGeometry& geometry,
+                                  const MergeMomentsParams<acc_t>& params, cudaStream_t stream) {
+  return launch_merge<Welford<acc_t>>(geometry, params, stream);
+}
+
+template <typename acc_t>
 LaunchStatus launch_merge_gradients(const MergeGeometry& geometry,
                                     const MergeGradientsParams<acc_t>& params,
                                     cudaStream_t stream) {
@@ -105,6 +120,10 @@ template LaunchStatus launch_merge_statistics(const MergeGeometry&,
                                               const MergeStatisticsParams<float>&, cudaStream_t);
 template LaunchStatus launch_merge_statistics(const MergeGeometry&,
                                               const MergeStatisticsParams<double>&, cudaStream_t);
+template LaunchStatus launch_merge_moments(const MergeGeometry&, const MergeMomentsParams<float>&,
+                                           cudaStream_t);
+template LaunchStatus launch_merge_moments(const MergeGeometry&, const MergeMomentsParams<double>&,
+                                           cudaStream_t);
 template LaunchStatus launch_merge_gradients(const MergeGeometry&,
                                              const MergeGradientsParams<float>&, cudaStream_t);
 template LaunchStatus launch_merge_gradients(const MergeGeometry&,

@@ -38,6 +38,39 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> double_backward(
     const at::Tensor& save_invstd, bool training, bool need_grad_output, bool need_input,
     bool need_weight);
 
+// ---- Synchronised batch norm: the same pass in parts, between which the caller gathers what every
+// rank has, [ranks, ...]. A rank's count is data and stays on the device.
+
+// This rank's row of MomentsRow (params.h): count, mean [C] and M2 [C] as values of the statistics'
+// dtype, the count being the bits of one 64-bit integer. Empty input: zeros.
+at::Tensor sync_statistics(const at::Tensor& input);
+
+// Merges the gathered rows and normalises this rank's part. Returns (output, mean, invstd, count):
+// statistics [C] and count [1], int64, are of all ranks. Running statistics are updated in place as
+// in `forward`, unless all ranks together have fewer than two values per channel.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sync_forward(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, const at::Tensor& gathered,
+    std::optional<double> momentum, double eps);
+
+// Returns (sums, grad_weight, grad_bias): sums [2, C] are this rank's sum_dy and sum_dy_xhat, of
+// which the gradients, where asked for, are copies in the parameters' dtypes.
+std::tuple<at::Tensor, OptionalTensor, OptionalTensor> sync_backward_reduce(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd, bool need_weight,
+    bool need_bias);
+
+// The sums over all ranks: gathered [ranks, ...] without its first dimension. The bits do not
+// depend on the order of the ranks.
+at::Tensor sync_sum(const at::Tensor& gathered);
+
+// grad_input of this rank's part, from sums [2, C] and count [1] of all ranks.
+at::Tensor sync_backward_elementwise(const at::Tensor& grad_output, const at::Tensor& input,
+                                     const OptionalTensor& weight, const at::Tensor& mean,
+                                     const at::Tensor& invstd, const at::Tensor& sums,
+                                     const at::Tensor& count);
+
 // What the planner is told to force, for tests and benchmarks; process-wide.
 void set_plan_options(const PlanOptions& options);
 

@@ -74,9 +74,19 @@ Problem describe(Op op, const at::Tensor& input) {
   return problem;
 }
 
-at::Tensor channel_vector(const at::Tensor& input) {
+at::TensorOptions statistics_options(const at::Tensor& input) {
   const at::ScalarType type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return at::empty({input.size(1)}, input.options().dtype(type));
+  return input.options().dtype(type);
+}
+
+int64_t moments_values(const at::Tensor& input) {
+  const int64_t c = input.size(1);
+  return input.scalar_type() == at::kDouble ? MomentsRow<double>{nullptr, c}.values()
+                                            : MomentsRow<float>{nullptr, c}.values();
+}
+
+at::Tensor channel_vector(const at::Tensor& input) {
+  return at::empty({input.size(1)}, statistics_options(input));
 }
 
 OptionalTensor packed(const OptionalTensor& tensor) {

@@ -28,7 +28,13 @@ int shift_of(const at::Tensor& tensor);
 // The geometry of a dense input, with its shift; the other tensors take no part yet.
 Problem describe(Op op, const at::Tensor& input);
 
-// An uninitialised [C] vector in the statistics' dtype, on the input's device.
+// The statistics' dtype, on the input's device.
+at::TensorOptions statistics_options(const at::Tensor& input);
+
+// Values in a rank's row of moments (params.h).
+int64_t moments_values(const at::Tensor& input);
+
+// An uninitialised [C] vector of statistics.
 at::Tensor channel_vector(const at::Tensor& input);
 
 // Read-only parameters of any stride, packed: [C] values are cheap to copy.

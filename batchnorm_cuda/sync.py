@@ -1,0 +1,106 @@
+"""`SyncBatchNorm`: torch.nn's module, computed by `batchnorm_cuda`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import sync_autograd
+from .functional import normalize
+from .modules import _KernelForward
+from .sync_autograd import SyncBatchNormFunction
+
+
+class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
+    r"""`torch.nn.SyncBatchNorm`: batch norm over the batches of all ranks of a process group.
+
+    Constructor, state and errors are torch's. In training mode, where torch.distributed is
+    initialised and the group has more than one rank, the statistics are those of all ranks' values:
+
+    .. math::
+        \mu = \frac{\sum_r n_r \mu_r}{\sum_r n_r}, \qquad
+        \sigma^2 = \frac{\sum_r M_r + n_r (\mu_r - \mu)^2}{\sum_r n_r}
+
+    with count, mean and sum of squared deviations of rank r (Chan, Golub and LeVeque 1983; see
+    docs/sync.md). Otherwise, evaluation included, it is plain batch norm.
+
+    What is different from torch's:
+
+    - CPU tensors are taken, too: through gloo, by the same code.
+    - The results do not depend on which rank has which part of the batch, to the bit.
+    - The host never waits for the device, and momentum=None is no exception.
+    - It is differentiable twice, and torch.compile takes it as a whole.
+    - Parts may have any size, 0 and 1 included. Where all ranks together have fewer than two values
+      per channel, the running statistics stay as they are. That is no error: no rank's host knows.
+
+    Shape of input and output: (N, C) or (N, C, \*), on each rank with any N and \*.
+
+    Raises:
+        ValueError: the input has fewer than two dimensions or no channels; or it has one value per
+            channel and nobody to share statistics with.
+        TypeError, ValueError, RuntimeError: as `batchnorm_cuda.batch_norm`.
+        RuntimeError: from the process group, where a rank has died or does not come in time.
+
+    All ranks must call it the same number of times, and agree on whether the input requires a
+    gradient. Gradients of weight and bias are this rank's own sums, which DistributedDataParallel
+    averages; of its own accord that refuses to wrap any SyncBatchNorm on the CPU.
+    """
+
+    def _normalize(
+        self,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+    ) -> Tensor:
+        self._check_non_zero_input_channels(input)
+        batch = (input, weight, bias, running_mean, running_var, num_batches_tracked)
+        group = self._group() if self.training and dist.is_available() else None
+        if group is None:
+            return normalize(*batch, training, momentum, eps)
+        if torch.is_grad_enabled():
+            return SyncBatchNormFunction.apply(*batch, momentum, eps, *group)
+        return sync_autograd.forward(*batch, momentum, eps, group)[0]
+
+    def _group(self) -> sync_autograd.Group | None:
+        """The group to share statistics with, if there is another rank in it."""
+        if not dist.is_initialized():
+            return None
+        group = self.process_group or dist.group.WORLD
+        ranks = dist.get_world_size(group)
+        return sync_autograd.Group(ranks, group.group_name) if ranks > 1 else None
+
+    @classmethod
+    def convert_sync_batchnorm(
+        cls, module: torch.nn.Module, process_group: Any = None
+    ) -> torch.nn.Module:
+        """`module` with every batch norm in it, torch's or ours, replaced by this class.
+
+        As torch's method of this name: parameters and buffers are taken over, not copied, and a
+        module that is itself a batch norm comes back as a new one.
+        """
+        converted = module
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            converted = cls(
+                module.num_features,
+                module.eps,
+                module.momentum,
+                affine=False,
+                track_running_stats=module.track_running_stats,
+                process_group=process_group,
+            )
+            converted.affine = module.affine
+            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                setattr(converted, name, getattr(module, name))
+            converted.train(module.training)
+        for name, child in module.named_children():
+            converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        return converted

@@ -1,0 +1,166 @@
+// The stages of a pass, from tensors to launches: what plain batch norm and synchronised batch norm
+// have in common. Templates, because scalar_t goes through to the kernels.
+#pragma once
+
+#include "launch.h"
+#include "ops.h"
+#include "tensors.h"
+
+namespace batchnorm_cuda {
+
+template <typename T>
+inline const T* pointer_to(const at::Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// What the merge of partial results takes as `shift`.
+inline int merge_shift(const Plan& plan) {
+  return plan.pattern == Pattern::kAlongC ? plan.reduce.shift : 0;
+}
+
+// ---------------------------------------------------------------------------- forward
+
+// A running statistic as the kernel updates it; copied back where its own memory has gaps. Autograd
+// must see the update: a graph that saved the old values is stale.
+struct UpdatedInPlace {
+  explicit UpdatedInPlace(const OptionalTensor& tensor) : original(tensor), dense(packed(tensor)) {}
+  void finish() const {
+    if (!dense) return;
+    if (!dense->is_same(*original)) {
+      original->copy_(*dense);
+    } else if (!original->is_inference()) {  // those have no version
+      original->unsafeGetTensorImpl()->bump_version();
+    }
+  }
+  const OptionalTensor& original;
+  OptionalTensor dense;
+};
+
+// Everything one forward call works on.
+struct Forward {
+  at::Tensor input, output, save_mean, save_invstd;
+  OptionalTensor weight, bias, running_mean, running_var, num_batches_tracked;
+  bool training;
+  std::optional<double> momentum;
+  double eps;
+  Problem problem;
+};
+
+template <typename acc_t>
+StatisticsOutput<acc_t> statistics_output(const Forward& f) {
+  StatisticsOutput<acc_t> result{};
+  result.c = f.problem.c;
+  result.count = f.problem.n * f.problem.s;
+  result.eps = f.eps;
+  result.momentum = f.momentum.value_or(0.0);
+  if (!f.momentum && f.num_batches_tracked) {
+    result.num_batches_tracked = f.num_batches_tracked->const_data_ptr<int64_t>();
+  }
+  result.save_mean = static_cast<acc_t*>(f.save_mean.data_ptr());
+  result.save_invstd = static_cast<acc_t*>(f.save_invstd.data_ptr());
+  result.running_mean = param_pointer(f.running_mean);
+  result.running_var = param_pointer(f.running_var);
+  return result;
+}
+
+// Leaves the partial statistics of every split in the workspace.
+template <typename scalar_t>
+Partials<acc_type<scalar_t>> collect_statistics(const Forward& f, const Plan& plan,
+                                                const Workspace& workspace, cudaStream_t stream) {
+  StatisticsParams<scalar_t> params{};
+  params.traversal = plan.reduce;
+  params.input = pointer_to<scalar_t>(f.input);
+  params.partials = {workspace.data<acc_type<scalar_t>>(), plan.merge.rows, plan.reduce.c};
+  check_launch(launch_statistics(plan.pattern, params, stream), "collect_statistics_kernel");
+  return params.partials;
+}
+
+template <typename scalar_t>
+void run_normalize(const Forward& f, const Plan& plan, cudaStream_t stream) {
+  using acc_t = acc_type<scalar_t>;
+  NormalizeParams<scalar_t> params{};
+  params.traversal = plan.elementwise;
+  params.input_aligned = f.problem.input_shift == f.problem.output_shift;
+  params.use_running = !f.training;
+  params.eps = f.eps;
+  params.input = static_cast<const scalar_t*>(f.input.const_data_ptr());
+  params.output = static_cast<scalar_t*>(f.output.data_ptr());
+  params.weight = param_pointer(f.weight);
+  params.bias = param_pointer(f.bias);
+  if (!f.training) {
+    params.running_mean = param_pointer(f.running_mean);
+    params.running_var = param_pointer(f.running_var);
+  }
+  params.mean = static_cast<acc_t*>(f.save_mean.data_ptr());
+  params.invstd = static_cast<acc_t*>(f.save_invstd.data_ptr());
+  check_launch(launch_normalize(plan.elementwise.pattern, params, stream),
+               "transform_input_kernel");
+}
+
+// ---------------------------------------------------------------------------- backward
+
+// Everything one backward call works on.
+struct Backward {
+  at::Tensor grad_output, input, save_mean, save_invstd;
+  OptionalTensor weight, grad_input, grad_weight, grad_bias;
+  OptionalTensor total_count;  // [1]: over several ranks
+  Problem problem;
+
+  bool training() const { return problem.op == Op::kBackwardTraining; }
+};
+
+// The two sums of every channel, undefined where only grad_weight and grad_bias are wanted.
+struct Sums {
+  at::Tensor dy, dy_xhat;
+};
+
+template <typename scalar_t>
+void run_reduce(const Backward& b, const Plan& plan, const Sums& sums, cudaStream_t stream) {
+  using acc_t = acc_type<scalar_t>;
+  const Workspace workspace = allocate_workspace(plan, b.input);
+  BackwardReduceParams<scalar_t> params{};
+  params.traversal = plan.reduce;
+  params.grad_output_aligned = b.problem.grad_output_shift == b.problem.input_shift;
+  params.grad_output = pointer_to<scalar_t>(b.grad_output);
+  params.input = pointer_to<scalar_t>(b.input);
+  params.mean = pointer_to<acc_t>(b.save_mean);
+  params.invstd = pointer_to<acc_t>(b.save_invstd);
+  params.partials = {workspace.data<acc_t>(), plan.merge.rows, plan.reduce.c};
+  check_launch(launch_backward_reduce(plan.pattern, params, stream), "backward_reduce_kernel");
+
+  MergeGradientsParams<acc_t> merge{};
+  merge.partials = params.partials;
+  merge.shift = merge_shift(plan);
+  if (sums.dy.defined()) {
+    merge.sum_dy = static_cast<acc_t*>(sums.dy.data_ptr());
+    merge.sum_dy_xhat = static_cast<acc_t*>(sums.dy_xhat.data_ptr());
+  }
+  merge.grad_weight = param_pointer(b.grad_weight);
+  merge.grad_bias = param_pointer(b.grad_bias);
+  check_launch(launch_merge_gradients(plan.merge, merge, stream), "merge_kernel");
+}
+
+template <typename scalar_t>
+void run_elementwise(const Backward& b, const Plan& plan, const Sums& sums, cudaStream_t stream) {
+  using acc_t = acc_type<scalar_t>;
+  BackwardElementwiseParams<scalar_t> params{};
+  params.traversal = plan.elementwise;
+  params.grad_output_aligned = b.problem.grad_output_shift == b.problem.output_shift;
+  params.input_aligned = b.problem.input_shift == b.problem.output_shift;
+  params.count = b.problem.n * b.problem.s;
+  if (b.total_count) params.total_count = pointer_to<int64_t>(*b.total_count);
+  params.grad_output = pointer_to<scalar_t>(b.grad_output);
+  params.grad_input = static_cast<scalar_t*>(b.grad_input->data_ptr());
+  params.weight = param_pointer(b.weight);
+  params.mean = pointer_to<acc_t>(b.save_mean);
+  params.invstd = pointer_to<acc_t>(b.save_invstd);
+  if (b.training()) {
+    params.input = pointer_to<scalar_t>(b.input);
+    params.sum_dy = pointer_to<acc_t>(sums.dy);
+    params.sum_dy_xhat = pointer_to<acc_t>(sums.dy_xhat);
+  }
+  check_launch(launch_backward_elementwise(plan.elementwise.pattern, params, stream),
+               "backward_elementwise_kernel");
+}
+
+}  // namespace batchnorm_cuda

@@ -1,0 +1,317 @@
+"""One rank of a test of synchronised batch norm: runs a list of jobs over gloo, saves the results.
+
+python tests/sync_worker.py RANK RANKS FOLDER JOB...
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # no name server, no network
+
+import torch
+import torch.distributed as dist
+from sync_cases import BACKENDS, CASES, EPS, MOMENTUM, SyncCase
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from batchnorm_cuda import SyncBatchNorm
+
+TIMEOUT = timedelta(seconds=30)
+SHORT_TIMEOUT = timedelta(seconds=2)
+
+
+def backends() -> Iterator[str]:
+    for backend in BACKENDS:
+        os.environ["BATCHNORM_CUDA_EMULATE"] = "1" if backend == "emulated" else "0"
+        yield backend
+
+
+def module_for(case: SyncCase, **arguments: Any) -> SyncBatchNorm:
+    weight, bias, mean, var = case.parameters()
+    module = SyncBatchNorm(len(weight), EPS, MOMENTUM, case.affine, dtype=weight.dtype, **arguments)
+    with torch.no_grad():
+        module.running_mean.copy_(mean)
+        module.running_var.copy_(var)
+        if case.affine:
+            module.weight.copy_(weight)
+            module.bias.copy_(bias)
+    return module
+
+
+def step(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and running statistics after a forward and a backward."""
+    leaf = x.detach().requires_grad_()
+    output = module(leaf)
+    wanted = {"grad_input": leaf}
+    wanted |= {f"grad_{name}": parameter for name, parameter in module.named_parameters()}
+    gradients = torch.autograd.grad(output, wanted.values(), dy)
+    results = {"output": output.detach()} | dict(zip(wanted, gradients, strict=True))
+    return results | dict(module.named_buffers())
+
+
+def cases(rank: int, ranks: int) -> dict:
+    """Every case for this number of ranks, in every order: results of this rank's part."""
+    results = {}
+    for backend in backends():
+        for case in (case for case in CASES if case.ranks == ranks):
+            for order in case.orders():
+                x, dy = case.parts()[order[rank]]
+                results[backend, case.name, order] = step(module_for(case), x, dy)
+    return results
+
+
+def groups(rank: int, ranks: int) -> dict:
+    """Two groups of two ranks, each with its own statistics."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    case = next(case for case in CASES if case.name == "four halves")
+    results = {}
+    for backend in backends():
+        module = module_for(case, process_group=pairs[rank // 2])
+        results[backend] = step(module, *case.parts()[rank])
+    return results
+
+
+VARIANTS = [
+    {"momentum": None},
+    {"affine": False},
+    {"track_running_stats": False},
+    {"affine": False, "track_running_stats": False},
+    {"bias": None},
+]
+
+
+def without_bias(kind: type, arguments: dict[str, Any]) -> nn.Module:
+    """The module; its bias removed by hand, for versions of torch that have no such argument."""
+    module = kind(4, **{k: v for k, v in arguments.items() if k != "bias"}).double()
+    if "bias" in arguments:
+        module.register_parameter("bias", None)
+    return module
+
+
+def variants(rank: int, ranks: int) -> dict:
+    """Training, training, evaluation and a module without peers, for every kind of module."""
+    results = {}
+    for backend in backends():
+        for index, arguments in enumerate(VARIANTS):
+            module = SyncBatchNorm(
+                4, **{k: v for k, v in arguments.items() if k != "bias"}
+            ).double()
+            if "bias" in arguments:
+                module.register_parameter("bias", None)
+            steps = []
+            for training in (True, True, False):
+                module.train(training)
+                x, dy = variant_data(len(steps))[rank]
+                steps.append(copy.deepcopy(step(module, x, dy)))
+            results[backend, index] = steps
+    return results
+
+
+def variant_data(step: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(step)
+    return [
+        tuple(torch.randn(n, 4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+        for n in (5, 3)
+    ]
+
+
+def compiled(rank: int, ranks: int) -> dict:
+    """Eager and compiled, of the same module and input, which must agree to the bit."""
+    results = {}
+    for backend in backends():
+        case = CASES[0]
+        eager = module_for(case)
+        graph = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+        x, dy = case.parts()[rank]
+        got = {k.replace("_orig_mod.", ""): v for k, v in step(graph, x, dy).items()}
+        results[backend] = step(eager, x, dy), got
+        torch.compiler.reset()
+    return results
+
+
+def collectives(rank: int, ranks: int) -> dict:
+    """What runs in a forward and in a backward of a channels-last input, and on which shapes."""
+    results = {}
+    settings = {"activities": [torch.profiler.ProfilerActivity.CPU], "record_shapes": True}
+    for backend in backends():
+        module = SyncBatchNorm(16, momentum=None)
+        x = torch.randn(3, 16, 4, 3).to(memory_format=torch.channels_last).requires_grad_()
+        dy = torch.randn(3, 16, 4, 3).to(memory_format=torch.channels_last)
+        module(x).backward(dy)  # the first call loads
+        with torch.profiler.profile(**settings) as forward:
+            output = module(x)
+        with torch.profiler.profile(**settings) as backward:
+            (grad,) = torch.autograd.grad(output, x, dy)
+        strides = [t.stride() for t in (x, output, grad)]
+        events = [[(e.name, e.input_shapes) for e in p.events()] for p in (forward, backward)]
+        results[backend] = {"forward": events[0], "backward": events[1], "strides": strides}
+    return results
+
+
+def network(rank: int, ranks: int) -> dict:
+    """Gradients of a converted network, summed over the ranks as data-parallel training does."""
+    results = {}
+    for backend in backends():
+        converted = SyncBatchNorm.convert_sync_batchnorm(seeded_network())
+        x, _ = variant_data(0)[rank]
+        converted(x).square().sum().backward()
+        for parameter in converted.parameters():
+            dist.all_reduce(parameter.grad)
+        results[backend] = {name: p.grad for name, p in converted.named_parameters()}
+    return results
+
+
+def seeded_network() -> nn.Module:
+    layers = nn.Conv1d(4, 6, 2), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 2, 2)
+    network = nn.Sequential(*layers).double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.3)
+    return network
+
+
+class Part(Function):
+    """This rank's rows of a tensor that all ranks have; the gradient is gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.sizes = sizes
+        return whole.split(sizes)[dist.get_rank()].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return Whole.apply(grad, ctx.sizes), None
+
+
+class Whole(Function):
+    """All ranks' rows, on all ranks: the inverse of Part, and its transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.sizes = sizes
+        parts = [part.new_empty(size, *part.shape[1:]) for size in sizes]
+        for source, values in enumerate(parts):
+            if source == dist.get_rank():
+                values.copy_(part)
+            dist.broadcast(values, source)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return Part.apply(grad, ctx.sizes), None
+
+
+class Shared(Function):
+    """A parameter that all ranks have: its gradient is the sum of the ranks'."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor) -> Tensor:
+        return parameter.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return Total.apply(grad)
+
+
+class Total(Function):
+    """The sum over the ranks: the transpose of Shared."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return Shared.apply(grad)
+
+
+def double_backward(rank: int, ranks: int) -> dict:
+    """gradcheck and gradgradcheck of the whole batch through the ranks, which stay in step."""
+    results = {}
+    for backend in backends():
+        for affine in (True, False):
+            for sizes in ((3, 2), (4, 0)):
+                generator = torch.Generator().manual_seed(0)
+                shapes = [(sum(sizes), 2, 2), *([(2,), (2,)] if affine else [])]
+                inputs = [
+                    torch.rand(s, generator=generator, dtype=torch.float64).requires_grad_()
+                    for s in shapes
+                ]
+                function = whole_batch_norm(sizes)
+                torch.manual_seed(0)  # of the gradients that gradgradcheck draws
+                results[backend, affine, sizes] = torch.autograd.gradcheck(
+                    function, inputs
+                ) and torch.autograd.gradgradcheck(function, inputs)
+    return results
+
+
+def whole_batch_norm(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
+    """Synchronised batch norm as a function of tensors that all ranks have."""
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        module = SyncBatchNorm(2, 0.1, affine=bool(parameters), track_running_stats=False)
+        state = zip(("weight", "bias"), map(Shared.apply, parameters), strict=False)
+        output = torch.func.functional_call(module, dict(state), (Part.apply(x, sizes),))
+        return Whole.apply(output, sizes)
+
+    return function
+
+
+def failures(rank: int, ranks: int) -> dict:
+    """The last rank once does not come, then dies: what the others get, after how long."""
+    short = dist.new_group(list(range(ranks)), timeout=SHORT_TIMEOUT)
+    x = torch.ones(3, 4) * torch.arange(3.0).view(3, 1)
+    last = rank == ranks - 1
+    results = {}
+    if not last:
+        results["absent"] = failure(SyncBatchNorm(4, process_group=short), x)
+    SyncBatchNorm(4)(x)  # the world is whole
+    if last:
+        os._exit(0)
+    results["dead"] = failure(SyncBatchNorm(4), x)
+    return results
+
+
+def failure(module: SyncBatchNorm, x: Tensor) -> dict:
+    before = copy.deepcopy(module.state_dict())
+    start = time.monotonic()
+    try:
+        module(x)
+        error = None
+    except RuntimeError as raised:
+        error = str(raised)
+    seconds = time.monotonic() - start
+    after = module.state_dict()
+    unchanged = all(torch.equal(after[name], value) for name, value in before.items())
+    return {"error": error, "seconds": seconds, "unchanged": unchanged}
+
+
+def main() -> None:
+    rank, ranks, folder, *jobs = sys.argv[1:]
+    rank, ranks, folder = int(rank), int(ranks), Path(folder)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=ranks,
+        timeout=TIMEOUT,
+    )
+    for job in jobs:
+        torch.save(globals()[job](rank, ranks), folder / f"{job}-{rank}.pt")
+    os._exit(0)  # the group may have lost a rank, for whom its destructor would wait
+
+
+if __name__ == "__main__":
+    main()
