@@ -36,7 +36,7 @@ template <typename scalar_t>
 void run_merge_ranks(const Forward& f, const at::Tensor& gathered, const at::Tensor& count) {
   using acc_t = acc_type<scalar_t>;
   MergeRanksParams<acc_t> params{};
-  params.ranks = gathered.size(0);
+  params.ranks = static_cast<int>(gathered.size(0));
   params.gathered = static_cast<acc_t*>(gathered.data_ptr());
   params.count = static_cast<int64_t*>(count.data_ptr());
   params.statistics = statistics_output<acc_t>(f);
@@ -48,7 +48,7 @@ void run_merge_ranks(const Forward& f, const at::Tensor& gathered, const at::Ten
 template <typename acc_t>
 void run_sum_ranks(const at::Tensor& gathered, const at::Tensor& sums) {
   SumRanksParams<acc_t> params{};
-  params.ranks = gathered.size(0);
+  params.ranks = static_cast<int>(gathered.size(0));
   params.columns = sums.numel();
   params.gathered = pointer_to<acc_t>(gathered);
   params.sums = static_cast<acc_t*>(sums.data_ptr());

@@ -123,6 +123,19 @@ def variant_data(step: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+def without_gradients(rank: int, ranks: int) -> dict:
+    """Output and state of training mode under no_grad, and those with gradients."""
+    results = {}
+    for backend in backends():
+        x, dy = CASES[0].parts()[rank]
+        module = module_for(CASES[0])
+        with torch.no_grad():
+            output = module(x)
+        got = {"output": output, **dict(module.named_buffers())}
+        results[backend] = step(module_for(CASES[0]), x, dy), got
+    return results
+
+
 def compiled(rank: int, ranks: int) -> dict:
     """Eager and compiled, of the same module and input, which must agree to the bit."""
     results = {}
@@ -238,21 +251,24 @@ class Total(Function):
 
 def double_backward(rank: int, ranks: int) -> dict:
     """gradcheck and gradgradcheck of the whole batch through the ranks, which stay in step."""
+    generator = torch.Generator().manual_seed(0)
     results = {}
     for backend in backends():
-        for affine in (True, False):
-            for sizes in ((3, 2), (4, 0)):
-                generator = torch.Generator().manual_seed(0)
-                shapes = [(sum(sizes), 2, 2), *([(2,), (2,)] if affine else [])]
-                inputs = [
-                    torch.rand(s, generator=generator, dtype=torch.float64).requires_grad_()
-                    for s in shapes
-                ]
-                function = whole_batch_norm(sizes)
-                torch.manual_seed(0)  # of the gradients that gradgradcheck draws
-                results[backend, affine, sizes] = torch.autograd.gradcheck(
-                    function, inputs
-                ) and torch.autograd.gradgradcheck(function, inputs)
+        for sizes, affine, of_input in (
+            ((3, 2), True, True),
+            ((3, 2), True, False),
+            ((3, 2), False, True),
+            ((4, 0), True, True),
+        ):
+            shapes = [(sum(sizes), 2, 2), *([(2,), (2,)] if affine else [])]
+            inputs = [torch.rand(s, generator=generator, dtype=torch.float64) for s in shapes]
+            for tensor in inputs if of_input else inputs[1:]:
+                tensor.requires_grad_()
+            function = whole_batch_norm(sizes)
+            torch.manual_seed(0)  # of the gradients that gradgradcheck draws
+            results[backend, sizes, affine, of_input] = torch.autograd.gradcheck(
+                function, inputs
+            ) and torch.autograd.gradgradcheck(function, inputs)
     return results
 
 

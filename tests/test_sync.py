@@ -58,7 +58,15 @@ def launch(folder: Path, ranks: int, *jobs: str) -> dict[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    jobs = ("cases", "variants", "compiled", "collectives", "network", "double_backward")
+    jobs = (
+        "cases",
+        "variants",
+        "without_gradients",
+        "compiled",
+        "collectives",
+        "network",
+        "double_backward",
+    )
     return launch(tmp_path_factory.mktemp("two"), 2, *jobs)
 
 
@@ -202,14 +210,27 @@ def test_compiled(two: dict, name: str) -> None:
 
 
 @every_backend
+def test_without_gradients(two: dict, name: str) -> None:
+    for results in two["without_gradients"]:
+        expected, got = results[name]
+        assert len(got) == 4
+        for key, value in got.items():
+            assert torch.equal(value, expected[key]), key
+
+
+@every_backend
 def test_one_collective_and_no_waiting(two: dict, name: str) -> None:
     """A pass gathers once, copies no channels-last tensor, and reads nothing back to the host."""
     for results in two["collectives"]:
-        for direction in ("forward", "backward"):
+        # What docs/sync.md counts by: 2 C values and the count forward, 2 C values backward.
+        for direction, sent in (("forward", [2 * 16 + 2]), ("backward", [2, 16])):
             events = results[name][direction]
             names = [event for event, _ in events]
             calls = [event for event in names if event.startswith("c10d::")]
             assert len(calls) == 1 and "allgather" in calls[0], direction
+            assert ("_c10d_functional::all_gather_into_tensor", sent) in [
+                (event, *shapes[:1]) for event, shapes in events
+            ]
             assert not set(names) & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"}
             if name == "emulated":
                 activations = {event for event, shapes in events if [3, 16, 4, 3] in shapes}
