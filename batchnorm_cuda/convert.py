@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import modules
+from .sync import SyncBatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,11 +72,11 @@ def convert(model: Model, fuse: bool = False, sync: bool = False) -> Model:
     for module in found:
         kind = parametrize.type_before_parametrizations(module)
         if kind is nn.SyncBatchNorm:
-            _become(module, _sync_batch_norm())
+            _become(module, SyncBatchNorm)
         elif sync and (kind in _DENSE or kind in _DENSE.values()):
             setattr(module, _ORIGIN, _TORCHS.get(kind, kind))
             module.process_group = None
-            _become(module, _sync_batch_norm())
+            _become(module, SyncBatchNorm)
         elif kind in _OURS:
             _become(module, _OURS[kind])
     return model
@@ -102,7 +103,7 @@ def revert(model: Model) -> Model:
         kind = parametrize.type_before_parametrizations(module)
         if kind in _TORCHS:
             _become(module, _TORCHS[kind])
-        elif _is_our_sync(kind):
+        elif kind is SyncBatchNorm:
             origin = module.__dict__.pop(_ORIGIN, nn.SyncBatchNorm)
             if origin is not nn.SyncBatchNorm:
                 del module.process_group
@@ -118,17 +119,6 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
         members = {k: v for k, v in vars(type(module)).items() if k not in of_every_class}
         kind = type(f"Parametrized{kind.__name__}", (kind,), members)
     module.__class__ = kind
-
-
-def _sync_batch_norm() -> type[nn.Module]:
-    from .sync import SyncBatchNorm  # here, because it needs torch.distributed
-
-    return SyncBatchNorm
-
-
-def _is_our_sync(kind: type) -> bool:
-    subclass = issubclass(kind, nn.SyncBatchNorm) and kind is not nn.SyncBatchNorm
-    return subclass and kind is _sync_batch_norm()
 
 
 def _check_model(function: str, model: object) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
-import types
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import batchnorm_cuda
-from batchnorm_cuda import convert, modules, revert
+from batchnorm_cuda import SyncBatchNorm, convert, modules, revert
 
 PAIRS = [
     (getattr(nn, name), getattr(batchnorm_cuda, name))
@@ -28,10 +26,6 @@ LAZY_PAIRS = [
 every_pair = pytest.mark.parametrize(("theirs", "ours"), PAIRS, ids=lambda kind: kind.__module__)
 
 
-class OurSync(nn.SyncBatchNorm):
-    """Stands in for batchnorm_cuda.sync.SyncBatchNorm: which class is taken is all that matters."""
-
-
 class UsersBatchNorm(nn.BatchNorm2d):
     """What a user may derive from torch's class."""
 
@@ -39,13 +33,6 @@ class UsersBatchNorm(nn.BatchNorm2d):
 class Doubled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 2 * x
-
-
-@pytest.fixture
-def sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = types.ModuleType("batchnorm_cuda.sync")
-    stand_in.SyncBatchNorm = OurSync
-    monkeypatch.setitem(sys.modules, "batchnorm_cuda.sync", stand_in)
 
 
 @pytest.fixture
@@ -285,11 +272,11 @@ def test_graph_module(backend: Backend, calls: list[torch.Size]) -> None:
     assert len(calls) == 3
 
 
-def test_torchs_sync_batch_norm_stays_synchronised(sync: None) -> None:
+def test_torchs_sync_batch_norm_stays_synchronised() -> None:
     group = object()
     model = nn.Sequential(nn.SyncBatchNorm(3, process_group=group), nn.BatchNorm2d(3))
     convert(model)
-    assert type(model[0]) is OurSync and model[0].process_group is group
+    assert type(model[0]) is SyncBatchNorm and model[0].process_group is group
     assert type(model[1]) is batchnorm_cuda.BatchNorm2d
     revert(model)
     assert type(model[0]) is nn.SyncBatchNorm and model[0].process_group is group
@@ -298,38 +285,38 @@ def test_torchs_sync_batch_norm_stays_synchronised(sync: None) -> None:
 
 @every_pair
 @pytest.mark.parametrize("converted", [False, True])
-def test_sync(sync: None, theirs: type, ours: type, converted: bool) -> None:
+def test_sync(theirs: type, ours: type, converted: bool) -> None:
     """Local batch norms become synchronised, and come back as what they were."""
     module = (ours if converted else theirs)(3, eps=1e-3)
     before, objects = dict(module.__dict__), identities(module)
     assert convert(module, sync=True) is module
-    assert type(module) is OurSync and module.process_group is None
+    assert type(module) is SyncBatchNorm and module.process_group is None
     assert identities(module) == objects
     module = copy.deepcopy(convert(module, sync=True))
-    assert type(convert(module)) is OurSync
+    assert type(convert(module)) is SyncBatchNorm
     assert type(revert(module)) is theirs
     assert list(module.__dict__) == list(before)
 
 
-def test_sync_of_a_parametrised_module(sync: None) -> None:
+def test_sync_of_a_parametrised_module() -> None:
     module = parametrize.register_parametrization(nn.BatchNorm2d(3), "weight", Doubled())
     convert(module, sync=True)
-    assert parametrize.type_before_parametrizations(module) is OurSync
+    assert parametrize.type_before_parametrizations(module) is SyncBatchNorm
     revert(module)
     assert parametrize.type_before_parametrizations(module) is nn.BatchNorm2d
 
 
-def test_users_subclass_of_sync_batch_norm(sync: None) -> None:
+def test_users_subclass_of_sync_batch_norm() -> None:
     class Users(nn.SyncBatchNorm):
         pass
 
     model = nn.Sequential(Users(3), nn.SyncBatchNorm(3))
-    assert [type(m) for m in convert(model, sync=True)] == [Users, OurSync]
+    assert [type(m) for m in convert(model, sync=True)] == [Users, SyncBatchNorm]
     assert [type(m) for m in revert(model)] == [Users, nn.SyncBatchNorm]
 
 
 @pytest.mark.parametrize("kind", [nn.LazyBatchNorm2d, batchnorm_cuda.LazyBatchNorm2d])
-def test_sync_refuses_lazy_modules_before_any_change(sync: None, kind: type) -> None:
+def test_sync_refuses_lazy_modules_before_any_change(kind: type) -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), kind())
     with pytest.raises(ValueError, match=r"no lazy batch norms.*got LazyBatchNorm2d at '1'"):
         convert(model, sync=True)

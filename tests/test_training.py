@@ -334,6 +334,27 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def train_synchronised(rank: int) -> None:
+    """Each rank has a part of the batch, of another size; torch's local layers have all of it.
+
+    DistributedDataParallel takes no synchronised batch norm on the CPU: gradients are added here.
+    """
+    torch.manual_seed(0)
+    theirs = make_network()
+    ours = convert(copy.deepcopy(theirs), sync=True)
+    nets = (ours, theirs)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in nets]
+    for x in batches(3, torch.float64):
+        for net, part, optimizer in zip(nets, (x[rank::2], x), optimizers, strict=True):
+            optimizer.zero_grad()
+            ((net(part) - 0.3).square().sum() / len(x)).backward()
+        for parameter in ours.parameters():
+            dist.all_reduce(parameter.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same_state(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 def worker(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
@@ -350,9 +371,10 @@ def worker(rank: int, rendezvous: str) -> None:
                 optimizer.step()
             states.append({k: whole(v).detach() for k, v in net.state_dict().items()})
         torch.testing.assert_close(*states, rtol=tolerance, atol=tolerance)
+    train_synchronised(rank)
     dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """DistributedDataParallel and FSDP2 over gloo, against the same with torch.nn's layers."""
+    """DistributedDataParallel, FSDP2 and synchronised batch norm over gloo, against torch.nn's."""
     torch.multiprocessing.spawn(worker, (str(tmp_path / "rendezvous"),), nprocs=2)
