@@ -7,11 +7,31 @@
 
 namespace batchnorm_cuda {
 
+// Lanes are added up in pairs (pair.cuh). Along S, where all lanes are of one channel, the pairs
+// are the even and the odd lanes, which are added to each other once at the end of a batch; else a
+// pair is two channels. The order of all additions is the same on every architecture.
+template <typename Cursor>
+inline constexpr int kPairs = Cursor::kChannels > 1 ? Cursor::kChannels / 2 : 1;
+
+// Calls f(pair, window, lane) for the first lanes of all pairs of a batch. In exact tilings a
+// window is there or not, and all values of those that are there are valid; kFull: all are there.
+template <typename Cursor, bool kFull, int kWindows, typename F>
+__device__ __forceinline__ void for_each_pair(
+    const Window<typename Cursor::index_t> (&windows)[kWindows], F&& f) {
+#pragma unroll
+  for (int u = 0; u < kWindows; ++u) {
+    if (!kFull && Cursor::kExact && windows[u].hi <= 0) continue;
+#pragma unroll
+    for (int l = 0; l < Cursor::kVecSize; l += 2) f(Cursor::channel_of(l) / 2, u, l);
+  }
+}
+
 // Statistics of the windows that a thread has at hand, in two sweeps over them: the mean, then the
 // squared deviations from it, corrected by the residual that the rounded mean leaves (Chan, Golub
 // and LeVeque 1983, eq. 1.7). One division serves them all. Masked lanes hold zeros. Both sweeps
-// take the same windows, in batches of any size; kFull: all of a batch's windows are there, whole.
-template <typename Cursor, typename acc_t>
+// take the same windows, in batches of any size; kFull: all of a batch's windows are there, whole;
+// kOneBatch: each sweep is one batch, whose sums then start no others.
+template <typename Cursor, typename acc_t, bool kOneBatch = false>
 class TwoSweeps {
  public:
   using Values = Vec<typename Cursor::scalar_t>;
@@ -20,82 +40,118 @@ class TwoSweeps {
   template <bool kFull, int kWindows>
   __device__ __forceinline__ void add_values(const Values (&vec)[kWindows],
                                              const Mask (&windows)[kWindows]) {
-    acc_t batch[Cursor::kChannels] = {};
-    for_each_value<kFull>(vec, windows, [&](int c, acc_t x, bool valid) {
-      batch[c] += x;
-      if (!Cursor::kExact) count_[c] += valid;
+    Pair<acc_t> batch[kPairs<Cursor>] = {};
+    for_each_pair<Cursor, kFull>(windows, [&](int p, int u, int l) {
+      batch[p] = lanes_plus(vec[u], l, batch[p]);
+      if (Cursor::kExact) return;
+      count_[count_of(l)] += windows[u].valid(l);
+      count_[count_of(l + 1)] += windows[u].valid(l + 1);
     });
 #pragma unroll
     for (int u = 0; u < kWindows; ++u) {
       if (Cursor::kExact) count_[0] += (kFull || windows[u].hi > 0) * kLanes;
     }
 #pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) sum_[c] += batch[c];
+    for (int p = 0; p < kPairs<Cursor>; ++p) sum_[p] = plus(sum_[p], batch[p]);
   }
 
   // Between the sweeps. The mean's rounding does no harm: the residual is taken from it as it is.
   __device__ __forceinline__ void end_values() {
 #pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) {
-      shift_[c] = sum_[c] * per_value(c);
-      sum_[c] = 0;  // of the residuals, from here on
+    for (int p = 0; p < kPairs<Cursor>; ++p) {
+      if (Cursor::kChannels == 1) sum_[p] = both(sum_[p].x + sum_[p].y);
+      shift_[p] = sum_[p] * per_value(p);
+      sum_[p] = {};  // of the residuals, from here on
     }
   }
 
   template <bool kFull, int kWindows>
   __device__ __forceinline__ void add_deviations(const Values (&vec)[kWindows],
                                                  const Mask (&windows)[kWindows]) {
-    acc_t residual[Cursor::kChannels] = {}, squares[Cursor::kChannels] = {};
-    for_each_value<kFull>(vec, windows, [&](int c, acc_t x, bool valid) {
-      const acc_t deviation = valid ? x - shift_[c] : acc_t(0);
-      residual[c] += deviation;
-      squares[c] += deviation * deviation;
+    Pair<acc_t> residual[kPairs<Cursor>] = {}, squares[kPairs<Cursor>] = {};
+    for_each_pair<Cursor, kFull>(windows, [&](int p, int u, int l) {
+      Pair<acc_t> deviation = lanes_plus(vec[u], l, -shift_[p]);
+      if (!kFull && !Cursor::kExact) {
+        if (!windows[u].valid(l)) deviation.x = 0;
+        if (!windows[u].valid(l + 1)) deviation.y = 0;
+      }
+      residual[p] = residual[p] + deviation;
+      squares[p] = fused_multiply_add(deviation, deviation, squares[p]);
     });
 #pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) {
-      sum_[c] += residual[c];
-      m2_[c] += squares[c];
+    for (int p = 0; p < kPairs<Cursor>; ++p) {
+      sum_[p] = plus(sum_[p], residual[p]);
+      m2_[p] = plus(m2_[p], squares[p]);
     }
   }
 
   __device__ __forceinline__ void merge_into(Welford<acc_t> (&stats)[Cursor::kChannels]) const {
+    if constexpr (Cursor::kChannels == 1) {
+      stats[0].merge(channel({sum_[0].x + sum_[0].y, shift_[0].x, m2_[0].x + m2_[0].y}, 0));
+    } else if constexpr (Cursor::kExact) {
+      merge_pairs(stats);
+    } else {
 #pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) {
-      Welford<acc_t> batch;
-      batch.count = static_cast<acc_t>(count(c));
-      batch.shift = shift_[c];
-      batch.mean = sum_[c] * per_value(c);
-      batch.m2 = m2_[c] - sum_[c] * batch.mean;
-      stats[c].merge(batch);
+      for (int p = 0; p < kPairs<Cursor>; ++p) {
+        stats[2 * p].merge(channel({sum_[p].x, shift_[p].x, m2_[p].x}, 2 * p));
+        stats[2 * p + 1].merge(channel({sum_[p].y, shift_[p].y, m2_[p].y}, 2 * p + 1));
+      }
     }
   }
 
  private:
   static constexpr int kLanes = Cursor::kVecSize / Cursor::kChannels;  // per channel
 
-  // Calls f(channel, value, valid) for the values of a batch. In exact tilings a window is there
-  // or not, and all values of those that are there are valid.
-  template <bool kFull, int kWindows, typename F>
-  __device__ __forceinline__ static void for_each_value(const Values (&vec)[kWindows],
-                                                        const Mask (&windows)[kWindows], F&& f) {
+  struct Sums {
+    acc_t residual, shift, m2;
+  };
+  __device__ __forceinline__ Welford<acc_t> channel(const Sums& sums, int lane) const {
+    Welford<acc_t> batch;
+    batch.count = static_cast<acc_t>(count_[count_of(lane)]);
+    batch.shift = sums.shift;
+    batch.mean = product(sums.residual, per_value_of(lane));
+    batch.m2 = fused_multiply_add(-sums.residual, batch.mean, sums.m2);
+    return batch;
+  }
+
+  // Welford::merge of two channels at once, in exact tilings, where a thread's channels have the
+  // same count throughout.
+  __device__ __forceinline__ void merge_pairs(Welford<acc_t> (&stats)[Cursor::kChannels]) const {
+    const MergeWeights<acc_t> weights(stats[0].count, static_cast<acc_t>(count_[0]));
 #pragma unroll
-    for (int u = 0; u < kWindows; ++u) {
-      if (!kFull && Cursor::kExact && windows[u].hi <= 0) continue;
-#pragma unroll
-      for (int l = 0; l < Cursor::kVecSize; ++l) {
-        f(l / kLanes, to_acc(vec[u].lane[l]), kFull || Cursor::kExact || windows[u].valid(l));
-      }
+    for (int p = 0; p < kPairs<Cursor>; ++p) {
+      Welford<acc_t>&a = stats[2 * p], &b = stats[2 * p + 1];
+      a.begin(shift_[p].x, weights);
+      b.begin(shift_[p].y, weights);
+      const Pair<acc_t> mean = sum_[p] * per_value(p);
+      Moments<Pair<acc_t>> merged{{a.mean, b.mean}, {a.m2, b.m2}};
+      merged.merge((shift_[p] - Pair<acc_t>{a.shift, b.shift}) + (mean - merged.mean),
+                   fused_multiply_add(-sum_[p], mean, m2_[p]), both(weights.fraction),
+                   both(weights.product));
+      a.end(merged.mean.x, merged.m2.x, weights);
+      b.end(merged.mean.y, merged.m2.y, weights);
     }
   }
 
+  __device__ __forceinline__ static Pair<acc_t> plus(const Pair<acc_t>& sum,
+                                                     const Pair<acc_t>& batch) {
+    return kOneBatch ? batch : sum + batch;
+  }
+
   // In exact tilings every channel of a thread has as many values.
-  __device__ __forceinline__ int count(int c) const { return count_[Cursor::kExact ? 0 : c]; }
-  __device__ __forceinline__ acc_t per_value(int c) const {
-    return reciprocal(count(c) > 0 ? static_cast<acc_t>(count(c)) : acc_t(1));
+  __device__ __forceinline__ static constexpr int count_of(int lane) {
+    return Cursor::kExact ? 0 : Cursor::channel_of(lane);
+  }
+  __device__ __forceinline__ Pair<acc_t> per_value(int p) const {
+    return {per_value_of(2 * p), per_value_of(2 * p + 1)};
+  }
+  __device__ __forceinline__ acc_t per_value_of(int lane) const {
+    const int count = count_[count_of(lane)];
+    return reciprocal(count > 0 ? static_cast<acc_t>(count) : acc_t(1));
   }
 
   int count_[Cursor::kExact ? 1 : Cursor::kChannels] = {};
-  acc_t sum_[Cursor::kChannels] = {}, shift_[Cursor::kChannels] = {}, m2_[Cursor::kChannels] = {};
+  Pair<acc_t> sum_[kPairs<Cursor>] = {}, shift_[kPairs<Cursor>] = {}, m2_[kPairs<Cursor>] = {};
 };
 
 // Merges a batch into the statistics of each of the thread's channels.
@@ -104,7 +160,7 @@ __device__ __forceinline__ void add_statistics(
     Welford<acc_t> (&stats)[Cursor::kChannels],
     const Vec<typename Cursor::scalar_t> (&vec)[kWindows],
     const Window<typename Cursor::index_t> (&windows)[kWindows]) {
-  TwoSweeps<Cursor, acc_t> batch;
+  TwoSweeps<Cursor, acc_t, true> batch;
   batch.template add_values<kFull>(vec, windows);
   batch.end_values();
   batch.template add_deviations<kFull>(vec, windows);
@@ -119,20 +175,30 @@ __device__ __forceinline__ void add_gradients(GradSums<acc_t> (&sums)[Cursor::kC
                                               const Vec<typename Cursor::scalar_t> (&dy)[kWindows],
                                               const Vec<typename Cursor::scalar_t> (&x)[kWindows],
                                               const acc_t (&mean)[Cursor::kChannels]) {
-  constexpr int kLanes = Cursor::kVecSize / Cursor::kChannels;
-  GradSums<acc_t> batch[Cursor::kChannels];
+  Pair<acc_t> sum_dy[kPairs<Cursor>] = {}, sum_dy_xhat[kPairs<Cursor>] = {};
 #pragma unroll
   for (int u = 0; u < kWindows; ++u) {
 #pragma unroll
-    for (int l = 0; l < Cursor::kVecSize; ++l) {
-      const int c = l / kLanes;
-      const acc_t grad = to_acc(dy[u].lane[l]);
-      batch[c].sum_dy += grad;
-      batch[c].sum_dy_xhat += grad * (to_acc(x[u].lane[l]) - mean[c]);
+    for (int l = 0; l < Cursor::kVecSize; l += 2) {
+      const int a = Cursor::channel_of(l), b = Cursor::channel_of(l + 1);
+      const Pair<acc_t> grad = lanes(dy[u], l);
+      const Pair<acc_t> centred = lanes_plus(x[u], l, {-mean[a], -mean[b]});
+      sum_dy[a / 2] = sum_dy[a / 2] + grad;
+      sum_dy_xhat[a / 2] = fused_multiply_add(grad, centred, sum_dy_xhat[a / 2]);
     }
   }
+  if constexpr (Cursor::kChannels == 1) {
+    sums[0].merge({sum_dy[0].x + sum_dy[0].y, sum_dy_xhat[0].x + sum_dy_xhat[0].y});
+  } else {
 #pragma unroll
-  for (int c = 0; c < Cursor::kChannels; ++c) sums[c].merge(batch[c]);
+    for (int p = 0; p < kPairs<Cursor>; ++p) {
+      GradSums<acc_t>&a = sums[2 * p], &b = sums[2 * p + 1];
+      const Pair<acc_t> dy_total = Pair<acc_t>{a.sum_dy, b.sum_dy} + sum_dy[p];
+      const Pair<acc_t> xhat_total = Pair<acc_t>{a.sum_dy_xhat, b.sum_dy_xhat} + sum_dy_xhat[p];
+      a = {dy_total.x, xhat_total.x};
+      b = {dy_total.y, xhat_total.y};
+    }
+  }
 }
 
 // The same for the five sums of the double backward. Channel by channel, so that the batch's own

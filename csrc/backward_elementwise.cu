@@ -52,10 +52,13 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
       for (int u = 0; u < kUnrollPairs; ++u) {
         acc_t dx[Cursor::kVecSize];
 #pragma unroll
-        for (int l = 0; l < Cursor::kVecSize; ++l) {
-          const GradInput<acc_t>& formula = channel[l * Cursor::kChannels / Cursor::kVecSize];
-          const acc_t grad = to_acc(dy[u].lane[l]);
-          dx[l] = kTraining ? formula(grad, to_acc(x[u].lane[l])) : formula(grad);
+        for (int l = 0; l < Cursor::kVecSize; l += 2) {
+          const GradInput<acc_t>& a = channel[Cursor::channel_of(l)];
+          const GradInput<acc_t>& b = channel[Cursor::channel_of(l + 1)];
+          const Pair<acc_t> pair =
+              kTraining ? grad_input(a, b, dy[u], x[u], l) : grad_input(a, b, dy[u], l);
+          dx[l] = pair.x;
+          dx[l + 1] = pair.y;
         }
         store_window<Cursor::kExact>(p.grad_input, windows[u], round_to<scalar_t>(dx));
       }

@@ -1,29 +1,28 @@
 // The arithmetic of batch normalisation, each formula once (docs/math.md derives them).
 #pragma once
 
-#include "platform.cuh"
+#include "vec_io.cuh"
 
 namespace batchnorm_cuda {
 
 __device__ __forceinline__ float inverse_sqrt(float value) { return 1.0f / sqrtf(value); }
 __device__ __forceinline__ double inverse_sqrt(double value) { return 1.0 / sqrt(value); }
 
-__device__ __forceinline__ float fused_multiply_add(float a, float b, float c) {
-  return fmaf(a, b, c);
-}
-__device__ __forceinline__ double fused_multiply_add(double a, double b, double c) {
-  return fma(a, b, c);
-}
-
 // y = (x - mean) * scale + bias with scale = weight * invstd. The mean is subtracted first: folding
 // it into the bias would cancel where |mean| >> std.
 template <typename acc_t>
 struct Normalize {
   acc_t mean, scale, bias;
-  __device__ __forceinline__ acc_t operator()(acc_t x) const {
-    return fused_multiply_add(x - mean, scale, bias);
-  }
 };
+
+// Of lanes l and l + 1, whose channels are `a` and `b`.
+template <typename acc_t, typename scalar_t>
+__device__ __forceinline__ Pair<acc_t> normalize(const Normalize<acc_t>& a,
+                                                 const Normalize<acc_t>& b, const Vec<scalar_t>& x,
+                                                 int l) {
+  const Pair<acc_t> centred = lanes_plus(x, l, {-a.mean, -b.mean});
+  return fused_multiply_add(centred, Pair<acc_t>{a.scale, b.scale}, Pair<acc_t>{a.bias, b.bias});
+}
 
 // (1 - momentum) * running + momentum * batch
 template <typename acc_t>
@@ -37,11 +36,25 @@ template <typename acc_t>
 struct GradInput {
   acc_t scale;                            // weight * invstd
   acc_t mean = 0, slope = 0, offset = 0;  // training only
-  __device__ __forceinline__ acc_t operator()(acc_t dy, acc_t x) const {
-    return fused_multiply_add(scale, dy, fused_multiply_add(slope, x - mean, offset));
-  }
-  __device__ __forceinline__ acc_t operator()(acc_t dy) const { return scale * dy; }
 };
+
+// Of lanes l and l + 1, whose channels are `a` and `b`: in eval mode, and in training.
+template <typename acc_t, typename scalar_t>
+__device__ __forceinline__ Pair<acc_t> grad_input(const GradInput<acc_t>& a,
+                                                  const GradInput<acc_t>& b,
+                                                  const Vec<scalar_t>& dy, int l) {
+  return Pair<acc_t>{a.scale, b.scale} * lanes(dy, l);
+}
+template <typename acc_t, typename scalar_t>
+__device__ __forceinline__ Pair<acc_t> grad_input(const GradInput<acc_t>& a,
+                                                  const GradInput<acc_t>& b,
+                                                  const Vec<scalar_t>& dy, const Vec<scalar_t>& x,
+                                                  int l) {
+  const Pair<acc_t> centred = lanes_plus(x, l, {-a.mean, -b.mean});
+  const Pair<acc_t> rest =
+      fused_multiply_add(Pair<acc_t>{a.slope, b.slope}, centred, Pair<acc_t>{a.offset, b.offset});
+  return fused_multiply_add(Pair<acc_t>{a.scale, b.scale}, lanes(dy, l), rest);
+}
 
 template <typename acc_t>
 __device__ __forceinline__ GradInput<acc_t> make_grad_input(acc_t weight, acc_t mean, acc_t invstd,

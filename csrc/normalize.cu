@@ -56,8 +56,11 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
       for (int u = 0; u < kUnroll; ++u) {
         acc_t y[Cursor::kVecSize];
 #pragma unroll
-        for (int l = 0; l < Cursor::kVecSize; ++l) {
-          y[l] = channel[l * Cursor::kChannels / Cursor::kVecSize](to_acc(x[u].lane[l]));
+        for (int l = 0; l < Cursor::kVecSize; l += 2) {
+          const Pair<acc_t> pair = normalize(channel[Cursor::channel_of(l)],
+                                             channel[Cursor::channel_of(l + 1)], x[u], l);
+          y[l] = pair.x;
+          y[l + 1] = pair.y;
         }
         store_window<Cursor::kExact>(p.output, windows[u], round_to<scalar_t>(y));
       }

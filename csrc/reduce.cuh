@@ -3,16 +3,42 @@
 // the bit.
 #pragma once
 
+#include "pair.cuh"
 #include "plan.h"
-#include "platform.cuh"
 
 namespace batchnorm_cuda {
 
-// Count, mean and M2 = sum of (x - mean)^2 of a set of values. Two sets merge by Chan, Golub and
-// LeVeque (1983): with delta = mean_b - mean_a and n = n_a + n_b,
-//   mean = mean_a + delta * n_b / n        M2 = M2_a + M2_b + delta^2 * n_a * n_b / n.
-// The mean is kept as shift + mean, shift being the first batch's rounded mean: what is added up is
-// then of the size of the spread, not of the mean, and |mean| >> std costs no digits.
+// How much the two sides of a merge weigh: n = n_a + n_b, n_b / n and n_a * n_b / n.
+template <typename acc_t>
+struct MergeWeights {
+  acc_t total, fraction, product;
+  bool first;  // n_a is 0
+
+  __device__ __forceinline__ MergeWeights(acc_t count, acc_t other)
+      : total(count + other),
+        fraction(batchnorm_cuda::product(other, reciprocal(total > 0 ? total : acc_t(1)))),
+        product(batchnorm_cuda::product(count, fraction)),
+        first(count == 0) {}
+};
+
+// Mean and M2 = sum of (x - mean)^2 of a set of values, or of two sets where value_t is a pair. Two
+// sets merge by Chan, Golub and LeVeque (1983): with delta = mean_b - mean_a and n = n_a + n_b,
+//   mean = mean_a + delta * n_b / n        M2 = M2_a + M2_b + delta^2 * n_a * n_b / n,
+// associated so that an empty side contributes 0 even where delta^2 would overflow.
+template <typename value_t>
+struct Moments {
+  value_t mean, m2;
+
+  __device__ __forceinline__ void merge(const value_t& delta, const value_t& other_m2,
+                                        const value_t& fraction, const value_t& product) {
+    m2 = m2 + fused_multiply_add(delta, delta * product, other_m2);
+    mean = fused_multiply_add(delta, fraction, mean);
+  }
+};
+
+// Count and moments. The mean is kept as shift + mean, shift being the first batch's rounded mean:
+// what is added up is then of the size of the spread, not of the mean, and |mean| >> std costs no
+// digits.
 template <typename acc_t>
 struct Welford {
   static constexpr int kFields = 4;
@@ -23,14 +49,23 @@ struct Welford {
   }
 
   __device__ __forceinline__ void merge(const Welford& other) {
-    if (count == 0) shift = other.shift;
-    const acc_t total = count + other.count;
-    const acc_t fraction = other.count * reciprocal(total > 0 ? total : acc_t(1));
-    const acc_t delta = (other.shift - shift) + (other.mean - mean);
-    // Associated so that an empty side contributes 0 even where delta^2 would overflow.
-    m2 += other.m2 + delta * (delta * (count * fraction));
-    mean += delta * fraction;
-    count = total;
+    const MergeWeights<acc_t> weights(count, other.count);
+    begin(other.shift, weights);
+    Moments<acc_t> merged{mean, m2};
+    merged.merge((other.shift - shift) + (other.mean - mean), other.m2, weights.fraction,
+                 weights.product);
+    end(merged.mean, merged.m2, weights);
+  }
+
+  // The steps of merge() that pairs of channels take one by one.
+  __device__ __forceinline__ void begin(acc_t other_shift, const MergeWeights<acc_t>& weights) {
+    if (weights.first) shift = other_shift;
+  }
+  __device__ __forceinline__ void end(acc_t merged_mean, acc_t merged_m2,
+                                      const MergeWeights<acc_t>& weights) {
+    mean = merged_mean;
+    m2 = merged_m2;
+    count = weights.total;
   }
 
   // Moves what the sum shift + mean can hold into the shift, and leaves the rest, which is exact

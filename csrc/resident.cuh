@@ -212,7 +212,11 @@ class Resident {
                                        const Epilogue& epilogue) const {
     acc_type<scalar_t> value[Cursor::kVecSize];
 #pragma unroll
-    for (int l = 0; l < Cursor::kVecSize; ++l) value[l] = epilogue(operation.form(vec, l));
+    for (int l = 0; l < Cursor::kVecSize; l += 2) {
+      const Pair<acc_type<scalar_t>> pair = operation.form(vec, l);
+      value[l] = epilogue(pair.x);
+      value[l + 1] = epilogue(pair.y);
+    }
     store_window<Cursor::kExact>(Operation::output(p_), window, round_to<scalar_t>(value));
   }
 

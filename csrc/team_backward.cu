@@ -88,9 +88,9 @@ struct TeamBackward {
     }
   }
 
-  __device__ __forceinline__ acc_t form(const Vec<scalar_t> (&vec)[kTensors], int l) const {
-    return channel[l * kChannels / Cursor::kVecSize](to_acc(vec[0].lane[l]),
-                                                     to_acc(vec[1].lane[l]));
+  __device__ __forceinline__ Pair<acc_t> form(const Vec<scalar_t> (&vec)[kTensors], int l) const {
+    return grad_input(channel[Cursor::channel_of(l)], channel[Cursor::channel_of(l + 1)], vec[0],
+                      vec[1], l);
   }
 };
 

@@ -76,8 +76,8 @@ struct TeamForward {
     }
   }
 
-  __device__ __forceinline__ acc_t form(const Vec<scalar_t> (&vec)[kTensors], int l) const {
-    return channel[l * kChannels / Cursor::kVecSize](to_acc(vec[0].lane[l]));
+  __device__ __forceinline__ Pair<acc_t> form(const Vec<scalar_t> (&vec)[kTensors], int l) const {
+    return normalize(channel[Cursor::channel_of(l)], channel[Cursor::channel_of(l + 1)], vec[0], l);
   }
 };
 

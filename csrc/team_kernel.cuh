@@ -12,7 +12,7 @@
 //                                                 kCount == 2, merge_into(acc)
 //   prefetch(p, cursor)                           loads what finish() needs, ahead of the exchange
 //   finish(p, cursor, acc)                        per-channel results, from the team's totals
-//   output(p), form(vec, l)                       one lane of the output
+//   output(p), form(vec, l)                       lanes l and l + 1 of the output
 #pragma once
 
 #include "launch.cuh"

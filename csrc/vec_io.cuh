@@ -12,8 +12,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "pair.cuh"
 #include "params.h"
-#include "platform.cuh"
 
 namespace batchnorm_cuda {
 
@@ -50,6 +50,24 @@ struct alignas(kWindowBytes) Vec {
   scalar_t lane[kVec<scalar_t>];
 };
 
+// Lanes l and l + 1, l even, in full precision, and the sum of each and of a value of its own.
+template <typename scalar_t>
+__device__ __forceinline__ Pair<acc_type<scalar_t>> lanes(const Vec<scalar_t>& vec, int l) {
+  return {to_acc(vec.lane[l]), to_acc(vec.lane[l + 1])};
+}
+template <typename scalar_t>
+__device__ __forceinline__ Pair<acc_type<scalar_t>> lanes_plus(
+    const Vec<scalar_t>& vec, int l, const Pair<acc_type<scalar_t>>& value) {
+#ifdef BATCHNORM_CUDA_HAS_PAIRS
+  if constexpr (sizeof(scalar_t) == 2) {
+    uint32_t bits;
+    memcpy(&bits, &vec.lane[l], sizeof(bits));
+    return add_halves<std::is_same_v<scalar_t, __nv_bfloat16>>(bits, value);
+  }
+#endif
+  return lanes(vec, l) + value;
+}
+
 template <typename index_t>
 struct Window {
   index_t offset;  // of lane 0, in elements; negative or past the end where lanes are masked
@@ -80,6 +98,10 @@ __device__ __forceinline__ Vec<scalar_t> load_window(const scalar_t* base,
       vec.lane[l] = load_global(base + window.offset + l, site);
     }
   }
+  // Lanes of 16 bits, put together one by one, would each be kept in a register of their own.
+  memcpy(&bits, &vec, sizeof(bits));
+  forget_derived(bits);
+  memcpy(&vec, &bits, sizeof(bits));
   return vec;
 }
 
