@@ -235,7 +235,7 @@ __device__ __forceinline__ void reduce_members(Acc (&acc)[Cursor::kChannels], ac
   if constexpr (Cursor::kChannels == 1) {
     acc[0] = group_reduce(acc[0], blockDim.x, shared);
   } else {
-    column_reduce(acc, shared);
+    column_reduce<Cursor::kExact>(acc, shared);
   }
 }
 

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const Params p) {
         acc[0].merge(load_partial<Acc>(p.partials, row * c + column));
       }
     }
-    column_reduce(acc, shared);
+    column_reduce<false>(acc, shared);
     if (threadIdx.y == 0 && channel < c) finish(p, channel, acc[0]);
   }
 }

@@ -42,6 +42,7 @@ struct Moments {
 template <typename acc_t>
 struct Welford {
   static constexpr int kFields = 4;
+  static constexpr int kCommon = 1;  // leading fields that all channels of an exact tiling share
   acc_t count = 0, shift = 0, mean = 0, m2 = 0;
 
   __device__ __forceinline__ acc_t& field(int i) {
@@ -56,6 +57,8 @@ struct Welford {
                  weights.product);
     end(merged.mean, merged.m2, weights);
   }
+
+  __device__ __forceinline__ void take_common(const Welford& other) { count = other.count; }
 
   // The steps of merge() that pairs of channels take one by one.
   __device__ __forceinline__ void begin(acc_t other_shift, const MergeWeights<acc_t>& weights) {
@@ -83,6 +86,7 @@ struct Welford {
 template <typename acc_t>
 struct GradSums {
   static constexpr int kFields = 2;
+  static constexpr int kCommon = 0;
   acc_t sum_dy = 0, sum_dy_xhat = 0;
 
   __device__ __forceinline__ acc_t& field(int i) { return i == 0 ? sum_dy : sum_dy_xhat; }
@@ -93,6 +97,7 @@ struct GradSums {
   }
 
   __device__ __forceinline__ void rebase() {}
+  __device__ __forceinline__ void take_common(const GradSums&) {}
 };
 
 // The sums of the double backward: those of GradSums, the same two of the gradient of grad_input
@@ -172,20 +177,39 @@ __device__ __forceinline__ Acc group_reduce(Acc acc, int group, acc_t* shared) {
   return acc;
 }
 
+// Merges kLanes accumulators of a thread with those that value(l, f) gives. kExact: the lanes'
+// common fields are the same, which saves registers and reciprocals.
+template <bool kExact, int kLanes, typename Acc, typename Value>
+__device__ __forceinline__ void merge_lanes(Acc (&acc)[kLanes], Value&& value) {
+  const Acc mine = acc[0];
+  Acc first;
+#pragma unroll
+  for (int l = 0; l < kLanes; ++l) {
+    Acc other = first;
+    if (kExact) acc[l].take_common(mine);
+#pragma unroll
+    for (int f = kExact && l > 0 ? Acc::kCommon : 0; f < Acc::kFields; ++f) {
+      other.field(f) = value(l, f);
+    }
+    if (l == 0) first = other;
+    acc[l].merge(other);
+  }
+}
+
 // Merges kLanes accumulators per thread over threadIdx.y, for every threadIdx.x on its own. Every
 // thread of the block must call; `shared` is column_scratch_values(...) of plan.h long. The result
 // is in the threads with threadIdx.y == 0; a barrier ends the call. Where whole rows fit a warp,
 // shuffles merge the warp's rows first: less shared memory and fewer barriers.
-template <int kLanes, typename Acc, typename acc_t>
+template <bool kExact, int kLanes, typename Acc, typename acc_t>
 __device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared) {
   const int columns = blockDim.x;
   const int warp_rows = rows_merged_by_shuffles(blockDim.x, blockDim.y);
   for (int offset = warp_rows * columns / 2; offset >= columns; offset /= 2) {
+    merge_lanes<kExact>(acc, [&](int l, int f) {
+      return __shfl_down_sync(0xffffffffu, acc[l].field(f), offset, kWarpSize);
+    });
 #pragma unroll
-    for (int l = 0; l < kLanes; ++l) {
-      acc[l].merge(shuffle_down(acc[l], offset, kWarpSize));
-      acc[l].rebase();
-    }
+    for (int l = 0; l < kLanes; ++l) acc[l].rebase();
   }
   const bool holds = threadIdx.y % warp_rows == 0;
   const int row = threadIdx.y / warp_rows;
@@ -202,17 +226,11 @@ __device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared)
     }
     __syncthreads();
     if (holds && row + half < rows) {
+      merge_lanes<kExact>(acc, [&](int l, int f) {
+        return load_shared(shared + (l * Acc::kFields + f) * plane + mine + half * columns);
+      });
 #pragma unroll
-      for (int l = 0; l < kLanes; ++l) {
-        Acc other;
-#pragma unroll
-        for (int f = 0; f < Acc::kFields; ++f) {
-          other.field(f) =
-              load_shared(shared + (l * Acc::kFields + f) * plane + mine + half * columns);
-        }
-        acc[l].merge(other);
-        acc[l].rebase();
-      }
+      for (int l = 0; l < kLanes; ++l) acc[l].rebase();
     }
     rows = half;
   }

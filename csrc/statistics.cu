@@ -19,9 +19,11 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
     Cursor cursor(p.traversal, task);
     Welford<acc_t> stats[Cursor::kChannels];
-    Vec<scalar_t> vec[kUnroll];
-    Window<typename Cursor::index_t> windows[kUnroll];
+    // Masked windows take registers for the masks and for a count of each lane.
+    constexpr int kTail = Cursor::kExact || Cursor::kChannels == 1 ? kUnroll : kUnroll / 2;
     while (Cursor::kExact && cursor.left >= kUnroll) {
+      Vec<scalar_t> vec[kUnroll];
+      const Window<typename Cursor::index_t> windows[kUnroll] = {};  // whole, whatever they say
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         vec[u] = load_window<Cursor::kExact>(p.input, cursor.take(), p.traversal.numel, true);
@@ -29,8 +31,10 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
       add_statistics<Cursor, true>(stats, vec, windows);
     }
     while (cursor.left > 0) {
+      Vec<scalar_t> vec[kTail];
+      Window<typename Cursor::index_t> windows[kTail];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kTail; ++u) {
         windows[u] = {0, 0, 0};
         if (cursor.left > 0) windows[u] = cursor.take();
         vec[u] = load_window<Cursor::kExact>(p.input, windows[u], p.traversal.numel, true);

@@ -120,7 +120,7 @@ class TeamExchange {
     const int threads = blockDim.x * blockDim.y;
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     acc_t* const channels = scratch_ + Acc::kFields * columns;  // after the columns, field by field
-    column_reduce(acc, scratch_);
+    column_reduce<Cursor::kExact>(acc, scratch_);
     if (threadIdx.y == 0) {
 #pragma unroll
       for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
@@ -233,15 +233,9 @@ class TeamExchange {
 
   __device__ __forceinline__ void merge_slot(Acc (&acc)[Cursor::kChannels], int rank) const {
     const int first = first_place();
-#pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) {
-      Acc other;
-#pragma unroll
-      for (int f = 0; f < Acc::kFields; ++f) {
-        other.field(f) = load_slot(rank, first + (f * Cursor::kChannels + c) * columns());
-      }
-      acc[c].merge(other);
-    }
+    merge_lanes<Cursor::kExact>(acc, [&](int c, int f) {
+      return load_slot(rank, first + (f * Cursor::kChannels + c) * columns());
+    });
   }
 
   __device__ __forceinline__ void load_totals(Acc (&acc)[Cursor::kChannels]) const {
