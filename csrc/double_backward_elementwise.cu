@@ -34,22 +34,21 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   // Along C, seven constants for every lane leave registers for the three windows of one position.
   constexpr int kUnrollTriples = Cursor::kChannels == 1 ? 2 : 1;
   const int64_t numel = p.traversal.numel;
-  // Backwards: what the reduce kernel read last may still be in the L2 cache.
-  for (int64_t task = p.traversal.tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
+  // Forwards: backwards, the compiler splits the accesses of the one position in flight along C.
+  for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
     Cursor cursor(p.traversal, task);
     DoubleGrad<acc_t> channel[Cursor::kChannels];
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) {
       channel[c] = load_channel<kTraining>(p, cursor, c);
     }
-    const auto count = cursor.seek_end();
-    for (auto i = count; i > 0; i -= kUnrollTriples) {
+    while (cursor.left > 0) {
       Window<typename Cursor::index_t> windows[kUnrollTriples];
       Vec<scalar_t> dy[kUnrollTriples], ggx[kUnrollTriples], x[kUnrollTriples];
 #pragma unroll
       for (int u = 0; u < kUnrollTriples; ++u) {
         windows[u] = {0, 0, 0};
-        if (u < i) windows[u] = cursor.take_back();
+        if (cursor.left > 0) windows[u] = cursor.take();
         dy[u] =
             load_window_or_zero<kExact>(p.grad_output, windows[u], numel, p.grad_output_aligned);
         ggx[u] = load_window_or_zero<kExact>(p.grad_grad_input, windows[u], numel,

@@ -38,7 +38,7 @@ enum class Op : int {
 inline constexpr bool is_double_backward(Op op) {
   return op == Op::kDoubleBackwardTraining || op == Op::kDoubleBackwardEval;
 }
-// Along a row (team kernels only): like along C, but several columns of a row belong to one
+// Along a row (team and elementwise kernels): like along C, but several columns of a row are of one
 // channel, either S neighbours (S > 1, rows of C*S) or every C-th (rows of several times C).
 enum class Pattern : int { kAlongS, kAlongC, kAlongRow };
 // kTwoPass: stage kernels, activations read once to reduce and once more to transform.

@@ -38,9 +38,11 @@ Touched touched_by_stages(const Plan& plan, const Problem& p) {
 }
 
 // Of the stage kernels: between the two reads of an element lie what both reduce and elementwise
-// kernel touch of the rest of the tensor, all inputs and outputs.
-int64_t found_by_stages(const Touched& touched, int64_t tensor, const DeviceInfo& device) {
+// kernel touch of the rest of the tensor, all inputs and outputs. The double backward reads
+// forwards both times: of what does not fit as a whole, each element is gone before its turn comes.
+int64_t found_by_stages(const Touched& touched, int64_t tensor, Op op, const DeviceInfo& device) {
   if (touched.twice() == 0) return 0;
+  if (is_double_backward(op) && touched.all() * tensor > device.l2_bytes) return 0;
   return std::min(tensor, found_in_l2(device, 0, touched.all())) * touched.twice();
 }
 
@@ -64,7 +66,7 @@ void predict_bytes(Plan& plan, const Problem& p, const DeviceInfo& device) {
     found = found_by_teams(plan.team, tensor, device) * plan.team.tensors;
   } else {
     plan.reread_bytes = tensor * touched.twice();
-    found = found_by_stages(touched, tensor, device);
+    found = found_by_stages(touched, tensor, p.op, device);
   }
   plan.predicted_bytes = plan.compulsory_bytes + plan.reread_bytes - found;
 }

@@ -105,6 +105,7 @@ struct GradSums {
 template <typename acc_t>
 struct DoubleGradSums {
   static constexpr int kFields = 5;
+  static constexpr int kCommon = 0;
   acc_t sum_dy = 0, sum_dy_xhat = 0, sum_ggx = 0, sum_ggx_xhat = 0, sum_ggx_dy = 0;
 
   __device__ __forceinline__ acc_t& field(int i) {
@@ -124,6 +125,7 @@ struct DoubleGradSums {
   }
 
   __device__ __forceinline__ void rebase() {}
+  __device__ __forceinline__ void take_common(const DoubleGradSums&) {}
 };
 
 template <typename Acc>

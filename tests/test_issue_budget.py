@@ -181,6 +181,8 @@ def test_memory_and_not_issue_bounds_every_loop(arch: str) -> None:
         "backward_elementwise_kernel",
         "backward_reduce_kernel",
         "collect_statistics_kernel",
+        "double_backward_elementwise_kernel",
+        "double_backward_reduce_kernel",
         "team_kernel",
         "transform_input_kernel",
     }

@@ -159,12 +159,37 @@ def test_sectors_of_whole_windows(device: tuple[str, int], case: Case, op: str) 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])
 @pytest.mark.parametrize(
-    "case", [Case((64, 64, 7, 7)), Case((32, 16, 7, 7), dtype="fp32"), Case((8, 32, 31, 31))],
+    "case",
+    [
+        Case((16, 64, 14, 14), dtype="fp32"),
+        Case((64, 64, 3, 4), dtype="fp32"),
+        Case((64, 32, 4, 6)),
+        Case((64, 64, 3, 3)),
+        Case((8, 144, 14, 14), "nhwc"),
+    ],
     ids=describe,
-)  # fmt: skip
+)
+def test_sectors_of_rows(case: Case, op: str) -> None:
+    """Runs or rows of whole windows but no whole sectors, or of neither, together are both."""
+    assert count(replace(case, op=op), scaled_device(*A100)).sector_efficiency >= 0.98
+
+
+@pytest.mark.parametrize("op", ["forward", "backward", "eval"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((64, 64, 7, 7)),
+        Case((32, 16, 7, 7), dtype="fp32"),
+        Case((8, 32, 31, 31)),
+        Case((8, 3, 37, 41)),
+        Case((32, 32, 17, 17)),
+        Case((2, 16, 55, 55)),
+    ],
+    ids=describe,
+)
 def test_sectors_of_odd_runs(case: Case, op: str) -> None:
-    result = count(replace(case, op=op), scaled_device(*A100), "team")
-    assert result.strategy == "team" and result.sector_efficiency >= 0.90
+    result = count(replace(case, op=op), scaled_device(*A100))
+    assert (result.strategy == "team") == (op != "eval") and result.sector_efficiency >= 0.90
 
 
 @pytest.mark.parametrize("strategy", ["team", "two_pass"])

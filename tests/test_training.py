@@ -372,6 +372,7 @@ def worker(rank: int, rendezvous: str) -> None:
             states.append({k: whole(v).detach() for k, v in net.state_dict().items()})
         torch.testing.assert_close(*states, rtol=tolerance, atol=tolerance)
     train_synchronised(rank)
+    dist.barrier()  # no rank closes its connections while the other still uses them
     dist.destroy_process_group()
 
 
