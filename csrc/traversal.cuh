@@ -36,20 +36,19 @@ struct AlongS {
     left = static_cast<index_t>((end - first + step - 1) / step);
     const int64_t run = first / t.row_windows;
     column_ = static_cast<index_t>(first - run * t.row_windows);
-    offset_ = static_cast<index_t>((run * t.c + channel_) * t.s) + column_ * kVecSize;
+    run_start_ = static_cast<index_t>((run * t.c + channel_) * t.s);
     const int64_t step_runs = step / t.row_windows;
     step_columns_ = static_cast<index_t>(step - step_runs * t.row_windows);
-    step_elements_ = static_cast<index_t>(step_runs * t.c * t.s) + step_columns_ * kVecSize;
-    next_run_ = static_cast<index_t>(t.c * t.s - t.row_windows * kVecSize);
+    step_elements_ = static_cast<index_t>(step_runs * t.c * t.s);
   }
 
   __device__ __forceinline__ Window<index_t> take() {
     const Window<index_t> window = current();
     column_ += step_columns_;
-    offset_ += step_elements_;
+    run_start_ += step_elements_;
     if (column_ >= static_cast<index_t>(t_.row_windows)) {
       column_ -= static_cast<index_t>(t_.row_windows);
-      offset_ += next_run_;
+      run_start_ += static_cast<index_t>(t_.c * t_.s);
     }
     --left;
     return window;
@@ -58,10 +57,10 @@ struct AlongS {
   // The window before the next one: undoes a take().
   __device__ __forceinline__ Window<index_t> take_back() {
     column_ -= step_columns_;
-    offset_ -= step_elements_;
+    run_start_ -= step_elements_;
     if (column_ < 0) {
       column_ += static_cast<index_t>(t_.row_windows);
-      offset_ -= next_run_;
+      run_start_ -= static_cast<index_t>(t_.c * t_.s);
     }
     ++left;
     return current();
@@ -73,14 +72,14 @@ struct AlongS {
     const int64_t end = int64_t{split_} * t_.per_split + threadIdx.x + int64_t{left} * blockDim.x;
     const int64_t run = end / t_.row_windows;
     column_ = static_cast<index_t>(end - run * t_.row_windows);
-    offset_ = static_cast<index_t>((run * t_.c + channel_) * t_.s) + column_ * kVecSize;
+    run_start_ = static_cast<index_t>((run * t_.c + channel_) * t_.s);
     left = 0;
     return windows;
   }
 
   // To be called between two walks over the same windows: the offsets of the first are not kept in
   // registers for the second.
-  __device__ __forceinline__ void forget() { forget_derived(offset_); }
+  __device__ __forceinline__ void forget() { forget_derived(run_start_); }
 
   // The threads that share a channel, and this one among them.
   __device__ __forceinline__ static int member() { return threadIdx.x; }
@@ -99,12 +98,11 @@ struct AlongS {
 
  private:
   __device__ __forceinline__ Window<index_t> current() const {
-    Window<index_t> window{offset_, 0, kVecSize};
+    Window<index_t> window{run_start_ + column_ * kVecSize, 0, kVecSize};
     if (!kExact) {
-      const index_t run_start = offset_ - column_ * kVecSize;
       // Windows lie on the reference tensor's 16-byte boundaries: step back to the one before.
-      window.offset -= (run_start + t_.shift) & (kVecSize - 1);
-      const index_t before = run_start - window.offset;
+      window.offset -= (run_start_ + t_.shift) & (kVecSize - 1);
+      const index_t before = run_start_ - window.offset;
       const index_t until = before + static_cast<index_t>(t_.s);
       window.lo = before > 0 ? static_cast<int>(before) : 0;
       window.hi = until < kVecSize ? static_cast<int>(until) : kVecSize;
@@ -114,11 +112,7 @@ struct AlongS {
 
   const Traversal& t_;
   int split_;
-  index_t channel_;
-  // Of the next window: its column in its run, and where it begins were all runs of whole windows.
-  index_t column_ = 0, offset_ = 0;
-  index_t step_columns_ = 0, step_elements_ = 0;
-  index_t next_run_ = 0;  // from behind a run to the channel's next
+  index_t channel_, column_ = 0, run_start_ = 0, step_columns_ = 0, step_elements_ = 0;
 };
 
 // Along C: threadIdx.x is a window column of the row group, whose lanes are fixed channels;
