@@ -19,6 +19,12 @@ from torch import Tensor
 
 from batchnorm_cuda import batch_norm
 
+
+def fewer(shape: tuple[int, ...], layout: Callable) -> tuple[int, ...]:
+    """A batch of four in channels last: there one block must hold all channels, along S just one."""
+    return (min(shape[0], 4), *shape[1:]) if layout is channels_last else shape
+
+
 both_layouts = pytest.mark.parametrize(
     "layout", [contiguous, channels_last], ids=lambda layout: layout.__name__
 )
@@ -64,7 +70,7 @@ def test_mean_far_above_deviation(backend: Backend, layout, offset: float) -> No
     The bounds grow with mean/std (reference.py), as they must: float32 cannot hold the mean better.
     The variance does not depend on it, and is held to a bound that does not either.
     """
-    x = layout(torch.randn(4, 6, 15, 17) + offset).to(backend.device)
+    x = layout(torch.randn(fewer((10, 6, 15, 17), layout)) + offset).to(backend.device)
     forward = check_training(backend, x)
     if backend.has_kernels:
         var = x.double().var((0, 2, 3), correction=0)
@@ -88,7 +94,7 @@ def test_large_mean_that_is_exact(backend: Backend, layout) -> None:
 
 @both_layouts
 def test_running_variance_of_large_mean(backend: Backend, layout) -> None:
-    x = layout(torch.randn(4, 6, 15, 17) + 1e4).to(backend.device)
+    x = layout(torch.randn(fewer((10, 6, 15, 17), layout)) + 1e4).to(backend.device)
     mean, var = torch.zeros(6, device=x.device), torch.ones(6, device=x.device)
     batch_norm(x, mean, var, training=True, momentum=1.0)
     torch.testing.assert_close(var.double(), x.double().var((0, 2, 3)), rtol=1e-5, atol=0)
@@ -98,7 +104,7 @@ def test_running_variance_of_large_mean(backend: Backend, layout) -> None:
 @both_layouts
 def test_one_outlier_as_first_element(backend: Backend, layout) -> None:
     """A shift taken from one element would be a bad one here."""
-    x = torch.randn(4, 6, 15, 17)
+    x = torch.randn(fewer((10, 6, 15, 17), layout))
     x[0, :, 0, 0] = 1e4
     check_training(backend, layout(x).to(backend.device))
 
@@ -128,7 +134,7 @@ def test_constant_channel(backend: Backend, layout, value: float) -> None:
 
     The mean of equal values is off by at most a few roundoffs of it; divided by sqrt(eps).
     """
-    x = layout(torch.full((4, 3, 16, 17), value)).to(backend.device).requires_grad_()
+    x = layout(torch.full((8, 3, 16, 17), value)).to(backend.device).requires_grad_()
     bias = torch.tensor([1.0, -2.0, 0.0], device=backend.device)
     output = batch_norm(x, None, None, None, bias, training=True)
     off_by = 4 * 2.0**-24 * abs(value) / 1e-5**0.5
@@ -163,12 +169,12 @@ def test_bfloat16_keeps_small_terms(backend: Backend, layout) -> None:
 
 @pytest.mark.parametrize("poison", [float("inf"), float("-inf"), float("nan")], ids=str)
 @both_layouts
-@pytest.mark.parametrize("shape", [(4, 5, 16, 17), (3, 32, 5, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 5, 16, 17), (3, 32, 5, 7)], ids=str)
 def test_non_finite_channel_stays_alone(
     backend: Backend, layout, poison: float, shape: tuple[int, ...]
 ) -> None:
     """One inf or NaN spoils its own channel and changes no bit of any other."""
-    x = torch.randn(shape)
+    x = torch.randn(fewer(shape, layout))
     poisoned = x.clone()
     poisoned[1, 2, 3, 4] = poison
     dy = layout(torch.randn(x.shape)).to(backend.device)
@@ -202,8 +208,8 @@ def run_all(x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 
 
 def test_non_finite_gradient_stays_in_its_channel(backend: Backend) -> None:
-    x = torch.randn(4, 5, 16, 17).to(backend.device)
-    dy = torch.randn(4, 5, 16, 17).to(backend.device)
+    x = torch.randn(8, 5, 16, 17).to(backend.device)
+    dy = torch.randn(8, 5, 16, 17).to(backend.device)
     poisoned = dy.clone()
     poisoned[1, 2, 3, 4] = float("inf")
     clean, spoilt = run_all(x, dy), run_all(x.detach(), poisoned)
