@@ -21,7 +21,7 @@ from batchnorm_cuda import batch_norm
 
 
 def fewer(shape: tuple[int, ...], layout: Callable) -> tuple[int, ...]:
-    """A batch of four in channels last: there one block must hold all channels, along S just one."""
+    """A batch of four in channels last: one block must hold all channels, along S just one."""
     return (min(shape[0], 4), *shape[1:]) if layout is channels_last else shape
 
 
