@@ -87,8 +87,9 @@ struct DoubleGrad {
 // are freed of their mean and of their part along x̂.
 template <typename acc_t, typename Sums>
 __device__ __forceinline__ acc_t centred_product(const Sums& sums, acc_t count) {
-  return sums.sum_ggx_dy / count - (sums.sum_ggx / count) * (sums.sum_dy / count) -
-         (sums.sum_ggx_xhat / count) * (sums.sum_dy_xhat / count);
+  const acc_t per_value = acc_t(1) / count;  // a division of doubles is a call
+  return sums.sum_ggx_dy * per_value - (sums.sum_ggx * per_value) * (sums.sum_dy * per_value) -
+         (sums.sum_ggx_xhat * per_value) * (sums.sum_dy_xhat * per_value);
 }
 
 // In eval mode. ggw and ggb are the gradients of grad_weight and grad_bias.

@@ -80,7 +80,7 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exac
                                                       bool wide) {
   if (pattern == Pattern::kAlongRow) return depth == Depth::kMiddle ? 6 : 0;
   if (pattern == Pattern::kAlongC) {
-    return depth == Depth::kStream ? 4 : depth == Depth::kMiddle ? 8 : wide ? 28 : 34;
+    return depth == Depth::kStream ? 4 : depth == Depth::kMiddle ? 8 : wide ? 28 : 32;
   }
   if (!exact) return depth == Depth::kMiddle ? 8 : depth == Depth::kStream ? 4 : 0;
   return depth == Depth::kStream ? 12 : depth == Depth::kMiddle ? (wide ? 12 : 16) : wide ? 36 : 46;
