@@ -5,6 +5,8 @@
 namespace batchnorm_cuda {
 namespace {
 
+constexpr int64_t kLineWindows = 8;  // of a line of the L2 cache
+
 // Second reads run backwards, so that what was read last is found in the L2 cache. With a cache
 // that keeps the most recently used lines, an element is still there if all that was touched since
 // its first read fits beside it: of every tensor `between` bytes, and behind the turn, for every
@@ -46,8 +48,20 @@ int64_t found_by_stages(const Touched& touched, int64_t tensor, Op op, const Dev
   return std::min(tensor, found_in_l2(device, 0, touched.all())) * touched.twice();
 }
 
+// Share of its cache lines that the slabs of all teams at work fill: the L2 cache keeps whole lines
+// of four sectors each, and a slab that is no whole line leaves the rest of its lines empty.
+double line_share(const Team& team) {
+  if (team.pattern != Pattern::kAlongC) return 1.0;
+  const Traversal& t = team.traversal;
+  const int64_t at_once = ceil_div(t.channel_blocks, team.rounds);
+  const int64_t windows = std::min(at_once * t.threads_x, t.row_windows);
+  const int64_t lines = ceil_div(windows, kLineWindows) * kLineWindows;
+  return static_cast<double>(windows) / static_cast<double>(lines);
+}
+
 // Of a team: what all teams hold on chip passes through the cache as well, and its output.
-int64_t found_by_teams(const Team& team, int64_t tensor, const DeviceInfo& device) {
+int64_t found_by_teams(const Team& team, int64_t tensor, DeviceInfo device) {
+  device.l2_bytes = static_cast<int64_t>(static_cast<double>(device.l2_bytes) * line_share(team));
   const int64_t streamed = team.streamed_bytes / team.tensors / team.rounds;
   const int64_t held = tensor / team.rounds - streamed;
   const int64_t found = found_in_l2(device, held * (team.tensors + 1), team.tensors + 1);
