@@ -33,9 +33,10 @@ _PATTERNS = {"along_s": "along S", "along_c": "along C", "along_row": "along a r
 
 _WINDOW_BYTES = 16
 # csrc/plan.h: kUnroll windows a thread of a stage kernel loads before it uses the first, and
-# kStageBlocksPerSm blocks of it that its registers let an SM hold at least.
+# kStageBlocksPerSm or kElementwiseBlocksPerSm blocks of it that its registers let an SM hold at
+# least.
 _STAGE_LOADS = 4
-_STAGE_BLOCKS_PER_SM = 2
+_STAGE_BLOCKS_PER_SM, _ELEMENTWISE_BLOCKS_PER_SM = 2, 3
 # Copies from global to shared memory that no register waits for came with 8.0.
 _FIRST_WITH_ASYNC_COPIES = (8, 0)
 
@@ -318,13 +319,18 @@ def _kernels(plan: Mapping[str, Any], op: str, properties: Mapping[str, Any]) ->
         ]
     if "elementwise" in plan:
         name = _ELEMENTWISE.get(op, "backward_elementwise_kernel")
-        kernels.append(_stage(plan["elementwise"], name, properties))
+        kernels.append(_stage(plan["elementwise"], name, properties, _ELEMENTWISE_BLOCKS_PER_SM))
     return kernels
 
 
-def _stage(traversal: Mapping[str, Any], name: str, properties: Mapping[str, Any]) -> Kernel:
+def _stage(
+    traversal: Mapping[str, Any],
+    name: str,
+    properties: Mapping[str, Any],
+    blocks_per_sm: int = _STAGE_BLOCKS_PER_SM,
+) -> Kernel:
     block = (traversal["threads_x"], traversal["threads_y"])
-    blocks = min(_STAGE_BLOCKS_PER_SM, math.ceil(traversal["grid"] / properties["sm_count"]))
+    blocks = min(blocks_per_sm, math.ceil(traversal["grid"] / properties["sm_count"]))
     return Kernel(
         name=name,
         grid=traversal["grid"],
@@ -339,7 +345,8 @@ def _team_kernel(plan: Mapping[str, Any], properties: Mapping[str, Any]) -> Kern
     team = plan["team"]
     traversal = team["traversal"]
     places = team["blocks_per_sm"] * properties["sm_count"]
-    # Teams of several blocks stay and take the next group; single blocks leave for the next one.
+    # Teams of several blocks, and deep ones, stay and take the next group; other single blocks
+    # leave for the next one.
     at_a_time = places if team["scope"] == "block" else team["grid"]
     waves = math.ceil(traversal["tasks"] / at_a_time)
     busy_at_last = traversal["tasks"] - (waves - 1) * at_a_time
@@ -368,8 +375,12 @@ def _pattern(plan: Mapping[str, Any]) -> str:
 
 def _members(plan: Mapping[str, Any]) -> int:
     """Threads of a block that share a channel (along S) or a column of windows (along C)."""
-    axis = "threads_x" if _pattern(plan) == "along_s" else "threads_y"
-    return plan["team"]["traversal"][axis]
+    traversal = plan["team"]["traversal"]
+    if _pattern(plan) == "along_s":
+        return traversal["threads_x"]
+    # Masked rows: samples that start at different places in a window have threads of their own.
+    starts = traversal["row_repeat"] if not traversal["exact"] else 1
+    return traversal["threads_y"] // starts
 
 
 def _windows_per_thread(plan: Mapping[str, Any]) -> int:

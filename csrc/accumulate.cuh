@@ -13,16 +13,19 @@ namespace batchnorm_cuda {
 template <typename Cursor>
 inline constexpr int kPairs = Cursor::kChannels > 1 ? Cursor::kChannels / 2 : 1;
 
-// Calls f(pair, window, lane) for the first lanes of all pairs of a batch. In exact tilings a
-// window is there or not, and all values of those that are there are valid; kFull: all are there.
+// Calls f(window, lane) for the first lanes of pair p in a batch: a pair at a time, so that the
+// batch's own sums of one pair are in registers. In exact tilings a window is there or not, and all
+// values of those that are there are valid; kFull: all are there.
 template <typename Cursor, bool kFull, int kWindows, typename F>
-__device__ __forceinline__ void for_each_pair(
-    const Window<typename Cursor::index_t> (&windows)[kWindows], F&& f) {
+__device__ __forceinline__ void for_each_of_pair(
+    int p, const Window<typename Cursor::index_t> (&windows)[kWindows], F&& f) {
 #pragma unroll
   for (int u = 0; u < kWindows; ++u) {
     if (!kFull && Cursor::kExact && windows[u].hi <= 0) continue;
 #pragma unroll
-    for (int l = 0; l < Cursor::kVecSize; l += 2) f(Cursor::channel_of(l) / 2, u, l);
+    for (int l = 0; l < Cursor::kVecSize; l += 2) {
+      if (Cursor::channel_of(l) / 2 == p) f(u, l);
+    }
   }
 }
 
@@ -40,19 +43,21 @@ class TwoSweeps {
   template <bool kFull, int kWindows>
   __device__ __forceinline__ void add_values(const Values (&vec)[kWindows],
                                              const Mask (&windows)[kWindows]) {
-    Pair<acc_t> batch[kPairs<Cursor>] = {};
-    for_each_pair<Cursor, kFull>(windows, [&](int p, int u, int l) {
-      batch[p] = lanes_plus(vec[u], l, batch[p]);
-      if (Cursor::kExact) return;
-      count_[count_of(l)] += windows[u].valid(l);
-      count_[count_of(l + 1)] += windows[u].valid(l + 1);
-    });
+#pragma unroll
+    for (int p = 0; p < kPairs<Cursor>; ++p) {
+      Pair<acc_t> batch = {};
+      for_each_of_pair<Cursor, kFull>(p, windows, [&](int u, int l) {
+        batch = lanes_plus(vec[u], l, batch);
+        if (Cursor::kExact) return;
+        count_[count_of(l)] += windows[u].valid(l);
+        count_[count_of(l + 1)] += windows[u].valid(l + 1);
+      });
+      sum_[p] = plus(sum_[p], batch);
+    }
 #pragma unroll
     for (int u = 0; u < kWindows; ++u) {
       if (Cursor::kExact) count_[0] += (kFull || windows[u].hi > 0) * kLanes;
     }
-#pragma unroll
-    for (int p = 0; p < kPairs<Cursor>; ++p) sum_[p] = plus(sum_[p], batch[p]);
   }
 
   // Between the sweeps. The mean's rounding does no harm: the residual is taken from it as it is.
@@ -68,20 +73,20 @@ class TwoSweeps {
   template <bool kFull, int kWindows>
   __device__ __forceinline__ void add_deviations(const Values (&vec)[kWindows],
                                                  const Mask (&windows)[kWindows]) {
-    Pair<acc_t> residual[kPairs<Cursor>] = {}, squares[kPairs<Cursor>] = {};
-    for_each_pair<Cursor, kFull>(windows, [&](int p, int u, int l) {
-      Pair<acc_t> deviation = lanes_plus(vec[u], l, -shift_[p]);
-      if (!kFull && !Cursor::kExact) {
-        if (!windows[u].valid(l)) deviation.x = 0;
-        if (!windows[u].valid(l + 1)) deviation.y = 0;
-      }
-      residual[p] = residual[p] + deviation;
-      squares[p] = fused_multiply_add(deviation, deviation, squares[p]);
-    });
 #pragma unroll
     for (int p = 0; p < kPairs<Cursor>; ++p) {
-      sum_[p] = plus(sum_[p], residual[p]);
-      m2_[p] = plus(m2_[p], squares[p]);
+      Pair<acc_t> residual = {}, squares = {};
+      for_each_of_pair<Cursor, kFull>(p, windows, [&](int u, int l) {
+        Pair<acc_t> deviation = lanes_plus(vec[u], l, -shift_[p]);
+        if (!kFull && !Cursor::kExact) {
+          if (!windows[u].valid(l)) deviation.x = 0;
+          if (!windows[u].valid(l + 1)) deviation.y = 0;
+        }
+        residual = residual + deviation;
+        squares = fused_multiply_add(deviation, deviation, squares);
+      });
+      sum_[p] = plus(sum_[p], residual);
+      m2_[p] = plus(m2_[p], squares);
     }
   }
 

@@ -21,7 +21,7 @@ __device__ __forceinline__ auto load_channel(const Params& p, const Cursor& curs
 }
 
 template <typename Cursor, bool kTraining>
-__global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
+__global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
     backward_elementwise_kernel(const BackwardElementwiseParams<typename Cursor::scalar_t> p) {
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
@@ -50,17 +50,15 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
       }
 #pragma unroll
       for (int u = 0; u < kUnrollPairs; ++u) {
-        acc_t dx[Cursor::kVecSize];
+        Vec<scalar_t> dx;
 #pragma unroll
         for (int l = 0; l < Cursor::kVecSize; l += 2) {
           const GradInput<acc_t>& a = channel[Cursor::channel_of(l)];
           const GradInput<acc_t>& b = channel[Cursor::channel_of(l + 1)];
-          const Pair<acc_t> pair =
-              kTraining ? grad_input(a, b, dy[u], x[u], l) : grad_input(a, b, dy[u], l);
-          dx[l] = pair.x;
-          dx[l + 1] = pair.y;
+          round_into(dx, l,
+                     kTraining ? grad_input(a, b, dy[u], x[u], l) : grad_input(a, b, dy[u], l));
         }
-        store_window<Cursor::kExact>(p.grad_input, windows[u], round_to<scalar_t>(dx));
+        store_window<Cursor::kExact>(p.grad_input, windows[u], dx);
       }
     }
   }
@@ -75,7 +73,7 @@ LaunchStatus launch_backward_elementwise(Pattern pattern,
                                          const BackwardElementwiseParams<scalar_t>& params,
                                          cudaStream_t stream) {
   const Traversal& t = params.traversal;
-  return with_cursor<scalar_t>(pattern, t, [&](auto tag) {
+  return with_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
     const auto kernel = params.input ? backward_elementwise_kernel<Cursor, true>
                                      : backward_elementwise_kernel<Cursor, false>;

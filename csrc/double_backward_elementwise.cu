@@ -83,7 +83,7 @@ template <typename scalar_t>
 LaunchStatus launch_double_backward_elementwise(
     Pattern pattern, const DoubleBackwardElementwiseParams<scalar_t>& params, cudaStream_t stream) {
   const Traversal& t = params.traversal;
-  return with_cursor<scalar_t>(pattern, t, [&](auto tag) {
+  return with_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
     const auto kernel = params.training ? double_backward_elementwise_kernel<Cursor, true>
                                         : double_backward_elementwise_kernel<Cursor, false>;

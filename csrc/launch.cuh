@@ -65,18 +65,25 @@ struct CursorTag {
 // Calls launch(CursorTag<Cursor>{}) with the cursor type that the plan chose.
 template <typename scalar_t, typename Launch>
 inline LaunchStatus with_cursor(Pattern pattern, const Traversal& t, Launch&& launch) {
-  if (pattern == Pattern::kAlongRow) {
-    if (t.index_bits == 64) return launch(CursorTag<AlongRow<scalar_t, int64_t>>{});
-    return launch(CursorTag<AlongRow<scalar_t, int32_t>>{});
-  }
   if (pattern == Pattern::kAlongS) {
     if (!t.exact) return launch(CursorTag<AlongS<scalar_t, int64_t, false>>{});
-    if (t.index_bits == 64) return launch(CursorTag<AlongS<scalar_t, int64_t, true>>{});
+    if (t.index_bits == 64) return launch(CursorTag<AlongFarS<scalar_t>>{});
     return launch(CursorTag<AlongS<scalar_t, int32_t, true>>{});
   }
   if (!t.exact) return launch(CursorTag<AlongC<scalar_t, int64_t, false>>{});
   if (t.index_bits == 64) return launch(CursorTag<AlongC<scalar_t, int64_t, true>>{});
   return launch(CursorTag<AlongC<scalar_t, int32_t, true>>{});
+}
+
+// The same for the elementwise kernels, which walk along rows as well.
+template <typename scalar_t, typename Launch>
+inline LaunchStatus with_elementwise_cursor(Pattern pattern, const Traversal& t, Launch&& launch) {
+  if (pattern == Pattern::kAlongRow) {
+    if (!t.exact) return launch(CursorTag<AlongSamples<scalar_t, int64_t>>{});
+    if (t.index_bits == 64) return launch(CursorTag<AlongRow<scalar_t, int64_t>>{});
+    return launch(CursorTag<AlongRow<scalar_t, int32_t>>{});
+  }
+  return with_cursor<scalar_t>(pattern, t, launch);
 }
 
 }  // namespace batchnorm_cuda

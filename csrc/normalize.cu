@@ -32,7 +32,7 @@ __device__ __forceinline__ auto load_channel(const Params& p, const Cursor& curs
 }
 
 template <typename Cursor>
-__global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
+__global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
     transform_input_kernel(const NormalizeParams<typename Cursor::scalar_t> p) {
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
@@ -54,15 +54,14 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        acc_t y[Cursor::kVecSize];
+        Vec<scalar_t> y;
 #pragma unroll
         for (int l = 0; l < Cursor::kVecSize; l += 2) {
-          const Pair<acc_t> pair = normalize(channel[Cursor::channel_of(l)],
-                                             channel[Cursor::channel_of(l + 1)], x[u], l);
-          y[l] = pair.x;
-          y[l + 1] = pair.y;
+          round_into(y, l,
+                     normalize(channel[Cursor::channel_of(l)], channel[Cursor::channel_of(l + 1)],
+                               x[u], l));
         }
-        store_window<Cursor::kExact>(p.output, windows[u], round_to<scalar_t>(y));
+        store_window<Cursor::kExact>(p.output, windows[u], y);
       }
     }
   }
@@ -76,7 +75,7 @@ template <typename scalar_t>
 LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& params,
                               cudaStream_t stream) {
   const Traversal& t = params.traversal;
-  return with_cursor<scalar_t>(pattern, t, [&](auto tag) {
+  return with_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
     return launch_kernel(transform_input_kernel<Cursor>, t.grid, block_of(t), 0, stream, params);
   });

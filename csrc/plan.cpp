@@ -99,16 +99,18 @@ void plan_along_c(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
 void plan_along_row(Traversal& t, const RowLayout& rows, int vec, const DeviceInfo& device,
                     const PlanOptions& options) {
   lay_out_rows(rows, vec, kStageThreads, t);
-  split_work(t, t.rows, int64_t{t.threads_y} * kUnroll, device, options);
+  const int64_t members = t.exact ? t.threads_y : t.threads_y / t.row_repeat;
+  split_work(t, t.rows, members * kUnroll, device, options);
 }
 
-// Rows for the elementwise kernels, where few threads of a block would be left over: what saves
-// sectors must not cost bytes in flight.
+// Rows for the elementwise kernels, where no more than a quarter of a block's threads is left out:
+// what saves sectors must not cost bytes in flight.
 RowLayout elementwise_rows(const Problem& problem, int vec) {
   const RowLayout rows = choose_rows(problem, vec, kStageThreads);
   if (rows.elements == 0) return rows;
-  const int64_t threads = kStageThreads / rows.windows * rows.windows;
-  return threads * 8 >= kStageThreads * 7 ? rows : RowLayout{};
+  const int64_t starts = rows.channels == 0 ? 1 : rows.elements / (problem.c * problem.s);
+  const int64_t threads = kStageThreads / (rows.windows * starts) * rows.windows * starts;
+  return threads * 4 >= kStageThreads * 3 ? rows : RowLayout{};
 }
 
 // Index arithmetic reaches at most one step past the last window of a thread.

@@ -16,9 +16,11 @@ namespace batchnorm_cuda {
 
 constexpr int kWindowBytes = 16;
 constexpr int kWarpSize = 32;
-// Threads of a stage-kernel block, and the blocks an SM must be able to hold: up to 128 registers.
+// Threads of a stage-kernel block, and the blocks an SM must be able to hold: up to 128 registers,
+// up to 80 of the elementwise kernels of forward and backward.
 constexpr int kStageThreads = 256;
 constexpr int kStageBlocksPerSm = 2;
+constexpr int kElementwiseBlocksPerSm = 3;
 // Threads of a block that merges partial results; many rows per channel are read at once.
 constexpr int kMergeThreads = 512;
 // Windows a thread has in flight, and the batch it reduces in registers before one merge.
@@ -39,7 +41,9 @@ inline constexpr bool is_double_backward(Op op) {
   return op == Op::kDoubleBackwardTraining || op == Op::kDoubleBackwardEval;
 }
 // Along a row (team and elementwise kernels): like along C, but several columns of a row are of one
-// channel, either S neighbours (S > 1, rows of C*S) or every C-th (rows of several times C).
+// channel: S neighbours in each of the row's row_repeat samples of C*S elements. Where such a row
+// is too long for a block, the masked form takes whole channels of a sample at a time; samples that
+// start at the same place in a window, every row_repeat-th, belong to the same threads.
 enum class Pattern : int { kAlongS, kAlongC, kAlongRow };
 // kTwoPass: stage kernels, activations read once to reduce and once more to transform.
 // kTeam: a team of blocks keeps a channel group on chip between the two, in one launch.
@@ -72,15 +76,24 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr int team_blocks_per_sm(Depth depth) {
   return depth == Depth::kDeep ? 1 : 2;
 }
 
+// Does a block load its next channel group while it writes this one, there being no other block on
+// the SM that would? Along C there are no registers left to do it with.
+BATCHNORM_CUDA_HOST_DEVICE constexpr bool team_is_pipelined(Pattern pattern, Depth depth) {
+  return team_blocks_per_sm(depth) == 1 && pattern == Pattern::kAlongS;
+}
+
 // Windows of all its tensors together that a thread keeps in registers; 0: there is no such
 // kernel. The most that the compiler places without a spill for every dtype and architecture
 // (`make sass`): up to 184 of a deep kernel's 255 registers. Along C and along rows a thread has
-// accumulators and coefficients for every lane beside them, and those of float64 are twice as wide.
+// accumulators and coefficients for every lane beside them: of eight lanes in half precision, of
+// two that are twice as wide in float64.
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exact, Depth depth,
-                                                      bool wide) {
-  if (pattern == Pattern::kAlongRow) return depth == Depth::kMiddle ? 6 : 0;
+                                                      int value_bytes) {
+  const bool wide = value_bytes == 8;
+  if (pattern == Pattern::kAlongRow) return depth == Depth::kMiddle ? (exact ? 6 : 4) : 0;
   if (pattern == Pattern::kAlongC) {
-    return depth == Depth::kStream ? 4 : depth == Depth::kMiddle ? 8 : wide ? 28 : 32;
+    const int deep = value_bytes == 4 ? 44 : 40;
+    return depth == Depth::kStream ? 4 : depth == Depth::kMiddle ? 8 : deep;
   }
   if (!exact) return depth == Depth::kMiddle ? 8 : depth == Depth::kStream ? 4 : 0;
   return depth == Depth::kStream ? 12 : depth == Depth::kMiddle ? (wide ? 12 : 16) : wide ? 36 : 46;
@@ -94,9 +107,11 @@ BATCHNORM_CUDA_HOST_DEVICE inline int rows_merged_by_shuffles(int columns, int r
   return whole ? kWarpSize / columns : 1;
 }
 
-// Values of shared memory that column_reduce needs for accumulators of `fields` values.
-inline int64_t column_scratch_values(int columns, int rows, int lanes, int fields) {
-  return int64_t{columns} * (rows / rows_merged_by_shuffles(columns, rows)) * lanes * fields;
+// Values of shared memory that column_reduce needs for accumulators of `fields` values; `keep`: the
+// rows that it leaves apart.
+inline int64_t column_scratch_values(int columns, int rows, int lanes, int fields, int keep = 1) {
+  const int merged = keep > 1 ? 1 : rows_merged_by_shuffles(columns, rows);
+  return int64_t{columns} * (rows / merged) * lanes * fields;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -151,11 +166,9 @@ struct Traversal {
   int threads_y = 1;        // along S: channels per block;  along C: rows at a time
   int64_t row_windows = 1;  // along S: windows of a run;    along C: windows of a row group
   int64_t rows = 1;         // along S: N runs per channel;  along C: row groups
-  int64_t row_repeat = 1;   // along C: rows of C elements in a row group; along S: 1
+  int64_t row_repeat = 1;   // along C and along rows: rows of C*S elements in a row group, else 1
   int64_t channel_blocks = 1;
-  // Along a row: the channels of a channel block, and the columns of channel k among the block's:
-  // k * segment_step + i * segment_stride for i < segment_size.
-  int64_t segments = 0, segment_size = 1, segment_step = 1, segment_stride = 1;
+  int64_t segments = 0;  // along a row: channels of a channel block
   int64_t splits = 1;
   int64_t per_split = 1;  // along S: windows of the channel; along C: row groups
   int64_t tasks = 0, grid = 0;

@@ -77,10 +77,8 @@ py::dict to_dict(const Traversal& t) {
                   "index_bits"_a = t.index_bits, "shift"_a = t.shift, "threads_x"_a = t.threads_x,
                   "threads_y"_a = t.threads_y, "row_windows"_a = t.row_windows, "rows"_a = t.rows,
                   "row_repeat"_a = t.row_repeat, "channel_blocks"_a = t.channel_blocks,
-                  "segments"_a = t.segments, "segment_size"_a = t.segment_size,
-                  "segment_step"_a = t.segment_step, "segment_stride"_a = t.segment_stride,
-                  "splits"_a = t.splits, "per_split"_a = t.per_split, "tasks"_a = t.tasks,
-                  "grid"_a = t.grid, "shared_bytes"_a = t.shared_bytes);
+                  "segments"_a = t.segments, "splits"_a = t.splits, "per_split"_a = t.per_split,
+                  "tasks"_a = t.tasks, "grid"_a = t.grid, "shared_bytes"_a = t.shared_bytes);
 }
 
 const char* depth_name(Depth depth) {

@@ -33,43 +33,63 @@ int64_t block_windows(int64_t unit, bool even_only, int64_t max_windows) {
 }
 
 RowLayout rows_of_runs(const Problem& p, int vec, int max_windows) {
-  if (p.s % (kSectorWindows * vec) == 0 || (p.c * p.s) % vec != 0) return {};
   const int64_t unit = std::lcm(p.s, static_cast<int64_t>(vec)) / vec;
   const int64_t windows = block_windows(unit, p.s % vec == 0, max_windows);
   return {windows > 0 ? p.c * p.s : 0, windows};
 }
 
-// A block is a whole row, so that its few rows of C keep every channel's columns together.
-RowLayout rows_of_channels(const Problem& p, int vec, int max_windows) {
-  if (p.c % (kSectorWindows * vec) == 0) return {};
+// Samples of C*S elements that are no whole sectors: a few of them together are, or at least whole
+// windows. A block is the whole row, so that every channel's columns are together.
+RowLayout rows_of_samples(const Problem& p, int vec, int max_windows) {
+  const int64_t sample = p.c * p.s;
   for (const int64_t multiple : {kSectorWindows * vec, int64_t{vec}}) {
-    const int64_t elements = std::lcm(p.c, multiple);
-    const bool whole = (p.n * p.c) % elements == 0 && elements / vec <= max_windows;
-    if (whole && elements > p.c) return {elements, elements / vec};
+    const int64_t elements = std::lcm(sample, multiple);
+    const bool whole = p.n * sample % elements == 0 && elements / vec <= max_windows;
+    if (whole && elements > sample) return {elements, elements / vec};
   }
   return {};
+}
+
+// Samples that start at different places in a window: as many channels as fit a block beside all
+// those places. One channel alone is a run, which the walk along S takes as well.
+RowLayout masked_rows(const Problem& p, int vec, int max_windows) {
+  const int64_t sample = p.c * p.s;
+  const int64_t elements = std::lcm(sample, static_cast<int64_t>(vec));
+  const int64_t starts = elements / sample;
+  if (p.n < starts) return {};
+  const int64_t most = std::min(p.c, (max_windows / starts * vec - (vec - 1)) / p.s);
+  if (most < 2) return {};
+  const int64_t channels = ceil_div(p.c, ceil_div(p.c, most));
+  return {elements, ceil_div(channels * p.s + vec - 1, vec), channels};
 }
 
 }  // namespace
 
 RowLayout choose_rows(const Problem& p, int vec, int max_windows) {
-  return p.s > 1 ? rows_of_runs(p, vec, max_windows) : rows_of_channels(p, vec, max_windows);
+  const int64_t sector = kSectorWindows * vec, run = p.s > 1 ? p.s : p.c;
+  if (run % sector == 0) return {};
+  if (p.s > 1 && p.c * p.s % vec == 0) return rows_of_runs(p, vec, max_windows);
+  const RowLayout rows = rows_of_samples(p, vec, max_windows);
+  return p.s > 1 && rows.elements == 0 ? masked_rows(p, vec, max_windows) : rows;
 }
 
 void lay_out_rows(const RowLayout& rows, int vec, int threads, Traversal& t) {
-  const bool runs = t.s > 1;
   t.pattern = Pattern::kAlongRow;
-  t.exact = true;
+  t.exact = rows.channels == 0;
   t.row_windows = rows.elements / vec;
-  t.rows = t.numel / rows.elements;
-  t.row_repeat = runs ? 1 : rows.elements / t.c;
+  t.rows = ceil_div(t.numel, rows.elements);
+  t.row_repeat = rows.elements / (t.c * t.s);
   t.threads_x = static_cast<int>(rows.windows);
+  if (!t.exact) {
+    const int64_t samples = threads / rows.windows / t.row_repeat * t.row_repeat;
+    t.threads_y = static_cast<int>(samples);
+    t.channel_blocks = ceil_div(t.c, rows.channels);
+    t.segments = rows.channels;
+    return;
+  }
   t.threads_y = static_cast<int>(threads / rows.windows);
   t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
-  t.segment_size = runs ? t.s : t.row_repeat;
-  t.segment_step = runs ? t.s : 1;
-  t.segment_stride = runs ? 1 : t.c;
-  t.segments = runs ? t.threads_x * vec / t.s : t.c;
+  t.segments = t.threads_x * vec / (t.s * t.row_repeat);
 }
 
 }  // namespace batchnorm_cuda

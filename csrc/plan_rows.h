@@ -1,5 +1,6 @@
 // Walks along rows (Pattern::kAlongRow): where runs or rows of channels are no whole sectors, whole
-// rows of all channels are, or several of them together. Shared by stage and team kernels.
+// rows of all channels are, or several of them together; and where those are too long for a block,
+// several channels at a time waste less than one. Shared by stage and team kernels.
 #pragma once
 
 #include "plan.h"
@@ -9,6 +10,7 @@ namespace batchnorm_cuda {
 struct RowLayout {
   int64_t elements = 0;  // of a row, which repeats; 0: the tensor does not suit
   int64_t windows = 0;   // of a channel block: whole channels, whole windows
+  int64_t channels = 0;  // masked: of a channel block, in one sample; else 0
 };
 
 // Rows are walked where that saves sectors: where runs along S, or rows along C, are no multiple of

@@ -44,7 +44,8 @@ TeamRequest make_request(const Problem& p, const DeviceInfo& device, const PlanO
                          Pattern pattern, const RowLayout& rows = {}) {
   const bool forward = p.op == Op::kForwardTraining || p.op == Op::kForwardEval;
   const int vec = kWindowBytes / dtype_bytes(p.dtype);
-  const bool exact = pattern == Pattern::kAlongS ? all_aligned(p) && p.s % vec == 0 : true;
+  const bool exact =
+      pattern == Pattern::kAlongS ? all_aligned(p) && p.s % vec == 0 : rows.channels == 0;
   const int channels = pattern == Pattern::kAlongS ? 1 : vec;
   return {p,   device,          options,         pattern,  exact,
           vec, forward ? 1 : 2, forward ? 4 : 2, channels, rows};
@@ -151,6 +152,14 @@ struct Choice {
   }
 };
 
+// Widths of a slab of channels along C, the best first; along S there is none. Every other row of
+// an odd number of windows starts in mid-sector, and costs each slab a sector more.
+std::vector<int> slab_widths(const TeamRequest& r) {
+  if (r.pattern != Pattern::kAlongC) return {kSlabWindows};
+  if (r.problem.c / r.vec % 2 == 0) return {kSlabWindows, kNarrowSlabWindows};
+  return {2 * kSlabWindows, kSlabWindows, kNarrowSlabWindows};
+}
+
 // Offers all teams of one access pattern and slab width.
 void offer_teams(const TeamRequest& r, int slab, Choice& choice) {
   const Traversal base = team_traversal(r, slab);
@@ -185,8 +194,9 @@ Team plan_team(const Problem& problem, const DeviceInfo& device, const PlanOptio
   const TeamRequest r =
       make_request(problem, device, options, problem.s > 1 ? Pattern::kAlongS : Pattern::kAlongC);
   if (choice.team.size == 0 && whole) {
-    offer_teams(r, kSlabWindows, choice);
-    if (!choice.once && r.pattern == Pattern::kAlongC) offer_teams(r, kNarrowSlabWindows, choice);
+    for (const int slab : slab_widths(r)) {
+      if (!choice.once) offer_teams(r, slab, choice);
+    }
   }
   if (choice.team.size == 0) {
     *reason = whole ? "no team fits, or the tensor needs 64-bit indices"

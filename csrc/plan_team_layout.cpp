@@ -50,11 +50,13 @@ void lay_out_shared(const TeamRequest& r, Team& team) {
   const int acc = acc_bytes(r.problem.dtype);
   const bool along_s = r.pattern == Pattern::kAlongS;
   const int64_t columns = int64_t{t.threads_x} * r.channels;
-  int64_t scratch = along_s ? int64_t{kTeamThreads / kWarpSize} * r.fields
-                            : column_scratch_values(t.threads_x, t.threads_y, r.channels, r.fields);
+  const int kept = r.exact ? 1 : static_cast<int>(t.row_repeat);  // rows along a row
+  int64_t scratch =
+      along_s ? int64_t{kTeamThreads / kWarpSize} * r.fields
+              : column_scratch_values(t.threads_x, t.threads_y, r.channels, r.fields, kept);
   team.slot_values = (along_s ? int64_t{t.threads_y} : columns) * r.fields;
   if (r.pattern == Pattern::kAlongRow) {
-    scratch = std::max(scratch, (columns + t.segments) * r.fields);
+    scratch = std::max(scratch, (columns * kept + t.segments) * r.fields);
     team.slot_values = t.segments * r.fields;
   }
   team.scratch_bytes = round_up(scratch * acc, kWindowBytes);
@@ -144,7 +146,7 @@ int64_t streamed_bytes(const TeamRequest& r, const Team& team, int64_t members, 
 }  // namespace
 
 int windows_of(const TeamRequest& r, Depth depth) {
-  return team_windows(r.pattern, r.exact, depth, acc_bytes(r.problem.dtype) > 4);
+  return team_windows(r.pattern, r.exact, depth, dtype_bytes(r.problem.dtype));
 }
 
 Traversal team_traversal(const TeamRequest& r, int slab) {
@@ -169,7 +171,9 @@ int64_t team_work(const Traversal& t, Pattern pattern) {
 }
 
 int team_members(const Traversal& t, Pattern pattern) {
-  return pattern == Pattern::kAlongS ? t.threads_x : t.threads_y;
+  if (pattern == Pattern::kAlongS) return t.threads_x;
+  const bool samples_apart = pattern == Pattern::kAlongRow && !t.exact;
+  return samples_apart ? t.threads_y / static_cast<int>(t.row_repeat) : t.threads_y;
 }
 
 bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, int64_t size,
@@ -191,8 +195,9 @@ bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, int64_
   if (!place_windows(r, team, ceil_div(t.per_split, members))) return false;
   team.blocks_per_sm = static_cast<int>(resident_blocks(r, team));
   const int64_t places = int64_t{team.blocks_per_sm} * r.device.sm_count;
-  team.teams = team.scope == Scope::kBlock ? std::min(t.channel_blocks, r.device.max_grid)
-                                           : std::min(t.channel_blocks, places / size);
+  const bool one_round = team.scope == Scope::kBlock && !team_is_pipelined(r.pattern, depth);
+  team.teams =
+      std::min({t.channel_blocks, r.device.max_grid, one_round ? t.channel_blocks : places / size});
   if (places == 0 || team.teams == 0) return false;
   team.rounds = ceil_div(t.channel_blocks, team.teams);
   team.grid = team.teams * size;

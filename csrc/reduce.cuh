@@ -201,11 +201,12 @@ __device__ __forceinline__ void merge_lanes(Acc (&acc)[kLanes], Value&& value) {
 // Merges kLanes accumulators per thread over threadIdx.y, for every threadIdx.x on its own. Every
 // thread of the block must call; `shared` is column_scratch_values(...) of plan.h long. The result
 // is in the threads with threadIdx.y == 0; a barrier ends the call. Where whole rows fit a warp,
-// shuffles merge the warp's rows first: less shared memory and fewer barriers.
+// shuffles merge the warp's rows first: less shared memory and fewer barriers. `keep`, a divisor of
+// blockDim.y: only every keep-th row is merged, and the results are in the first `keep` rows.
 template <bool kExact, int kLanes, typename Acc, typename acc_t>
-__device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared) {
+__device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared, int keep = 1) {
   const int columns = blockDim.x;
-  const int warp_rows = rows_merged_by_shuffles(blockDim.x, blockDim.y);
+  const int warp_rows = keep > 1 ? 1 : rows_merged_by_shuffles(blockDim.x, blockDim.y);
   for (int offset = warp_rows * columns / 2; offset >= columns; offset /= 2) {
     merge_lanes<kExact>(acc, [&](int l, int f) {
       return __shfl_down_sync(0xffffffffu, acc[l].field(f), offset, kWarpSize);
@@ -218,8 +219,8 @@ __device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared)
   int rows = blockDim.y / warp_rows;
   const int plane = rows * columns;
   const int mine = row * columns + threadIdx.x;
-  while (rows > 1) {
-    const int half = (rows + 1) / 2;
+  while (rows > keep) {
+    const int half = (rows / keep + 1) / 2 * keep;
     if (holds && row >= half && row < rows) {
 #pragma unroll
       for (int i = 0; i < kLanes * Acc::kFields; ++i) {

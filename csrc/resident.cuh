@@ -5,7 +5,8 @@
 // A thread's windows, in the order of its cursor: first those that do not fit (they are reduced now
 // and read again at the end, last first, while the L2 cache may still hold them), then those in
 // registers, then those in shared memory. No thread reads another's windows, so holding them takes
-// no barrier.
+// no barrier. With one block an SM, a place is loaded with the next group's window as soon as this
+// group's has left it, so that memory has work while the outputs are formed and stored.
 #pragma once
 
 #include "accumulate.cuh"
@@ -19,6 +20,7 @@ class Resident {
   using scalar_t = typename Cursor::scalar_t;
   using index_t = typename Cursor::index_t;
   using Params = typename Operation::Params;
+  static constexpr bool kPipelined = team_is_pipelined(Cursor::kPattern, kDepth);
 
   // `shared`: this thread's first slot of the block's windows; its slots are kTeamThreads apart.
   __device__ __forceinline__ Resident(const Params& p, uint4* shared) : p_(p), shared_(shared) {}
@@ -30,8 +32,6 @@ class Resident {
       const index_t capacity = kRegisters + p_.team.shared_windows;
       streamed_ = cursor.left > capacity ? cursor.left - capacity : 0;
     }
-    in_registers_ = static_cast<int>(cursor.left < kRegisters ? cursor.left : kRegisters);
-    in_shared_ = static_cast<int>(cursor.left - streamed_) - in_registers_;
     for (index_t i = 0; i < streamed_; i += kBatch) {
       Batch<kBatch> batch;
       for_each_present<kBatch>(streamed_ - i, [&](int u) { batch.windows[u] = cursor.take(); });
@@ -42,25 +42,10 @@ class Resident {
 
   // Starts all loads: registers first, then shared memory behind them.
   __device__ __forceinline__ void fetch(Cursor cursor) {
+    here_ = places_for(cursor);
 #pragma unroll
-    for (int i = 0; i < kRegisters; ++i) {
-      Window<index_t> window{0, 0, 0};
-      if (i < in_registers_) window = cursor.take();
-#pragma unroll
-      for (int k = 0; k < kTensors; ++k) held_[k][i] = to_bits(load(k, window));
-    }
-    for (int i = 0; i < in_shared_; ++i) {
-      const Window<index_t> window = cursor.take();
-#pragma unroll
-      for (int k = 0; k < kTensors; ++k) {
-        if (Cursor::kExact) {
-          copy_async(slot(i, k),
-                     reinterpret_cast<const uint4*>(Operation::tensor(p_, k) + window.offset));
-        } else {
-          store_shared(slot(i, k), to_bits(load(k, window)));
-        }
-      }
-    }
+    for (int i = 0; i < kRegisters; ++i) fetch_register(i, cursor, here_);
+    for (int i = 0; i < here_.shared; ++i) fetch_shared(i, cursor);
   }
 
   // Reduces what is on chip. `cursor` is where fetch() began: it yields the masks again. Where
@@ -83,25 +68,31 @@ class Resident {
     drop_conversions();
   }
 
-  // Forms and stores the output of every window: from chip, then the streamed ones backwards.
-  template <typename Epilogue>
+  // Forms and stores the output of every window: from chip, then the streamed ones backwards. A
+  // pipelined kernel starts the loads of the next group, at make_next(), as places become free; a
+  // copy into shared memory then follows the last read of its place, by the same thread.
+  template <typename Epilogue, typename MakeNext>
   __device__ __forceinline__ void write(const Operation& operation, Cursor cursor,
-                                        const Epilogue& epilogue) const {
+                                        const Epilogue& epilogue, MakeNext&& make_next) {
     Cursor back = cursor;
+    if constexpr (kInPlace) form_in_place(operation, epilogue);
+    Cursor next = make_next();
+    const Places there = kPipelined ? places_for(next) : Places{};
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) {
-      if (i >= in_registers_) continue;
-      Vec<scalar_t> vec[kTensors];
-#pragma unroll
-      for (int k = 0; k < kTensors; ++k) vec[k] = to_values(held_[k][i]);
-      emit(operation, cursor.take(), vec, epilogue);
+      if (i < here_.registers) write_register(i, operation, cursor.take(), epilogue);
+      if (kPipelined) fetch_register(i, next, there);
     }
-    for (int i = 0; i < in_shared_; ++i) {
-      Vec<scalar_t> vec[kTensors];
+    for (int i = 0; i < here_.shared || i < there.shared; ++i) {
+      if (i < here_.shared) {
+        Vec<scalar_t> vec[kTensors];
 #pragma unroll
-      for (int k = 0; k < kTensors; ++k) vec[k] = to_values(load_shared(slot(i, k)));
-      emit(operation, cursor.take(), vec, epilogue);
+        for (int k = 0; k < kTensors; ++k) vec[k] = to_values(load_shared(slot(i, k)));
+        emit(operation, cursor.take(), vec, epilogue);
+      }
+      if (i < there.shared) fetch_shared(i, next);
     }
+    if (kPipelined) here_ = there;
     for (index_t i = 0; i < streamed_; i += kBatch) {
       Batch<kBatch> batch;
       for_each_present<kBatch>(streamed_ - i, [&](int u) { batch.windows[u] = back.take_back(); });
@@ -120,6 +111,50 @@ class Resident {
   // Windows of each tensor that a thread holds in registers.
   static constexpr int kRegisters = kWindows / kTensors;
   static constexpr int kBatch = kUnroll / kTensors;
+  static constexpr bool kInPlace = kDepth == Depth::kDeep && Cursor::kChannels > 1;
+
+  // Windows of each tensor that a thread holds of a group.
+  struct Places {
+    int registers = 0, shared = 0;
+  };
+  __device__ __forceinline__ static Places places_for(const Cursor& cursor) {
+    const int held = static_cast<int>(cursor.left);
+    const int registers = held < kRegisters ? held : kRegisters;
+    return {registers, held - registers};
+  }
+
+  __device__ __forceinline__ void fetch_register(int i, Cursor& cursor, const Places& places) {
+    Window<index_t> window{0, 0, 0};
+    if (i < places.registers) window = cursor.take();
+#pragma unroll
+    for (int k = 0; k < kTensors; ++k) held_[k][i] = to_bits(load(k, window));
+  }
+  __device__ __forceinline__ void fetch_shared(int i, Cursor& cursor) {
+    const Window<index_t> window = cursor.take();
+#pragma unroll
+    for (int k = 0; k < kTensors; ++k) {
+      if (Cursor::kExact) {
+        copy_async(slot(i, k),
+                   reinterpret_cast<const uint4*>(Operation::tensor(p_, k) + window.offset));
+      } else {
+        store_shared(slot(i, k), to_bits(load(k, window)));
+      }
+    }
+  }
+
+  template <typename Epilogue>
+  __device__ __forceinline__ void write_register(int i, const Operation& operation,
+                                                 const Window<index_t>& window,
+                                                 const Epilogue& epilogue) {
+    Vec<scalar_t> vec[kTensors];
+#pragma unroll
+    for (int k = 0; k < kTensors; ++k) vec[k] = to_values(held_[k][i]);
+    if constexpr (kInPlace) {
+      store_window<Cursor::kExact>(Operation::output(p_), window, vec[0]);
+    } else {
+      emit(operation, window, vec, epilogue);
+    }
+  }
 
   template <int kCount>
   struct Batch {
@@ -172,7 +207,7 @@ class Resident {
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const bool last = i + u >= kRegisters;  // of a batch that is not whole
-        if (!last && i + u < in_registers_) batch.windows[u] = cursor.take();
+        if (!last && i + u < here_.registers) batch.windows[u] = cursor.take();
 #pragma unroll
         for (int k = 0; k < kTensors; ++k) {
           batch.vec[k][u] = last ? Vec<scalar_t>{} : to_values(held_[k][last ? 0 : i + u]);
@@ -180,13 +215,13 @@ class Resident {
       }
       f(batch);
     }
-    if (in_shared_ == 0) return;
+    if (here_.shared == 0) return;
     wait_for_copies();
-    for (int i = 0; i < in_shared_; i += kBatch) {
+    for (int i = 0; i < here_.shared; i += kBatch) {
       Batch<kBatch> batch;
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        const bool present = i + u < in_shared_;
+        const bool present = i + u < here_.shared;
         if (present) batch.windows[u] = cursor.take();
 #pragma unroll
         for (int k = 0; k < kTensors; ++k) {
@@ -210,14 +245,37 @@ class Resident {
   __device__ __forceinline__ void emit(const Operation& operation, const Window<index_t>& window,
                                        const Vec<scalar_t> (&vec)[kTensors],
                                        const Epilogue& epilogue) const {
-    acc_type<scalar_t> value[Cursor::kVecSize];
+    Vec<scalar_t> output;
+#pragma unroll
+    for (int l = 0; l < Cursor::kVecSize; l += 2) form(operation, vec, l, epilogue, output);
+    store_window<Cursor::kExact>(Operation::output(p_), window, output);
+  }
+  // Lanes l and l + 1 of the output.
+  template <typename Epilogue>
+  __device__ __forceinline__ static void form(const Operation& operation,
+                                              const Vec<scalar_t> (&vec)[kTensors], int l,
+                                              const Epilogue& epilogue, Vec<scalar_t>& output) {
+    const Pair<acc_type<scalar_t>> pair = operation.form(vec, l);
+    round_into(output, l, {epilogue(pair.x), epilogue(pair.y)});
+  }
+
+  // Turns what registers hold into the output where it is, a pair of lanes at a time: all constants
+  // of all lanes would not fit beside so much data.
+  template <typename Epilogue>
+  __device__ __forceinline__ void form_in_place(const Operation& operation,
+                                                const Epilogue& epilogue) {
 #pragma unroll
     for (int l = 0; l < Cursor::kVecSize; l += 2) {
-      const Pair<acc_type<scalar_t>> pair = operation.form(vec, l);
-      value[l] = epilogue(pair.x);
-      value[l + 1] = epilogue(pair.y);
+#pragma unroll
+      for (int i = 0; i < kRegisters; ++i) {
+        Vec<scalar_t> vec[kTensors];
+#pragma unroll
+        for (int k = 0; k < kTensors; ++k) vec[k] = to_values(held_[k][i]);
+        Vec<scalar_t> output = vec[0];
+        form(operation, vec, l, epilogue, output);
+        held_[0][i] = to_bits(output);
+      }
     }
-    store_window<Cursor::kExact>(Operation::output(p_), window, round_to<scalar_t>(value));
   }
 
   const Params& p_;
@@ -225,7 +283,7 @@ class Resident {
   // As bits: values of 16 bits would each be kept in a register of their own.
   uint4 held_[kTensors][kRegisters];
   index_t streamed_ = 0;
-  int in_registers_ = 0, in_shared_ = 0;
+  Places here_;
 };
 
 }  // namespace batchnorm_cuda

@@ -116,26 +116,28 @@ class TeamExchange {
                                                       Acc (&acc)[Cursor::kChannels]) {
     const Traversal& t = team_.traversal;
     const int segments = static_cast<int>(t.segments);
-    const int columns = blockDim.x * Cursor::kChannels;
+    const int kept = Cursor::kExact ? 1 : static_cast<int>(t.row_repeat);
+    const int columns = kept * blockDim.x * Cursor::kChannels;
     const int threads = blockDim.x * blockDim.y;
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     acc_t* const channels = scratch_ + Acc::kFields * columns;  // after the columns, field by field
-    column_reduce<Cursor::kExact>(acc, scratch_);
-    if (threadIdx.y == 0) {
+    column_reduce<Cursor::kExact>(acc, scratch_, kept);
+    if (threadIdx.y < kept) {
 #pragma unroll
       for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
         const int c = i / Acc::kFields, f = i % Acc::kFields;
-        store_shared(scratch_ + f * columns + threadIdx.x * Cursor::kChannels + c, acc[c].field(f));
+        store_shared(scratch_ + f * columns + thread * Cursor::kChannels + c, acc[c].field(f));
       }
     }
     __syncthreads();
     const auto keep = [&](int k, int f, acc_t value) {
       store_shared(channels + f * segments + k, value);
     };
+    const int run = static_cast<int>(t.s);
     merge_each(
-        0, segments, static_cast<int>(t.segment_size),
+        0, segments, run * static_cast<int>(t.row_repeat),
         [&](int k, int i, int f) {
-          const int column = static_cast<int>(k * t.segment_step + i * t.segment_stride);
+          const int column = cursor.first_column(i / run) + k * run + i % run;
           return load_shared(scratch_ + f * columns + column);
         },
         keep);

@@ -33,15 +33,12 @@ struct TeamBackward {
     }
   }
 
-  __device__ __forceinline__ void prefetch(const Params& p, const Cursor& cursor) {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      channel[c].scale = 1;
-      invstd[c] = 0;
-      if (!cursor.channel_valid(c)) continue;
-      channel[c].scale = load_param_or<acc_t>(p.weight, cursor.channel(c), 1);
-      invstd[c] = load_global(p.invstd + cursor.channel(c));
-    }
+  __device__ __forceinline__ void prefetch(const Params& p, const Cursor& cursor, int c) {
+    channel[c].scale = 1;
+    invstd[c] = 0;
+    if (!cursor.channel_valid(c)) return;
+    channel[c].scale = load_param_or<acc_t>(p.weight, cursor.channel(c), 1);
+    invstd[c] = load_global(p.invstd + cursor.channel(c));
   }
 
   template <int kBatch>
@@ -69,22 +66,19 @@ struct TeamBackward {
     }
   };
 
-  __device__ __forceinline__ void finish(const Params& p, const Cursor& cursor,
-                                         const Acc (&acc)[kChannels]) {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      if (!cursor.channel_valid(c)) continue;
-      const acc_t sum_dy_xhat = acc[c].sum_dy_xhat * invstd[c];
-      if (cursor.owns_channel(c)) {
-        if (p.grad_weight.data) store_param(p.grad_weight, cursor.channel(c), sum_dy_xhat);
-        if (p.grad_bias.data) store_param(p.grad_bias, cursor.channel(c), acc[c].sum_dy);
-      }
-      if (p.training) {
-        channel[c] = make_grad_input<acc_t>(channel[c].scale, mean[c], invstd[c], acc[c].sum_dy,
-                                            sum_dy_xhat, static_cast<acc_t>(p.count));
-      } else {
-        channel[c] = {channel[c].scale * invstd[c]};
-      }
+  __device__ __forceinline__ void finish(const Params& p, const Cursor& cursor, const Acc& total,
+                                         int c) {
+    if (!cursor.channel_valid(c)) return;
+    const acc_t sum_dy_xhat = total.sum_dy_xhat * invstd[c];
+    if (cursor.owns_channel(c)) {
+      if (p.grad_weight.data) store_param(p.grad_weight, cursor.channel(c), sum_dy_xhat);
+      if (p.grad_bias.data) store_param(p.grad_bias, cursor.channel(c), total.sum_dy);
+    }
+    if (p.training) {
+      channel[c] = make_grad_input<acc_t>(channel[c].scale, mean[c], invstd[c], total.sum_dy,
+                                          sum_dy_xhat, static_cast<acc_t>(p.count));
+    } else {
+      channel[c] = {channel[c].scale * invstd[c]};
     }
   }
 

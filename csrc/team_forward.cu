@@ -24,14 +24,11 @@ struct TeamForward {
 
   __device__ __forceinline__ TeamForward(const Params&, const Cursor&) {}
 
-  __device__ __forceinline__ void prefetch(const Params& p, const Cursor& cursor) {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      channel[c] = {0, 1, 0};
-      if (!cursor.channel_valid(c)) continue;
-      channel[c].scale = load_param_or<acc_t>(p.weight, cursor.channel(c), 1);
-      channel[c].bias = load_param_or<acc_t>(p.bias, cursor.channel(c), 0);
-    }
+  __device__ __forceinline__ void prefetch(const Params& p, const Cursor& cursor, int c) {
+    channel[c] = {0, 1, 0};
+    if (!cursor.channel_valid(c)) return;
+    channel[c].scale = load_param_or<acc_t>(p.weight, cursor.channel(c), 1);
+    channel[c].bias = load_param_or<acc_t>(p.bias, cursor.channel(c), 0);
   }
 
   template <int kBatch>
@@ -64,16 +61,13 @@ struct TeamForward {
     }
   };
 
-  __device__ __forceinline__ void finish(const Params& p, const Cursor& cursor,
-                                         const Acc (&acc)[kChannels]) {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      if (!cursor.channel_valid(c)) continue;
-      const ChannelStatistics<acc_t> statistics(p.statistics, acc[c]);
-      channel[c].mean = statistics.mean;
-      channel[c].scale *= statistics.invstd;
-      if (cursor.owns_channel(c)) statistics.save(p.statistics, cursor.channel(c));
-    }
+  __device__ __forceinline__ void finish(const Params& p, const Cursor& cursor, const Acc& total,
+                                         int c) {
+    if (!cursor.channel_valid(c)) return;
+    const ChannelStatistics<acc_t> statistics(p.statistics, total);
+    channel[c].mean = statistics.mean;
+    channel[c].scale *= statistics.invstd;
+    if (cursor.owns_channel(c)) statistics.save(p.statistics, cursor.channel(c));
   }
 
   __device__ __forceinline__ Pair<acc_t> form(const Vec<scalar_t> (&vec)[kTensors], int l) const {

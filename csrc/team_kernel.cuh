@@ -10,8 +10,9 @@
 //   Sweeps                                        the same for what is on chip, which may be read
 //                                                 twice: first(), end_first(), second() for
 //                                                 kCount == 2, merge_into(acc)
-//   prefetch(p, cursor)                           loads what finish() needs, ahead of the exchange
-//   finish(p, cursor, acc)                        per-channel results, from the team's totals
+//   prefetch(p, cursor, c)                        loads what finish() needs for channel c of the
+//                                                 thread, ahead of the exchange where there is room
+//   finish(p, cursor, total, c)                   the channel's results, from the team's total
 //   output(p), form(vec, l)                       lanes l and l + 1 of the output
 #pragma once
 
@@ -43,25 +44,32 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
   TeamExchange<Cursor, Acc, acc_t> exchange(p.team, scratch, slots, p.slots, p.sync);
   using index_t = typename Cursor::index_t;
   const auto groups = static_cast<index_t>(t.channel_blocks);
-  for (auto group = static_cast<index_t>(exchange.team()); group < groups;
-       group += static_cast<index_t>(p.team.teams)) {
+  const auto teams = static_cast<index_t>(p.team.teams);
+  auto group = static_cast<index_t>(exchange.team());
+  using Held = Resident<Cursor, Operation, kDepth, kWindows>;
+  Held resident(p, data + threadIdx.y * blockDim.x + threadIdx.x);
+  if (Held::kPipelined) resident.fetch(Cursor(t, exchange.rank(), group));
+  for (; group < groups; group += teams) {
     Cursor cursor(t, exchange.rank(), group);
     Operation operation(p, cursor);
-    Resident<Cursor, Operation, kDepth, kWindows> resident(
-        p, data + threadIdx.y * blockDim.x + threadIdx.x);
     Acc acc[Cursor::kChannels];
     resident.stream(operation, cursor, acc);
-    resident.fetch(cursor);
+    if (!Held::kPipelined) resident.fetch(cursor);
     resident.accumulate(operation, cursor, acc);
     cursor.forget();
     // With a channel a lane there are no registers left to wait with what is loaded, nor are there
     // in a deep kernel, whose rounds are long enough not to mind.
     constexpr bool kAhead = Cursor::kChannels == 1 && kDepth != Depth::kDeep;
-    if constexpr (kAhead) operation.prefetch(p, cursor);
+    if constexpr (kAhead) operation.prefetch(p, cursor, 0);
     exchange.all_reduce(cursor, acc);
-    if constexpr (!kAhead) operation.prefetch(p, cursor);
-    operation.finish(p, cursor, acc);
-    resident.write(operation, cursor, epilogue);
+#pragma unroll
+    for (int c = 0; c < Cursor::kChannels; ++c) {
+      if constexpr (!kAhead) operation.prefetch(p, cursor, c);
+      operation.finish(p, cursor, acc[c], c);
+    }
+    // Past the last group the cursor is empty.
+    resident.write(operation, cursor, epilogue,
+                   [&] { return Cursor(t, exchange.rank(), group + teams); });
   }
   exchange.finish();
 }
@@ -72,8 +80,8 @@ LaunchStatus launch_team_variant(const Params& params, cudaStream_t stream) {
   const auto launch = [&](auto depth) {
     constexpr Depth kDepth = decltype(depth)::value;
     using Epilogue = Identity<typename Params::acc_t>;
-    constexpr bool kWide = sizeof(typename Params::acc_t) > 4;
-    constexpr int kWindows = team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kWide);
+    constexpr int kValueBytes = sizeof(typename Cursor::scalar_t);
+    constexpr int kWindows = team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kValueBytes);
     if constexpr (kWindows > 0) {
       return launch_team(team_kernel<Cursor, OperationOf, kDepth, kWindows, Epilogue>, params.team,
                          stream, params, Epilogue{});
@@ -97,6 +105,9 @@ LaunchStatus launch_team_pattern(const Params& params, cudaStream_t stream) {
     case Pattern::kAlongC:
       return launch_team_variant<AlongC<scalar_t, int32_t, true>, OperationOf>(params, stream);
     case Pattern::kAlongRow:
+      if (!params.team.traversal.exact) {
+        return launch_team_variant<AlongSamples<scalar_t, int64_t>, OperationOf>(params, stream);
+      }
       return launch_team_variant<AlongRow<scalar_t, int32_t>, OperationOf>(params, stream);
     default:
       if (params.team.traversal.exact) {

@@ -96,7 +96,7 @@ struct AlongS {
     return split_ == 0 && member() == 0 && channel_valid(0);
   }
 
- private:
+ protected:
   __device__ __forceinline__ Window<index_t> current() const {
     Window<index_t> window{run_start_ + column_ * kVecSize, 0, kVecSize};
     if (!kExact) {
@@ -113,6 +113,55 @@ struct AlongS {
   const Traversal& t_;
   int split_;
   index_t channel_, column_ = 0, run_start_ = 0, step_columns_ = 0, step_elements_ = 0;
+};
+
+// Along S with 64-bit indices, of which every operation takes two instructions: the place of the
+// next window is kept instead of its run's, and the columns behind it, whose sign tells a run's
+// end.
+template <typename scalar>
+struct AlongFarS : AlongS<scalar, int64_t, true> {
+  using Base = AlongS<scalar, int64_t, true>;
+
+  __device__ __forceinline__ AlongFarS(const Traversal& t, int64_t task) : Base(t, task) {
+    begin();
+    step_ = this->step_elements_ + this->step_columns_ * Base::kVecSize;
+    next_run_ = t.c * t.s - t.row_windows * Base::kVecSize;
+  }
+
+  __device__ __forceinline__ Window<int64_t> take() {
+    const Window<int64_t> window{offset_, 0, Base::kVecSize};
+    offset_ += step_;
+    behind_ -= this->step_columns_;
+    if (behind_ < 0) {
+      behind_ += this->t_.row_windows;
+      offset_ += next_run_;
+    }
+    --this->left;
+    return window;
+  }
+  __device__ __forceinline__ Window<int64_t> take_back() {
+    offset_ -= step_;
+    behind_ += this->step_columns_;
+    if (behind_ >= this->t_.row_windows) {
+      behind_ -= this->t_.row_windows;
+      offset_ -= next_run_;
+    }
+    ++this->left;
+    return {offset_, 0, Base::kVecSize};
+  }
+  __device__ __forceinline__ int64_t seek_end() {
+    const int64_t windows = Base::seek_end();
+    begin();
+    return windows;
+  }
+
+ private:
+  __device__ __forceinline__ void begin() {
+    offset_ = this->current().offset;
+    behind_ = this->t_.row_windows - 1 - this->column_;
+  }
+
+  int64_t offset_, behind_, step_, next_run_;
 };
 
 // Along C: threadIdx.x is a window column of the row group, whose lanes are fixed channels;
@@ -213,23 +262,117 @@ struct AlongRow : AlongC<scalar, index, true> {
 
   using Base::Base;
 
+  // Where the block's channels begin among its columns, in sample j of the row.
+  __device__ __forceinline__ int first_column(int j) const {
+    return j * static_cast<int>(this->t_.segments * this->t_.s);
+  }
+
   // The channel of a lane among those of the channel block.
   __device__ __forceinline__ int segment(int lane) const {
-    const int position = threadIdx.x * Base::kVecSize + lane;
-    const Traversal& t = this->t_;
-    return t.s > 1 ? position / static_cast<int>(t.s) : position % static_cast<int>(t.c);
+    const int in_block = threadIdx.x * Base::kVecSize + lane;
+    return in_block / static_cast<int>(this->t_.s) % static_cast<int>(this->t_.segments);
   }
   __device__ __forceinline__ int64_t channel(int lane) const {
-    const int64_t position = int64_t{this->column_} * Base::kVecSize + lane;
-    const Traversal& t = this->t_;
-    return t.s > 1 ? position / t.s : position % t.c;
+    return position(lane) / this->t_.s % this->t_.c;
   }
+  // Of the columns that hold a channel, the first one owns it.
   __device__ __forceinline__ bool owns_channel(int lane) const {
-    const int64_t position = int64_t{this->column_} * Base::kVecSize + lane;
     const Traversal& t = this->t_;
-    const bool first = t.s > 1 ? position % t.s == 0 : position < t.c;
+    const bool first = position(lane) < t.c * t.s && position(lane) % t.s == 0;
     return this->split_ == 0 && Base::member() == 0 && this->channel_valid(lane) && first;
   }
+
+ private:
+  // Of a lane in its row.
+  __device__ __forceinline__ int64_t position(int lane) const {
+    return int64_t{this->column_} * Base::kVecSize + lane;
+  }
+};
+
+// Along a row, masked: a channel block is `segments` whole channels of a sample, threadIdx.x a
+// window of it, threadIdx.y walks over the samples. Those that a thread takes start at the same
+// place in a window, so that its lanes keep their channels and their masks.
+template <typename scalar, typename index>
+struct AlongSamples {
+  using scalar_t = scalar;
+  using index_t = index;
+  static constexpr bool kExact = false;
+  static constexpr int kVecSize = kVec<scalar_t>;
+  static constexpr Pattern kPattern = Pattern::kAlongRow;
+  static constexpr int kChannels = kVecSize;
+  __device__ __forceinline__ static constexpr int channel_of(int lane) { return lane; }
+
+  index_t left = 0;
+
+  __device__ __forceinline__ AlongSamples(const Traversal& t, int64_t task)
+      : AlongSamples(t, task / t.channel_blocks, task % t.channel_blocks) {}
+  __device__ __forceinline__ AlongSamples(const Traversal& t, int64_t split, int64_t channel_block)
+      : t_(t), split_(static_cast<int>(split)), first_(channel_block * t.segments) {
+    const int64_t sample = split * t.per_split * t.row_repeat + threadIdx.y;
+    const int64_t end = min_of((split + 1) * t.per_split * t.row_repeat, t.n);
+    const int64_t run = min_of(t.segments, t.c - first_) * t.s;
+    const int before = window_start(sample) - threadIdx.x * kVecSize;  // of the first channel
+    lo_ = before > 0 ? before : 0;
+    hi_ = static_cast<int>(min_of(before + run, kVecSize));
+    offset_ = (sample * t.c + first_) * t.s - before;
+    step_ = int64_t{blockDim.y} * t.c * t.s;
+    if (lo_ < hi_ && sample < end) left = (end - sample + blockDim.y - 1) / blockDim.y;
+  }
+
+  __device__ __forceinline__ Window<index_t> take() {
+    const Window<index_t> window{offset_, lo_, hi_};
+    offset_ += step_;
+    --left;
+    return window;
+  }
+
+  // The window before the next one: undoes a take().
+  __device__ __forceinline__ Window<index_t> take_back() {
+    offset_ -= step_;
+    ++left;
+    return {offset_, lo_, hi_};
+  }
+
+  // See AlongS.
+  __device__ __forceinline__ index_t seek_end() {
+    const index_t windows = left;
+    offset_ += windows * step_;
+    left = 0;
+    return windows;
+  }
+  __device__ __forceinline__ void forget() { forget_derived(offset_); }
+
+  __device__ __forceinline__ bool channel_valid(int lane) const {
+    return lane >= lo_ && lane < hi_;
+  }
+  __device__ __forceinline__ int64_t channel(int lane) const { return first_ + segment(lane); }
+  __device__ __forceinline__ bool owns_channel(int lane) const {
+    return split_ == 0 && threadIdx.y == 0 && channel_valid(lane) && place(lane) % t_.s == 0;
+  }
+
+  // See AlongRow; sample j is threadIdx.y == j.
+  __device__ __forceinline__ int first_column(int j) const {
+    return j * blockDim.x * kVecSize + window_start(j);
+  }
+  __device__ __forceinline__ int segment(int lane) const {
+    return channel_valid(lane) ? place(lane) / static_cast<int>(t_.s) : 0;
+  }
+
+ private:
+  // Where the block's channels begin in a window, in this sample.
+  __device__ __forceinline__ int window_start(int64_t sample) const {
+    return static_cast<int>((sample * t_.c + first_) * t_.s & (kVecSize - 1));
+  }
+  // Of a lane among the block's elements of a sample.
+  __device__ __forceinline__ int place(int lane) const {
+    return threadIdx.x * kVecSize + lane - window_start(threadIdx.y);
+  }
+
+  const Traversal& t_;
+  int split_;
+  int64_t first_;  // channel
+  int lo_, hi_;
+  index_t offset_, step_;
 };
 
 }  // namespace batchnorm_cuda

@@ -135,24 +135,28 @@ __device__ __forceinline__ void store_window(scalar_t* base, const Window<index_
   }
 }
 
-// Rounds kVec values to the activation dtype, two at a time where the hardware packs pairs.
+// Rounds two values to lanes l and l + 1, at once where the hardware packs pairs.
+template <typename scalar_t>
+__device__ __forceinline__ void round_into(Vec<scalar_t>& vec, int l,
+                                           const Pair<acc_type<scalar_t>>& value) {
+  if constexpr (std::is_same_v<scalar_t, __half>) {
+    const __half2 pair = __floats2half2_rn(value.x, value.y);
+    memcpy(&vec.lane[l], &pair, sizeof(pair));
+  } else if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(value.x, value.y);
+    memcpy(&vec.lane[l], &pair, sizeof(pair));
+  } else {
+    vec.lane[l] = value.x;
+    vec.lane[l + 1] = value.y;
+  }
+}
+
 template <typename scalar_t>
 __device__ __forceinline__ Vec<scalar_t> round_to(
     const acc_type<scalar_t> (&value)[kVec<scalar_t>]) {
   Vec<scalar_t> vec;
 #pragma unroll
-  for (int l = 0; l < kVec<scalar_t>; l += 2) {
-    if constexpr (std::is_same_v<scalar_t, __half>) {
-      const __half2 pair = __floats2half2_rn(value[l], value[l + 1]);
-      memcpy(&vec.lane[l], &pair, sizeof(pair));
-    } else if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(value[l], value[l + 1]);
-      memcpy(&vec.lane[l], &pair, sizeof(pair));
-    } else {
-      vec.lane[l] = value[l];
-      vec.lane[l + 1] = value[l + 1];
-    }
-  }
+  for (int l = 0; l < kVec<scalar_t>; l += 2) round_into(vec, l, {value[l], value[l + 1]});
   return vec;
 }
 

@@ -103,6 +103,8 @@ CASES = [
     Case((2, 96, 5, 5), "odd runs, many channels"),
     Case((4, 10, 8, 8), "whole windows only"),
     Case((2, 257, 3, 3), "runs of 9, a prime number of channels"),
+    Case((16, 3, 7, 7), "samples that are whole windows only together"),
+    Case((19, 11, 7, 7), "samples of whole windows in no number that a block is wide"),
     Case((3, 1, 9, 11), "one channel, odd everywhere"),
     Case((2, 2048, 1, 1), "one position: along C though there are four dimensions"),
     Case((1, 2, 131, 77), "one sample, a long odd run"),

@@ -32,6 +32,13 @@ def elements_of(
             offset -= (start + t["shift"]) % vec
         elements = offset[..., None] + lanes
         return elements[(elements >= start[..., None]) & (elements < start[..., None] + s)]
+    if pattern == "along_row" and not t["exact"]:
+        # Whole channels of a sample; a unit is row_repeat samples.
+        samples = (units[:, None] * t["row_repeat"] + np.arange(t["row_repeat"])).ravel()
+        start = (samples[samples < numel // (c * s), None] * c + block * t["segments"]) * s
+        run = min(t["segments"], c - block * t["segments"]) * s
+        elements = start - start % vec + np.arange(t["threads_x"] * vec)
+        return elements[(elements >= start) & (elements < start + run)]
     columns = block * t["threads_x"] + np.arange(t["threads_x"])
     columns = columns[columns < t["row_windows"]]
     windows = units[:, None] * t["row_windows"] + columns

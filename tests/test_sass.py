@@ -273,7 +273,9 @@ def test_the_round_of_a_team_moves_whole_windows() -> None:
     [
         ("AlongS<__half, int, true>", True),
         ("AlongC<float, long, false>", False),
+        ("AlongFarS<float>", True),
         ("AlongRow<double, int>", True),  # it is used for nothing else
+        ("AlongSamples<double, long>", False),
     ],
 )
 def test_exact_tiling_is_told_by_the_cursor(cursor: str, exact: bool) -> None:

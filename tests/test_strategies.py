@@ -50,6 +50,7 @@ LAYOUTS = {
     "along S, masked": ((8, 18, 21, 25), contiguous),
     "along C": ((4, 24, 15, 15), channels_last),
     "runs along a row": ((18, 24, 7, 7), contiguous),
+    "runs along a row, masked": ((18, 18, 7, 7), contiguous),
     "channels along a row": ((2, 18, 16, 15), channels_last),
 }
 GRADIENTS = ["grad_input", "grad_weight", "grad_bias"]

@@ -116,6 +116,24 @@ def test_a_team_reads_once(device: tuple[str, int], case: Case, op: str) -> None
     assert result.counted_bytes <= MARGIN * result.compulsory_bytes
 
 
+# Teams that hold a part, in one round and in several, slabs of whole lines and of half ones.
+STREAMING = [
+    (("a100", 8), Case((8, 64, 56, 56), "nhwc")),
+    (("t4", 2), Case((8, 64, 28, 28), "nhwc")),
+    (("t4", 2), Case((32, 4, 64, 64))),
+    (("h100", 1), Case((24, 2, 64, 64), dtype="fp32")),
+]
+
+
+@pytest.mark.parametrize("device, case", STREAMING, ids=describe)
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_what_streams_is_predicted(device: tuple[str, int], case: Case, op: str) -> None:
+    """Within 2 % on both sides: what is read twice, less what is still in the L2 cache."""
+    result = count(replace(case, op=op), scaled_device(*device), "team")
+    assert result.strategy == "team" and result.predicted_bytes > 1.02 * result.compulsory_bytes
+    assert result.counted_bytes == pytest.approx(result.predicted_bytes, rel=0.02)
+
+
 TWO_PASS_CASES = [
     Case((8, 32, 56, 56)),
     Case((8, 64, 28, 28), "nhwc", "fp32"),
@@ -184,6 +202,13 @@ def test_sectors_of_rows(case: Case, op: str) -> None:
         Case((8, 3, 37, 41)),
         Case((32, 32, 17, 17)),
         Case((2, 16, 55, 55)),
+        Case((64, 3, 7, 7)),
+        Case((64, 10, 7, 7)),
+        Case((32, 5, 7, 7), dtype="fp32"),
+        Case((8, 1000, 4, 4), "nhwc"),
+        Case((64, 36, 7, 7)),
+        Case((33, 3, 7, 7), dtype="fp32"),
+        Case((16, 101, 5, 5)),
     ],
     ids=describe,
 )

@@ -77,7 +77,7 @@ def short_name(name: str) -> str:
     """ "team forward, along S" of a kernel's full name."""
     operation = re.search(r"Team(Forward|Backward)", name)
     kernel = f"team {operation.group(1).lower()}" if operation else name.split("_kernel")[0]
-    pattern = re.search(r"Along(\w+)", name)
+    pattern = re.search(r"Along(?:Far)?(\w+)", name)
     along = pattern.group(1).replace("Row", "a row") if pattern else ""
     return f"{kernel.replace('_', ' ')}, along {along}"
 
