@@ -15,7 +15,7 @@ def forward(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, save_mean, save_invstd); updates the running statistics when training."""
+    """(output, save_mean, save_invstd); training updates the running statistics and counts."""
 
 def backward(
     grad_output: Tensor,
@@ -61,7 +61,7 @@ def sync_forward(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(output, mean, invstd, count) from the rows of all ranks; updates the running statistics."""
+    """(output, mean, invstd, count) from all ranks' rows; updates running statistics and counts."""
 
 def sync_backward_reduce(
     grad_output: Tensor,

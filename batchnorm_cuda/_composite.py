@@ -35,6 +35,7 @@ def batch_norm(
 ) -> Tensor:
     """`functional.normalize` for tensors that no kernel takes; checks what ops.cpp checks there."""
     check_arguments(input, weight, bias, running_mean, running_var, training, eps)
+    check_counter(num_batches_tracked, input)
     acc = ACCUMULATE[input.dtype]
     dense = as_dense(input)
     x = dense.to(acc)
@@ -45,6 +46,8 @@ def batch_norm(
         mean = x.sum(reduced, keepdim=True) / count
         centred = x - mean
         var = centred.square().sum(reduced, keepdim=True) / count
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
         if running_mean is not None and x.numel() > 0:
             factor = 1 / num_batches_tracked.to(acc) if momentum is None else momentum
             _update(running_mean, mean, factor)
@@ -123,6 +126,26 @@ def check_input(input: Tensor) -> None:
         raise ValueError(
             "batch_norm: expected input to have at least 2 dimensions, "
             f"got shape {list(input.shape)}"
+        )
+
+
+def check_counter(counter: Tensor | None, input: Tensor) -> None:
+    if counter is None:
+        return
+    if counter.device != input.device:
+        raise RuntimeError(
+            f"batch_norm: expected num_batches_tracked to be on {input.device}, the device of "
+            f"input, got {counter.device}"
+        )
+    if counter.dtype != torch.int64:
+        raise TypeError(
+            "batch_norm: expected num_batches_tracked to have dtype torch.int64, "
+            f"got {counter.dtype}"
+        )
+    if counter.numel() != 1:
+        raise ValueError(
+            "batch_norm: expected num_batches_tracked to have one element, "
+            f"got shape {list(counter.shape)}"
         )
 
 

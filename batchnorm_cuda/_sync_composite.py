@@ -39,9 +39,12 @@ def sync_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _composite.check_arguments(input, weight, bias, running_mean, running_var, True, eps)
+    _composite.check_counter(num_batches_tracked, input)
     acc = _composite.ACCUMULATE[input.dtype]
     _check_gathered(gathered, 2 * input.shape[1] + torch.int64.itemsize // acc.itemsize, acc)
     count, mean, var = _merge(gathered, input.shape[1])
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
     if running_mean is not None:
         learn = count >= 2  # fewer values have no variance to learn from
         factor = 1 / num_batches_tracked.double() if momentum is None else momentum

@@ -18,7 +18,7 @@ from . import ops
 _functorch = torch._C._functorch
 
 # Places among the arguments of the forward, as a Function and as an operator.
-_RUNNING_MEAN, _RUNNING_VAR, _NUM_BATCHES_TRACKED, _TRAINING = 3, 4, 5, 6
+_RUNNING_MEAN, _RUNNING_VAR, _NUM_BATCHES_TRACKED, _TRAINING, _MOMENTUM = 3, 4, 5, 6, 7
 
 
 def check_update(input: Tensor, running: Tensor) -> None:
@@ -72,17 +72,28 @@ def over_channels(
 def forward_over_channels(
     call: Callable, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    """`over_channels` of the forward, which in training mode updates running statistics."""
+    """`over_channels` of the forward, which in training mode updates running statistics.
+
+    The kernels count one batch. Examples with counters of their own are counted here.
+    """
     updates = args[_TRAINING] and args[_RUNNING_MEAN] is not None
     updated = (_RUNNING_MEAN, _RUNNING_VAR) if updates else ()
     if any(in_dims[place] is None for place in updated):
         raise _refused_update()
+    counters = None
     if in_dims[_NUM_BATCHES_TRACKED] is not None:
-        raise NotImplementedError(
-            "batch_norm: expected momentum to be a number under vmap with batched "
-            "num_batches_tracked, got None"
-        )
-    return over_channels(call, size, in_dims, args, updated)
+        if args[_MOMENTUM] is None:
+            raise NotImplementedError(
+                "batch_norm: expected momentum to be a number under vmap with batched "
+                "num_batches_tracked, got None"
+            )
+        counters = args[_NUM_BATCHES_TRACKED]
+        args = (*args[:_NUM_BATCHES_TRACKED], None, *args[_NUM_BATCHES_TRACKED + 1 :])
+        in_dims = (*in_dims[:_NUM_BATCHES_TRACKED], None, *in_dims[_NUM_BATCHES_TRACKED + 1 :])
+    results = over_channels(call, size, in_dims, args, updated)
+    if counters is not None and args[_TRAINING]:
+        counters.add_(1)
+    return results
 
 
 def _channel_dim(tensor: Tensor) -> int:

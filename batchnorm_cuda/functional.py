@@ -105,8 +105,9 @@ def normalize(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    """`batch_norm` as the modules call it: momentum=None averages over num_batches_tracked batches.
+    """`batch_norm` as the modules call it: in training mode num_batches_tracked counts the batch.
 
+    momentum=None averages over all batches that it has counted, this one included.
     The backends check dtypes, shapes and devices. What is left is what torch checks in Python, too.
     """
     try:

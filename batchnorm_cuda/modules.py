@@ -11,9 +11,9 @@ from .functional import normalize
 class _KernelForward:
     """The forward of `torch.nn.modules.batchnorm._BatchNorm`; everything else stays torch's.
 
-    It differs in two ways that show. momentum=None divides by num_batches_tracked on the device,
-    without waiting for it. And num_batches_tracked counts a batch after it went through: an input
-    that is refused leaves every buffer as it was.
+    It differs in two ways that show. num_batches_tracked is counted by the kernel that updates the
+    running statistics, without a launch of its own; momentum=None divides by it there, and the host
+    does not wait for it. And an input that is refused leaves every buffer as it was.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -29,26 +29,19 @@ class _KernelForward:
             running_mean = running_var = None
         if training and self.eps <= 0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {self.eps}")
-        batches = None
-        if momentum is None:
-            if counter is None:
-                momentum = 0.0  # as in torch: nothing to average over
-            else:
-                batches = counter + 1
-        output = self._normalize(
+        if momentum is None and counter is None:
+            momentum = 0.0  # as in torch: nothing to average over
+        return self._normalize(
             input,
             weight,
             bias,
             running_mean,
             running_var,
-            batches,
+            counter,
             training,
             momentum,
             self.eps,
         )
-        if counter is not None:
-            counter.add_(1)
-        return output
 
     _normalize = staticmethod(normalize)
 

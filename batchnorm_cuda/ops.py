@@ -19,7 +19,7 @@ from . import _extension
 _library = torch.library.Library("batchnorm_cuda", "DEF")
 _library.define(
     "forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor? num_batches_tracked, bool training, float? momentum, "
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, "
     "float eps) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -54,8 +54,10 @@ def forward(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise, and in training mode update the running statistics in place.
+    """Normalise, and in training mode update the running statistics in place and count the batch.
 
+    momentum None is 1 / the number of this batch, which the kernel takes from num_batches_tracked:
+    the host does not wait for it, and a CUDA graph counts on with each replay.
     Returns output, save_mean and save_invstd; the latter two are [C] in the accumulation dtype and
     are what was used to normalise, in either mode.
     """

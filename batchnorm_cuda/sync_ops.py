@@ -20,7 +20,7 @@ _library = torch.library.Library("batchnorm_cuda", "FRAGMENT")
 _SCHEMAS = (
     "sync_statistics(Tensor input) -> Tensor",
     "sync_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor? num_batches_tracked, Tensor gathered, float? momentum, "
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor gathered, float? momentum, "
     "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     # The sums, then the gradients that are needed: a schema has no optional results.
     "sync_backward_reduce(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
@@ -65,7 +65,8 @@ def sync_forward(
     """Merge the gathered rows, [ranks, row], and normalise this rank's part by the result.
 
     Updates the running statistics in place, by the unbiased variance of all ranks' values; fewer
-    than two values per channel leave them as they are. Returns output, mean [C], invstd [C] and
+    than two values per channel leave them as they are. num_batches_tracked counts the batch in
+    either case. Returns output, mean [C], invstd [C] and
     count [1], int64, of all ranks.
     """
     return _call(

@@ -18,7 +18,7 @@ void bind_sync(py::module_& m) {
   m.def("sync_forward", &bn::sync_forward, release, py::arg("input"), py::arg("weight"),
         py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
         py::arg("num_batches_tracked"), py::arg("gathered"), py::arg("momentum"), py::arg("eps"),
-        "(output, mean, invstd, count); updates the running statistics");
+        "(output, mean, invstd, count); updates the running statistics and counts the batch");
   m.def("sync_backward_reduce", &bn::sync_backward_reduce, release, py::arg("grad_output"),
         py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("invstd"),
         py::arg("need_weight"), py::arg("need_bias"),
@@ -37,7 +37,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("forward", &bn::forward, py::call_guard<py::gil_scoped_release>(), py::arg("input"),
         py::arg("weight"), py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
         py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"), py::arg("eps"),
-        "(output, save_mean, save_invstd); updates the running statistics when training");
+        "(output, save_mean, save_invstd); training updates the running statistics and counts the "
+        "batch");
   m.def("backward", &bn::backward, py::call_guard<py::gil_scoped_release>(), py::arg("grad_output"),
         py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("save_mean"),
         py::arg("save_invstd"), py::arg("training"), py::arg("need_input"), py::arg("need_weight"),

@@ -158,6 +158,7 @@ void check_forward(const at::Tensor& input, const OptionalTensor& weight,
   TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0,
                     "batch_norm: expected eps to be finite and not negative, got ", eps);
   if (num_batches_tracked) {
+    check_strided(*num_batches_tracked, "num_batches_tracked");
     check_same_device(*num_batches_tracked, "num_batches_tracked", input);
     TORCH_CHECK_TYPE(num_batches_tracked->scalar_type() == at::kLong,
                      "batch_norm: expected num_batches_tracked to have dtype torch.int64, got ",

@@ -69,13 +69,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
   f.output = at::empty_like(f.input);
   f.save_mean = channel_vector(input);
   f.save_invstd = channel_vector(input);
-  if (input.numel() == 0) return {f.output, f.save_mean.zero_(), f.save_invstd.zero_()};
-  const UpdatedInPlace mean(running_mean), var(running_var);
+  if (input.numel() == 0) {
+    if (training && num_batches_tracked) num_batches_tracked->add_(1);
+    return {f.output, f.save_mean.zero_(), f.save_invstd.zero_()};
+  }
+  const UpdatedInPlace mean(running_mean), var(running_var), counter(num_batches_tracked);
   f.weight = packed(weight);
   f.bias = packed(bias);
   f.running_mean = mean.dense;
   f.running_var = var.dense;
-  f.num_batches_tracked = num_batches_tracked;
+  f.num_batches_tracked = counter.dense;
   f.training = training;
   f.momentum = momentum;
   f.eps = eps;
@@ -85,6 +88,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
   if (training) {
     mean.finish();
     var.finish();
+    counter.finish();
   }
   return {f.output, f.save_mean, f.save_invstd};
 }

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kRankMergeThreads)
   statistics.count = total > 0 ? total : 1;
   if (total < 2) {  // no variance to learn from: the running statistics stay as they are
     statistics.momentum = 0;
-    statistics.num_batches_tracked = nullptr;
+    statistics.arrival_shift = 0;  // the batch counts all the same
   }
   const int64_t thread = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (thread == 0) store_global(p.count, total);

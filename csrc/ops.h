@@ -14,8 +14,8 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 // Returns (output, save_mean, save_invstd): output like input; the statistics [C] in float32
 // (float64 for float64 input), of the batch (training) or from the running ones (eval).
-// Running statistics are updated in place when training; momentum absent: by the cumulative average
-// 1/num_batches_tracked.
+// When training, running statistics are updated and num_batches_tracked counts the batch, in place
+// and in the same launch. momentum absent: the cumulative average, 1/number of this batch.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var,

@@ -55,17 +55,29 @@ struct StatisticsParams {
   }
 };
 
+// The bit of num_batches_tracked above which the channels that have read it are counted while a
+// kernel runs (statistics.cuh): the highest that leaves room for all of them.
+inline int arrival_shift_for(int64_t channels) {
+  int shift = 62;
+  while (channels > 0) {
+    channels >>= 1;
+    --shift;
+  }
+  return shift;
+}
+
 // Where the statistics of a batch go, and by what rule.
 template <typename acc_t>
 struct StatisticsOutput {
   int64_t c, count;  // channels; values per channel
   double eps, momentum;
-  const int64_t* num_batches_tracked;      // [1]; given: momentum is 1/num_batches_tracked
+  int64_t* num_batches_tracked;            // [1] or null: counts this batch
+  int arrival_shift;                       // not 0: momentum is 1/number of this batch, see below
   acc_t *save_mean, *save_invstd;          // [C]
   ParamPointer running_mean, running_var;  // [C] or absent
   template <typename F>
   void visit_buffers(F&& f) const {
-    f("num_batches_tracked", num_batches_tracked, sizeof(int64_t), true, false);
+    f("num_batches_tracked", num_batches_tracked, sizeof(int64_t), true, true);
     f("save_mean", save_mean, sizeof(acc_t) * c, false, true);
     f("save_invstd", save_invstd, sizeof(acc_t) * c, false, true);
     f("running_mean", running_mean.data, running_mean.bytes(c), true, true);

@@ -181,6 +181,20 @@ __device__ __forceinline__ T fetch_add(T* address, T value, Site site = Site::cu
 #endif
 }
 
+// Adds and returns the old value; orders no other access.
+template <typename T>
+__device__ __forceinline__ T fetch_add_relaxed(T* address, T value, Site site = Site::current()) {
+#ifdef BATCHNORM_CUDA_HOST_MODEL
+  simt::on_atomic_access(address, sizeof(T), simt::Access::kUpdate, simt::Order::kRelaxed, site);
+  const T old = *address;
+  *address = old + value;
+  return old;
+#else
+  return cuda::atomic_ref<T, cuda::thread_scope_device>(*address).fetch_add(
+      value, cuda::memory_order_relaxed);
+#endif
+}
+
 // The same shared-memory object in block `rank` of the cluster.
 template <typename T>
 __device__ __forceinline__ T* cluster_shared(T* address, int rank) {

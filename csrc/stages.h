@@ -20,8 +20,8 @@ inline int merge_shift(const Plan& plan) {
 
 // ---------------------------------------------------------------------------- forward
 
-// A running statistic as the kernel updates it; copied back where its own memory has gaps. Autograd
-// must see the update: a graph that saved the old values is stale.
+// A running statistic, or the count of batches, as the kernel updates it; copied back where its own
+// memory has gaps. Autograd must see the update: a graph that saved the old values is stale.
 struct UpdatedInPlace {
   explicit UpdatedInPlace(const OptionalTensor& tensor) : original(tensor), dense(packed(tensor)) {}
   void finish() const {
@@ -53,8 +53,9 @@ StatisticsOutput<acc_t> statistics_output(const Forward& f) {
   result.count = f.problem.n * f.problem.s;
   result.eps = f.eps;
   result.momentum = f.momentum.value_or(0.0);
-  if (!f.momentum && f.num_batches_tracked) {
-    result.num_batches_tracked = f.num_batches_tracked->const_data_ptr<int64_t>();
+  if (f.num_batches_tracked) {
+    result.num_batches_tracked = f.num_batches_tracked->mutable_data_ptr<int64_t>();
+    if (!f.momentum && f.running_mean) result.arrival_shift = arrival_shift_for(f.problem.c);
   }
   result.save_mean = static_cast<acc_t*>(f.save_mean.data_ptr());
   result.save_invstd = static_cast<acc_t*>(f.save_invstd.data_ptr());

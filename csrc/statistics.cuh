@@ -25,15 +25,30 @@ struct ChannelStatistics {
   __device__ __forceinline__ void save(const StatisticsOutput<acc_t>& p, int64_t channel) const {
     store_global(p.save_mean + channel, mean);
     store_global(p.save_invstd + channel, invstd);
+    auto momentum = static_cast<acc_t>(p.momentum);
+    if (p.arrival_shift > 0) {
+      momentum = acc_t(1) / static_cast<acc_t>(number_of_batch(p));
+    } else if (p.num_batches_tracked && channel == 0) {
+      store_global(p.num_batches_tracked, load_global(p.num_batches_tracked) + 1);
+    }
     if (p.running_mean.data == nullptr) return;
-    const acc_t momentum = p.num_batches_tracked
-                               ? acc_t(1) / static_cast<acc_t>(load_global(p.num_batches_tracked))
-                               : static_cast<acc_t>(p.momentum);
     update(p.running_mean, channel, mean, momentum);
     update(p.running_var, channel, unbiased_var, momentum);
   }
 
  private:
+  // Counts the batch and returns its number, from 1. Every channel needs the count from before, one
+  // has to write the one after, and no barrier spans the blocks of them all. So a channel adds a
+  // unit far above any count, which leaves the count below it readable; the last one takes all
+  // units away and adds the batch.
+  __device__ __forceinline__ static int64_t number_of_batch(const StatisticsOutput<acc_t>& p) {
+    const int64_t unit = int64_t{1} << p.arrival_shift;
+    const int64_t found = fetch_add_relaxed(p.num_batches_tracked, unit);
+    const int64_t arrived = (found + unit / 2) >> p.arrival_shift;  // a count may be negative
+    if (arrived == p.c - 1) fetch_add_relaxed(p.num_batches_tracked, 1 - p.c * unit);
+    return found - arrived * unit + 1;
+  }
+
   __device__ __forceinline__ static void update(const ParamPointer& running, int64_t channel,
                                                 acc_t batch, acc_t momentum) {
     store_param(running, channel,

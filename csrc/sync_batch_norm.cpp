@@ -102,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sync_forward(
   check_sync_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, gathered,
                      momentum, eps);
   const c10::DeviceGuard guard(input.device());
-  const UpdatedInPlace mean(running_mean), var(running_var);
+  const UpdatedInPlace mean(running_mean), var(running_var), counter(num_batches_tracked);
   Forward f{};
   f.input = dense(input);
   f.output = at::empty_like(f.input);
@@ -112,13 +112,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sync_forward(
   f.bias = packed(bias);
   f.running_mean = mean.dense;
   f.running_var = var.dense;
-  f.num_batches_tracked = num_batches_tracked;
+  f.num_batches_tracked = counter.dense;
   f.training = true;
   f.momentum = momentum;
   f.eps = eps;
   f.problem = describe_part(Op::kForwardTraining, f.input);
   const at::Tensor count = at::empty({1}, input.options().dtype(at::kLong));
-  if (f.problem.c == 0) return {f.output, f.save_mean, f.save_invstd, count.zero_()};
+  if (f.problem.c == 0) {
+    if (num_batches_tracked) num_batches_tracked->add_(1);
+    return {f.output, f.save_mean, f.save_invstd, count.zero_()};
+  }
   const at::Tensor rows = gathered.contiguous();
   dispatch_dtype(f.problem.dtype, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
@@ -129,6 +132,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sync_forward(
   });
   mean.finish();
   var.finish();
+  counter.finish();
   return {f.output, f.save_mean, f.save_invstd, count};
 }
 

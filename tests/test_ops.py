@@ -61,15 +61,14 @@ def test_opcheck_forward(layout, dtype: torch.dtype, training: bool) -> None:
     torch.library.opcheck(torch.ops.batchnorm_cuda.forward.default, arguments, test_utils=OPCHECK)
 
 
-def test_opcheck_forward_cumulative() -> None:
-    x, weight, bias, mean, var, _, training, _, eps = forward_arguments(
-        contiguous, torch.float32, True
-    )
+@both_modes
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_opcheck_forward_with_counter(training: bool, momentum: float | None) -> None:
+    x, weight, bias, mean, var, *_, eps = forward_arguments(contiguous, torch.float32, training)
     counter = torch.tensor(3, device=x.device)
     torch.library.opcheck(
         torch.ops.batchnorm_cuda.forward.default,
-        (x, weight, bias, mean, var, counter, training, None, eps),
-        test_utils=OPCHECK,
+        (x, weight, bias, mean, var, counter, training, momentum, eps),
     )
 
 

@@ -393,7 +393,9 @@ def test_refused_gathering(backend: Backend, wrong: str) -> None:
         sync_ops.sync_forward(x, None, None, None, None, None, bad, 0.1, EPS)
 
 
-@pytest.mark.parametrize("operator", ["statistics", "forward", "reduce", "sum", "elementwise"])
+@pytest.mark.parametrize(
+    "operator", ["statistics", "forward", "counted", "reduce", "sum", "elementwise"]
+)
 def test_operators(backend: Backend, operator: str) -> None:
     """Schemas and fake kernels agree with what the operators do."""
     x = torch.randn(3, 4, 5, 2).to(memory_format=torch.channels_last).to(backend.device)
@@ -401,9 +403,11 @@ def test_operators(backend: Backend, operator: str) -> None:
     mean, var = mean.clone(), var.clone()
     row = sync_ops.sync_statistics(x)
     sums, count = torch.randn(2, 4).to(backend.device), torch.tensor([60]).to(backend.device)
+    one = torch.tensor(1).to(backend.device)
     calls = {
         "statistics": ("sync_statistics", x),
         "forward": ("sync_forward", x, w, b, mean, var, None, torch.stack([row, row]), 0.1, EPS),
+        "counted": ("sync_forward", x, w, b, mean, var, one, torch.stack([row, row]), None, EPS),
         "reduce": ("sync_backward_reduce", x, x, w, b, mean, var, True, True),
         "sum": ("sync_sum", sums),
         "elementwise": ("sync_backward_elementwise", x, x, w, mean, var, sums, count),
