@@ -22,7 +22,8 @@ __device__ __forceinline__ int64_t partial_column(const Partials<acc_t>& partial
 template <typename acc_t>
 __device__ __forceinline__ void finish(const MergeStatisticsParams<acc_t>& p, int64_t channel,
                                        const Welford<acc_t>& total) {
-  ChannelStatistics<acc_t>(p.statistics, total).save(p.statistics, channel);
+  const acc_t momentum = count_batch(p.statistics, 1, channel == 0);
+  ChannelStatistics<acc_t>(p.statistics, total).save(p.statistics, channel, momentum);
 }
 
 template <typename acc_t>

@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(kRankMergeThreads)
   for (int64_t channel = thread; channel < statistics.c;
        channel += int64_t{gridDim.x} * blockDim.x) {
     const Welford<acc_t> merged = merge_channel(p, channel, static_cast<double>(total));
-    ChannelStatistics<acc_t>(statistics, merged).save(statistics, channel);
+    const acc_t momentum = count_batch(statistics, 1, channel == 0);
+    ChannelStatistics<acc_t>(statistics, merged).save(statistics, channel, momentum);
   }
 }
 

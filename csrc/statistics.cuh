@@ -9,6 +9,30 @@
 
 namespace batchnorm_cuda {
 
+// Counts the batch; returns the momentum of the running statistics. To be called once by each
+// thread that saves channels, before it does, with their number; `first` where channel 0 is one of
+// them.
+//
+// For the cumulative average every channel needs the count from before, one thread has to write the
+// one after, and no barrier spans the blocks of them all. So a thread adds a unit for each of its
+// channels, far above any count, which leaves the count below readable; the last one takes all
+// units away and adds the batch.
+template <typename acc_t>
+__device__ __forceinline__ acc_t count_batch(const StatisticsOutput<acc_t>& p, int channels,
+                                             bool first) {
+  if (p.arrival_shift == 0) {
+    if (first && p.num_batches_tracked) {
+      store_global(p.num_batches_tracked, load_global(p.num_batches_tracked) + 1);
+    }
+    return static_cast<acc_t>(p.momentum);
+  }
+  const int64_t unit = int64_t{1} << p.arrival_shift;
+  const int64_t found = fetch_add_relaxed(p.num_batches_tracked, channels * unit);
+  const int64_t arrived = (found + unit / 2) >> p.arrival_shift;  // a count may be negative
+  if (arrived == p.c - channels) fetch_add_relaxed(p.num_batches_tracked, 1 - p.c * unit);
+  return acc_t(1) / static_cast<acc_t>(found - arrived * unit + 1);
+}
+
 template <typename acc_t>
 struct ChannelStatistics {
   acc_t mean, invstd, unbiased_var;
@@ -22,33 +46,16 @@ struct ChannelStatistics {
   }
 
   // To be called by one thread per channel and launch.
-  __device__ __forceinline__ void save(const StatisticsOutput<acc_t>& p, int64_t channel) const {
+  __device__ __forceinline__ void save(const StatisticsOutput<acc_t>& p, int64_t channel,
+                                       acc_t momentum) const {
     store_global(p.save_mean + channel, mean);
     store_global(p.save_invstd + channel, invstd);
-    auto momentum = static_cast<acc_t>(p.momentum);
-    if (p.arrival_shift > 0) {
-      momentum = acc_t(1) / static_cast<acc_t>(number_of_batch(p));
-    } else if (p.num_batches_tracked && channel == 0) {
-      store_global(p.num_batches_tracked, load_global(p.num_batches_tracked) + 1);
-    }
     if (p.running_mean.data == nullptr) return;
     update(p.running_mean, channel, mean, momentum);
     update(p.running_var, channel, unbiased_var, momentum);
   }
 
  private:
-  // Counts the batch and returns its number, from 1. Every channel needs the count from before, one
-  // has to write the one after, and no barrier spans the blocks of them all. So a channel adds a
-  // unit far above any count, which leaves the count below it readable; the last one takes all
-  // units away and adds the batch.
-  __device__ __forceinline__ static int64_t number_of_batch(const StatisticsOutput<acc_t>& p) {
-    const int64_t unit = int64_t{1} << p.arrival_shift;
-    const int64_t found = fetch_add_relaxed(p.num_batches_tracked, unit);
-    const int64_t arrived = (found + unit / 2) >> p.arrival_shift;  // a count may be negative
-    if (arrived == p.c - 1) fetch_add_relaxed(p.num_batches_tracked, 1 - p.c * unit);
-    return found - arrived * unit + 1;
-  }
-
   __device__ __forceinline__ static void update(const ParamPointer& running, int64_t channel,
                                                 acc_t batch, acc_t momentum) {
     store_param(running, channel,

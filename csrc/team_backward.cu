@@ -66,6 +66,7 @@ struct TeamBackward {
     }
   };
 
+  __device__ __forceinline__ void begin_finish(const Params&, const Cursor&) const {}
   __device__ __forceinline__ void finish(const Params& p, const Cursor& cursor, const Acc& total,
                                          int c) {
     if (!cursor.channel_valid(c)) return;

@@ -17,6 +17,7 @@ struct TeamForward {
 
   // scale holds the weight until the statistics are known.
   Normalize<acc_t> channel[kChannels];
+  acc_t momentum;  // of the running statistics, in this round
 
   __device__ __forceinline__ static const scalar_t* tensor(const Params& p, int) { return p.input; }
   __device__ __forceinline__ static bool aligned(const Params& p, int) { return p.input_aligned; }
@@ -61,14 +62,28 @@ struct TeamForward {
     }
   };
 
+  // Once a thread and round, not once a channel: the channels of a thread have no registers left.
+  __device__ __forceinline__ void begin_finish(const Params& p, const Cursor& cursor) {
+    int channels = 0;
+    bool first = false;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      if (!cursor.channel_valid(c) || !cursor.owns_channel(c)) continue;
+      channels += 1;
+      first |= cursor.channel(c) == 0;
+    }
+    momentum = channels > 0 ? count_batch(p.statistics, channels, first) : acc_t(0);
+  }
+
   __device__ __forceinline__ void finish(const Params& p, const Cursor& cursor, const Acc& total,
                                          int c) {
     if (!cursor.channel_valid(c)) return;
     const ChannelStatistics<acc_t> statistics(p.statistics, total);
     channel[c].mean = statistics.mean;
     channel[c].scale *= statistics.invstd;
-    if (cursor.owns_channel(c)) statistics.save(p.statistics, cursor.channel(c));
+    if (cursor.owns_channel(c)) statistics.save(p.statistics, cursor.channel(c), momentum);
   }
+
 
   __device__ __forceinline__ Pair<acc_t> form(const Vec<scalar_t> (&vec)[kTensors], int l) const {
     return normalize(channel[Cursor::channel_of(l)], channel[Cursor::channel_of(l + 1)], vec[0], l);

@@ -12,6 +12,7 @@
 //                                                 kCount == 2, merge_into(acc)
 //   prefetch(p, cursor, c)                        loads what finish() needs for channel c of the
 //                                                 thread, ahead of the exchange where there is room
+//   begin_finish(p, cursor)                       what is done once a round, before
 //   finish(p, cursor, total, c)                   the channel's results, from the team's total
 //   output(p), form(vec, l)                       lanes l and l + 1 of the output
 #pragma once
@@ -62,6 +63,7 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
     constexpr bool kAhead = Cursor::kChannels == 1 && kDepth != Depth::kDeep;
     if constexpr (kAhead) operation.prefetch(p, cursor, 0);
     exchange.all_reduce(cursor, acc);
+    operation.begin_finish(p, cursor);
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) {
       if constexpr (!kAhead) operation.prefetch(p, cursor, c);
