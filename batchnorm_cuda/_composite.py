@@ -34,10 +34,12 @@ def batch_norm(
     eps: float,
 ) -> Tensor:
     """`functional.normalize` for tensors that no kernel takes; checks what ops.cpp checks there."""
-    check_arguments(input, weight, bias, running_mean, running_var, training, eps)
-    check_counter(num_batches_tracked, input)
+    traced = is_traced_by_jit()
+    if not traced:
+        check_arguments(input, weight, bias, running_mean, running_var, training, eps)
+        check_counter(num_batches_tracked, input)
     acc = ACCUMULATE[input.dtype]
-    dense = as_dense(input)
+    dense = input if traced else as_dense(input)
     x = dense.to(acc)
     reduced = [0, *range(2, x.dim())]
     if training:
@@ -73,7 +75,13 @@ def transform(
     output = centred * scale
     if bias is not None:
         output = output + per_channel(bias.to(invstd.dtype), dense)
-    return with_strides_of(dense, output.to(dense.dtype))
+    output = output.to(dense.dtype)
+    return output if is_traced_by_jit() else with_strides_of(dense, output)
+
+
+def is_traced_by_jit() -> bool:
+    """Sizes are tensors there, and what is decided by them holds for the traced input only."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def per_channel(vector: Tensor, input: Tensor) -> Tensor:
@@ -87,9 +95,9 @@ def with_strides_of(dense: Tensor, values: Tensor | None) -> Tensor | None:
     return torch.empty_like(dense, dtype=values.dtype).copy_(values)
 
 
-@torch.no_grad()
 def _update(running: Tensor, statistic: Tensor, factor: float | Tensor) -> None:
-    running.copy_(updated(running, statistic.flatten(), factor))
+    # detach, not no_grad: a mode would become a region of its own in an exported graph.
+    running.copy_(updated(running, statistic.detach().flatten(), factor))
 
 
 def updated(running: Tensor, statistic: Tensor, factor: float | Tensor) -> Tensor:
@@ -110,7 +118,7 @@ def check_arguments(
     _check_vector("weight", weight, input)
     _check_vector("bias", bias, input)
     _check_running(running_mean, running_var, input, training)
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:  # math.isfinite takes no symbol of a compiler
         raise ValueError(f"batch_norm: expected eps to be finite and not negative, got {eps}")
 
 

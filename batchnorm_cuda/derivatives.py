@@ -291,3 +291,26 @@ def _not_available() -> RuntimeError:
         "batch_norm: third derivatives, and forward mode over forward mode, are not available "
         "through the kernels; the composite of torch operators, for CPU tensors, has them"
     )
+
+
+def _register(name: str, function: type[Function]) -> None:
+    """Lets autograd differentiate the operator itself, as in a graph that torch.export has made.
+
+    torch.library.register_autograd would refuse it: the forward updates running statistics.
+    """
+    operator = getattr(torch.ops.batchnorm_cuda, name).default
+
+    def differentiable(keys: Any, *args: Any) -> Any:
+        requires_grad = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        if (torch.is_grad_enabled() and requires_grad) or forward_mode_active():
+            results = function.apply(*args)
+            return results if name == "forward" else [r for r in results if r is not None]
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    ops._library.impl(name, differentiable, "Autograd", with_keyset=True)
+
+
+_register("forward", TransformableBatchNorm)
+_register("backward", BatchNormBackward)
+_register("double_backward", BatchNormDoubleBackward)

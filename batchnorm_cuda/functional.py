@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _composite, _extension, ops
 from ._transforms import check_update
@@ -15,8 +16,6 @@ from .autograd import BatchNormFunction
 from .derivatives import TransformableBatchNorm, forward_mode_active, transforms_active
 
 Backend = Literal["cuda", "emulated", "aten"]
-
-_NOTHING = (0,)  # the one shape of fewer than two dimensions that torch takes, and gives back
 
 
 def batch_norm(
@@ -75,6 +74,9 @@ def batch_norm(
     torch.func, training mode takes running statistics only as arguments of the transformed
     function, batched like `input` under vmap. `backend_for` says what computes a given tensor.
     """
+    tensors = (input, running_mean, running_var, weight, bias)
+    if has_torch_function_variadic(*tensors):  # tensor subclasses, and the proxies of torch.fx
+        return handle_torch_function(batch_norm, tensors, *tensors, training, momentum, eps)
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a number, got None")
     return normalize(input, weight, bias, running_mean, running_var, None, training, momentum, eps)
@@ -111,9 +113,11 @@ def normalize(
     The backends check dtypes, shapes and devices. What is left is what torch checks in Python, too.
     """
     try:
-        if input.shape == _NOTHING:
-            return input.clone()
-        if training:
+        if input.dim() == 1 and input.numel() == 0:
+            return input.clone()  # the one shape of fewer than two dimensions that torch takes
+        compiling = torch.compiler.is_compiling()
+        traced = not compiling and torch._C._is_tracing()  # by torch.jit: sizes are tensors
+        if training and not traced:
             _check_count(input.shape)
         arguments = (
             input,
@@ -126,7 +130,6 @@ def normalize(
             momentum,
             eps,
         )
-        compiling = torch.compiler.is_compiling()
         transformed = not compiling and transforms_active()
         if transformed and training and running_mean is not None:
             check_update(input, running_mean)
@@ -134,7 +137,7 @@ def normalize(
             return _composite.batch_norm(*arguments)
         if transformed or (not compiling and forward_mode_active()):
             return TransformableBatchNorm.apply(*arguments)[0]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not traced:  # the trace would hold Function and operator
             return BatchNormFunction.apply(*arguments)
         return ops.forward(*arguments)[0]
     except (AttributeError, TypeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .functional import normalize
 
@@ -17,6 +18,8 @@ class _KernelForward:
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return self._as_leaf(input)
         self._check_input_dim(input)
         training = self.training
         weight, bias, running_mean, running_var = self._tensors()
@@ -44,6 +47,14 @@ class _KernelForward:
         )
 
     _normalize = staticmethod(normalize)
+
+    def _as_leaf(self, input: Proxy) -> Proxy:
+        """A call of this module in the graph that torch.fx traces, as of any module of torch.nn.
+
+        torch.fx takes for leaves only what is defined in torch.nn; a module of ours has to say it.
+        """
+        name = input.tracer.path_of_module(self)
+        return input.tracer.create_proxy("call_module", name, (input,), {})
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """weight, bias, running_mean, running_var: half a microsecond each by attribute look-up."""

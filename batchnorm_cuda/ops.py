@@ -152,14 +152,23 @@ def as_dense(tensor: Tensor) -> Tensor:
 
     Output and grad_input take their strides from it.
     """
+    if _is_dense(tensor):
+        return tensor
+    return tensor.contiguous(memory_format=_suggest_memory_format(tensor))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if torch.compiler.is_dynamo_compiling():
+        # Which sorts no symbols. empty_like keeps the strides of dense tensors, and of no others.
+        return torch.empty_like(tensor).stride() == tensor.stride()
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
             continue
         if stride != expected:
-            return tensor.contiguous(memory_format=_suggest_memory_format(tensor))
+            return False
         expected *= size
-    return tensor
+    return True
 
 
 _CHANNELS_LAST = {
