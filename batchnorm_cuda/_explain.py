@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +24,8 @@ _OPS = {
     "backward": "backward_training",
     "eval": "forward_eval",
     "eval_backward": "backward_eval",
+    "double_backward": "double_backward_training",
+    "eval_double_backward": "double_backward_eval",
 }
 _REDUCE = {"forward": "collect_statistics_kernel"}
 _ELEMENTWISE = {"forward": "transform_input_kernel", "eval": "transform_input_kernel"}
@@ -37,6 +39,9 @@ _WINDOW_BYTES = 16
 # least.
 _STAGE_LOADS = 4
 _STAGE_BLOCKS_PER_SM, _ELEMENTWISE_BLOCKS_PER_SM = 2, 3
+# Those of the double backward: windows of dy, x and the gradient of dx at one position, or at two
+# where a thread has one channel (csrc/double_backward_*.cu).
+_DOUBLE_BACKWARD_LOADS, _DOUBLE_BACKWARD_LOADS_ALONG_S = 3, 6
 # Copies from global to shared memory that no register waits for came with 8.0.
 _FIRST_WITH_ASYNC_COPIES = (8, 0)
 
@@ -183,8 +188,9 @@ def explain(
         device: a name out of `batchnorm_cuda.devices.DEVICES` ("t4", "a100", "rtx4090", "l40s",
             "h100", "b200", "rtx5090"), or a dict of its properties, of which those that are left
             out are the H100's. None for the tensor's own device, or the current GPU for a shape.
-        op: "forward" (training), "backward" (of training, all gradients wanted), "eval" or
-            "eval_backward". Gradients are taken to be aligned to 16 bytes, as new tensors are.
+        op: "forward" (training), "backward" and "double_backward" (of training, all gradients
+            wanted), "eval", "eval_backward" or "eval_double_backward". Gradients are taken to be
+            aligned to 16 bytes, as new tensors are.
         strategy: "auto", or force "two_pass" or "team".
         scope: of a team: "auto", or force "block", "cluster" or "grid".
         team_size: blocks of a team, 0 for the planner's choice. A team that is forced but
@@ -203,6 +209,8 @@ def explain(
     problem["input_shift"] = _shift(input_or_shape, model)
     if op.endswith("backward"):
         problem["grad_output_shift"] = 0
+    if op.endswith("double_backward"):
+        problem |= {"grad_grad_input_shift": 0, "outputs": 2}
     dtype_name = str(model.dtype).removeprefix("torch.")
     described = devices.planner_properties(properties)
     plan = module.make_plan(_OPS[op], n, c, s, dtype_name, described, problem)
@@ -309,17 +317,39 @@ def _capability(properties: Mapping[str, Any]) -> tuple[int, int]:
 def _kernels(plan: Mapping[str, Any], op: str, properties: Mapping[str, Any]) -> list[Kernel]:
     if "team" in plan:
         return [_team_kernel(plan, properties)]
+    if op.endswith("double_backward"):
+        return _double_backward_kernels(plan, properties)
     kernels = []
     if "reduce" in plan:
-        merge = plan["merge"]
-        block = (merge["threads_x"], merge["threads_y"])
         kernels = [
             _stage(plan["reduce"], _REDUCE.get(op, "backward_reduce_kernel"), properties),
-            Kernel("merge_kernel", merge["grid"], block, merge["shared_bytes"]),
+            _merge(plan["merge"]),
         ]
     if "elementwise" in plan:
         name = _ELEMENTWISE.get(op, "backward_elementwise_kernel")
         kernels.append(_stage(plan["elementwise"], name, properties, _ELEMENTWISE_BLOCKS_PER_SM))
+    return kernels
+
+
+def _merge(geometry: Mapping[str, Any]) -> Kernel:
+    block = (geometry["threads_x"], geometry["threads_y"])
+    return Kernel("merge_kernel", geometry["grid"], block, geometry["shared_bytes"])
+
+
+def _double_backward_kernels(
+    plan: Mapping[str, Any], properties: Mapping[str, Any]
+) -> list[Kernel]:
+    kernels = []
+    for stage in ("reduce", "elementwise"):
+        if stage not in plan:
+            continue
+        kernel = _stage(plan[stage], f"double_backward_{stage}_kernel", properties)
+        along_s = plan[stage]["pattern"] == "along_s"
+        loads = _DOUBLE_BACKWARD_LOADS_ALONG_S if along_s else _DOUBLE_BACKWARD_LOADS
+        in_flight = kernel.in_flight_bytes // _STAGE_LOADS * loads
+        kernels.append(replace(kernel, in_flight_bytes=in_flight))
+        if stage == "reduce":
+            kernels.append(_merge(plan["merge"]))
     return kernels
 
 

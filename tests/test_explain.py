@@ -10,11 +10,13 @@ import pytest
 import torch
 from cases import FEW_CASES, Case, channels_last, fill
 from conftest import Backend
+from strategies import launched
 
-from batchnorm_cuda import devices, explain
+from batchnorm_cuda import devices, explain, ops
 
 NAMES = sorted(devices.DEVICES)
 SHAPES = [(32, 64, 56, 56), (4, 3, 224, 224), (256, 512, 7, 7), (2, 32, 32, 32, 32), (4096, 1000)]
+OPS = ["forward", "backward", "double_backward", "eval", "eval_backward", "eval_double_backward"]
 every_device = pytest.mark.parametrize("device", NAMES)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -26,7 +28,7 @@ def _compiled(extension: ModuleType) -> ModuleType:
 
 @every_device
 @every_shape
-@pytest.mark.parametrize("op", ["forward", "backward", "eval", "eval_backward"])
+@pytest.mark.parametrize("op", OPS)
 def test_report_shows_what_the_plan_says(device: str, shape: tuple[int, ...], op: str) -> None:
     e = explain(shape, dtype=torch.float16, device=device, op=op)
     text = str(e)
@@ -47,13 +49,16 @@ def test_report_shows_what_the_plan_says(device: str, shape: tuple[int, ...], op
 
 @every_device
 @every_shape
-@pytest.mark.parametrize("op, tensors", [("forward", 2), ("backward", 3), ("eval", 2)])
+@pytest.mark.parametrize(
+    "op, tensors", [("forward", 2), ("backward", 3), ("double_backward", 5), ("eval", 2)]
+)
 def test_bytes(device: str, shape: tuple[int, ...], op: str, tensors: int) -> None:
     e = explain(shape, dtype=torch.float32, device=device, op=op)
     assert e.compulsory_bytes == tensors * math.prod(shape) * 4
     assert e.compulsory_bytes <= e.predicted_bytes <= e.compulsory_bytes + e.reread_bytes
     if e.strategy == "two pass" and op != "eval":
-        assert e.reread_bytes == (tensors - 1) * math.prod(shape) * 4
+        outputs = 2 if op == "double_backward" else 1
+        assert e.reread_bytes == (tensors - outputs) * math.prod(shape) * 4
 
 
 def test_a_cluster_by_hand() -> None:
@@ -114,6 +119,48 @@ def test_two_passes_are_three_launches() -> None:
     # The 40 MiB of L2 cache find a third of that in each of dy and x, beside grad_input.
     assert e.predicted_bytes == pytest.approx(5 * tensor - 2 * (40 << 20) / 3, rel=1e-6)
     assert e.workspace_bytes > 0
+
+
+@pytest.mark.parametrize("mode", ["", "eval_"])
+def test_the_double_backward_by_hand(mode: str) -> None:
+    """Three inputs, two outputs; a thread loads a triple of windows along C, two along S."""
+    shape, tensor = (64, 256, 56, 56), 64 * 256 * 56 * 56 * 2
+    e = explain(shape, dtype=torch.float16, device="a100", op=f"{mode}double_backward")
+    assert [kernel.name for kernel in e.kernels] == [
+        "double_backward_reduce_kernel",
+        "merge_kernel",
+        "double_backward_elementwise_kernel",
+    ]
+    assert (e.strategy, e.launches) == ("two pass", 3) and "double backward" in e.reason
+    assert e.compulsory_bytes == 5 * tensor
+    rereads = 2 if mode else 3  # statistics that are constants: x is not read for the sums
+    assert e.predicted_bytes == (5 + rereads) * tensor and e.reread_bytes == rereads * tensor
+    last = explain(
+        shape,
+        dtype=torch.float16,
+        device="a100",
+        op=f"{mode}double_backward",
+        memory_format=torch.channels_last,
+    )
+    for kernels, windows in ((e.kernels, 6), (last.kernels, 3)):
+        for kernel in (kernels[0], kernels[2]):
+            threads = math.prod(kernel.block)
+            assert kernel.in_flight_bytes == 2 * threads * windows * 16, kernel.name
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_double_backward_that_runs(
+    kernels: Backend, extension: ModuleType, training: bool
+) -> None:
+    """The kernels that are launched for all gradients, by name."""
+    x, dy, ddx = torch.randn(3, 4, 6, 5, 3).to(kernels.device).unbind()
+    w, b, mean, var = (torch.rand(4, 6) + 0.5).to(kernels.device).unbind()
+    arguments = (ddx, w, b, dy, x, w, mean, var, training, True, True, True)
+    names = launched(extension, lambda: ops.double_backward(*arguments))
+    e = explain(x, op="double_backward" if training else "eval_double_backward")
+    assert len(names) == len(e.kernels)
+    for kernel, name in zip(e.kernels, names, strict=True):
+        assert kernel.name in name
 
 
 def test_layouts() -> None:
@@ -193,7 +240,12 @@ def test_unknown_devices(device: object, message: str) -> None:
 @pytest.mark.parametrize(
     "arguments, options, error, message",
     [
-        (((2, 3),), {"op": "train"}, ValueError, "forward, backward, eval, eval_backward, got 'tr"),
+        (
+            ((2, 3),),
+            {"op": "train"},
+            ValueError,
+            "forward, backward, eval, .*backward, got 'train'",
+        ),
         (((2,),), {}, ValueError, r"2 or more dimensions \(N, C, ...\), got \(2,\)"),
         (((2, -3),), {}, ValueError, "expected sizes >= 0"),
         (("x",), {}, TypeError, "expected input_or_shape to be a tensor or a sequence of sizes"),
