@@ -181,7 +181,7 @@ def test_cumulative_average_does_not_wait(backend: Backend) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         module(x)
     names = {event.name for event in profile.events()}
-    assert "aten::empty_like" in names  # the profiler saw the step
+    assert any(name.startswith("aten::") for name in names)  # the profiler saw the step
     assert not names & {"aten::item", "aten::_local_scalar_dense"}
 
 
