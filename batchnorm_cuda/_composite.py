@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .ops import as_dense
+from .ops import as_dense, batched_by_autograd
 
 ACCUMULATE = {
     torch.float16: torch.float32,
@@ -91,6 +91,8 @@ def per_channel(vector: Tensor, input: Tensor) -> Tensor:
 
 def with_strides_of(dense: Tensor, values: Tensor | None) -> Tensor | None:
     if values is None or values.stride() == dense.stride():  # None: a gradient of zero
+        return values
+    if batched_by_autograd(values):  # a gradient of many: the strides of one are not seen
         return values
     return torch.empty_like(dense, dtype=values.dtype).copy_(values)
 

@@ -8,6 +8,7 @@ and statistics that are batched or shared alike.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +70,23 @@ def over_channels(
     return kind(unfolded), kind(dims)
 
 
+def over_batch_of_autograd(call: Callable, args: tuple[Any, ...]) -> list[Tensor]:
+    """`over_channels` for torch.autograd.grad(..., is_grads_batched=True).
+
+    That is an older vmap than torch.func's, with tensors of its own and no rules for a Function.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    in_dims = tuple(0 if ops.batched_by_autograd(arg) else None for arg in args)
+    args = tuple(
+        arg if dim is None else torch._remove_batch_dim(arg, level, 1, 0)
+        for arg, dim in zip(args, in_dims, strict=True)
+    )
+    size = next(len(arg) for arg, dim in zip(args, in_dims, strict=True) if dim is not None)
+    outputs, out_dims = over_channels(call, size, in_dims, args)
+    return [torch._add_batch_dim(*output, level) for output in zip(outputs, out_dims, strict=True)]
+
+
 def forward_over_channels(
     call: Callable, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
@@ -125,6 +143,9 @@ def _register_rule(name: str, rule: Callable) -> None:
         return rule(operator, info.batch_size, in_dims, args)
 
     torch.library.register_vmap(f"batchnorm_cuda::{name}", batched, lib=ops._library)
+    if rule is over_channels:
+        batch_of_autograd = partial(over_batch_of_autograd, operator)
+        ops._library.impl(name, lambda *args: batch_of_autograd(args), "Batched")
 
 
 _register_rule("forward", forward_over_channels)

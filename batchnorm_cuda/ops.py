@@ -88,9 +88,7 @@ def backward(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """grad_input, grad_weight, grad_bias; None where not needed. bias lends only its dtype."""
-    plain = _is_plain(grad_output, input)
-    call = extension_for(input).backward if plain else torch.ops.batchnorm_cuda.backward
-    grads = call(
+    arguments = (
         grad_output,
         input,
         weight,
@@ -102,8 +100,13 @@ def backward(
         need_weight,
         need_bias,
     )
-    if plain:
-        return grads
+    if _is_plain(grad_output, input):
+        try:
+            return extension_for(input).backward(*arguments)
+        except RuntimeError:
+            if not batched_by_autograd(grad_output):
+                raise
+    grads = torch.ops.batchnorm_cuda.backward(*arguments)
     return _in_place_of_needed(grads, need_input, need_weight, need_bias)
 
 
@@ -126,11 +129,7 @@ def double_backward(
     The incoming gradients of grad_input, grad_weight and grad_bias are zero where None.
     grad_grad_output does not depend on grad_output, which may then be None.
     """
-    tensors = (grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input)
-    plain = _is_plain(*(tensor for tensor in tensors if tensor is not None))
-    extension = extension_for(input)
-    call = extension.double_backward if plain else torch.ops.batchnorm_cuda.double_backward
-    grads = call(
+    arguments = (
         grad_grad_input,
         grad_grad_weight,
         grad_grad_bias,
@@ -144,7 +143,15 @@ def double_backward(
         need_input,
         need_weight,
     )
-    return grads if plain else _in_place_of_needed(grads, need_grad_output, need_input, need_weight)
+    tensors = [tensor for tensor in arguments[:5] if tensor is not None]
+    if _is_plain(*tensors):
+        try:
+            return extension_for(input).double_backward(*arguments)
+        except RuntimeError:
+            if not any(map(batched_by_autograd, tensors)):
+                raise
+    grads = torch.ops.batchnorm_cuda.double_backward(*arguments)
+    return _in_place_of_needed(grads, need_grad_output, need_input, need_weight)
 
 
 def as_dense(tensor: Tensor) -> Tensor:
@@ -197,6 +204,15 @@ def _is_plain(*tensors: Tensor) -> bool:
         if type(tensor) is not Tensor:
             return False
     return not torch._C._is_tracing()
+
+
+def batched_by_autograd(value: object) -> bool:
+    """Whether torch.autograd.grad(..., is_grads_batched=True) stands behind it.
+
+    Its tensors look like any others and have no memory. To be asked once something has failed, to
+    keep it off the usual path.
+    """
+    return isinstance(value, Tensor) and torch._C._functorch.is_legacy_batchedtensor(value)
 
 
 def _in_place_of_needed(grads: list[Tensor], *needed: bool) -> tuple[Tensor | None, ...]:

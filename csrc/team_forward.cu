@@ -84,7 +84,6 @@ struct TeamForward {
     if (cursor.owns_channel(c)) statistics.save(p.statistics, cursor.channel(c), momentum);
   }
 
-
   __device__ __forceinline__ Pair<acc_t> form(const Vec<scalar_t> (&vec)[kTensors], int l) const {
     return normalize(channel[Cursor::channel_of(l)], channel[Cursor::channel_of(l + 1)], vec[0], l);
   }
