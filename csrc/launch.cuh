@@ -79,7 +79,7 @@ inline LaunchStatus with_cursor(Pattern pattern, const Traversal& t, Launch&& la
 template <typename scalar_t, typename Launch>
 inline LaunchStatus with_elementwise_cursor(Pattern pattern, const Traversal& t, Launch&& launch) {
   if (pattern == Pattern::kAlongRow) {
-    if (!t.exact) return launch(CursorTag<AlongSamples<scalar_t, int64_t>>{});
+    if (!t.exact) return launch(CursorTag<AlongRow<scalar_t, int64_t, false>>{});
     if (t.index_bits == 64) return launch(CursorTag<AlongRow<scalar_t, int64_t>>{});
     return launch(CursorTag<AlongRow<scalar_t, int32_t>>{});
   }

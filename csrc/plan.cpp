@@ -77,6 +77,13 @@ void plan_along_s(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
   split_work(t, windows, int64_t{t.threads_x} * kUnroll, device, options);
 }
 
+// The width of even column blocks of at most a warp's, so that the last one is not nearly empty;
+// whole sectors wide, so that no two of them touch the same.
+int64_t even_columns(int64_t row_windows) {
+  const int64_t even = ceil_div(row_windows, ceil_div(row_windows, kWarpSize));
+  return std::min(row_windows, ceil_div(even, 2) * 2);
+}
+
 // Along C. Where C is no multiple of the window, lcm(C, vec) elements form a row group: windows
 // stay aligned, and a window column keeps the same channels in every row group.
 void plan_along_c(Traversal& t, int vec, const DeviceInfo& device, const PlanOptions& options) {
@@ -85,10 +92,7 @@ void plan_along_c(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
   t.row_repeat = group / t.c;
   t.row_windows = group / vec;
   t.rows = ceil_div(t.numel + t.shift, group);
-  // Even column blocks of at most a warp's width, so that the last one is not nearly empty; whole
-  // sectors wide, so that no two of them touch the same.
-  const int64_t even = ceil_div(t.row_windows, ceil_div(t.row_windows, kWarpSize));
-  t.threads_x = static_cast<int>(std::min(t.row_windows, ceil_div(even, 2) * 2));
+  t.threads_x = static_cast<int>(even_columns(t.row_windows));
   t.threads_y = static_cast<int>(
       std::min<int64_t>(kStageThreads / t.threads_x, round_up_to_power_of_two(t.rows)));
   t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
@@ -99,18 +103,26 @@ void plan_along_c(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
 void plan_along_row(Traversal& t, const RowLayout& rows, int vec, const DeviceInfo& device,
                     const PlanOptions& options) {
   lay_out_rows(rows, vec, kStageThreads, t);
-  const int64_t members = t.exact ? t.threads_y : t.threads_y / t.row_repeat;
-  split_work(t, t.rows, members * kUnroll, device, options);
+  t.segments = 0;  // no channel need be whole in a block
+  split_work(t, t.rows, int64_t{t.threads_y} * kUnroll, device, options);
 }
 
-// Rows for the elementwise kernels, where no more than a quarter of a block's threads is left out:
+// Rows for the elementwise kernels, wherever a team would walk along them, and wherever a thread
+// has enough of them to be worth the parameters of all its lanes. Blocks are as wide as fills them:
 // what saves sectors must not cost bytes in flight.
-RowLayout elementwise_rows(const Problem& problem, int vec) {
-  const RowLayout rows = choose_rows(problem, vec, kStageThreads);
+RowLayout elementwise_rows(const Problem& p, int vec) {
+  RowLayout rows = choose_rows(p, vec, kStageThreads);
   if (rows.elements == 0) return rows;
-  const int64_t starts = rows.channels == 0 ? 1 : rows.elements / (problem.c * problem.s);
-  const int64_t threads = kStageThreads / (rows.windows * starts) * rows.windows * starts;
-  return threads * 4 >= kStageThreads * 3 ? rows : RowLayout{};
+  const int64_t threads = kStageThreads / rows.windows * rows.windows;
+  if (rows.channels == 0 && threads * 8 >= kStageThreads * 7) return rows;
+  const int64_t sample = p.c * p.s;
+  rows.elements = std::lcm(sample, int64_t{2} * vec);  // whole sectors, if there are enough
+  constexpr int64_t kEnough = 2 * kUnroll;
+  if (p.n * sample / rows.elements < kEnough) rows.elements = std::lcm(sample, int64_t{vec});
+  if (p.n * sample / rows.elements < kEnough) return {};
+  rows.windows = even_columns(rows.elements / vec);
+  rows.channels = 0;
+  return rows;
 }
 
 // Index arithmetic reaches at most one step past the last window of a thread.

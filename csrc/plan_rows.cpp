@@ -75,12 +75,12 @@ RowLayout choose_rows(const Problem& p, int vec, int max_windows) {
 
 void lay_out_rows(const RowLayout& rows, int vec, int threads, Traversal& t) {
   t.pattern = Pattern::kAlongRow;
-  t.exact = rows.channels == 0;
+  t.exact = rows.channels == 0 && t.numel % rows.elements == 0;
   t.row_windows = rows.elements / vec;
   t.rows = ceil_div(t.numel, rows.elements);
   t.row_repeat = rows.elements / (t.c * t.s);
   t.threads_x = static_cast<int>(rows.windows);
-  if (!t.exact) {
+  if (rows.channels > 0) {
     const int64_t samples = threads / rows.windows / t.row_repeat * t.row_repeat;
     t.threads_y = static_cast<int>(samples);
     t.channel_blocks = ceil_div(t.c, rows.channels);

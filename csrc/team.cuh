@@ -187,9 +187,11 @@ class TeamExchange {
 #pragma unroll
         for (int f = 0; f < Acc::kFields; ++f) other.field(f) = value(k, i, f);
         acc.merge(other);
+        acc.rebase();
       }
       for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
         acc.merge(shuffle_down(acc, offset, kWarpSize));
+        acc.rebase();
       }
       if (lane == 0) {
 #pragma unroll

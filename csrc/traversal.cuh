@@ -254,10 +254,11 @@ struct AlongC {
 
 // Along a row: columns as along C, but several of them are one channel (plan.h). For runs too short
 // or too odd for whole windows along S, and for channels-last rows that are no whole windows: a row
-// of all channels, or a few rows together, always is.
-template <typename scalar, typename index>
-struct AlongRow : AlongC<scalar, index, true> {
-  using Base = AlongC<scalar, index, true>;
+// of all channels, or a few rows together, always is. The masked form, where the tensor is no whole
+// number of rows, is for elementwise kernels.
+template <typename scalar, typename index, bool exact = true>
+struct AlongRow : AlongC<scalar, index, exact> {
+  using Base = AlongC<scalar, index, exact>;
   static constexpr Pattern kPattern = Pattern::kAlongRow;
 
   using Base::Base;
@@ -289,9 +290,9 @@ struct AlongRow : AlongC<scalar, index, true> {
   }
 };
 
-// Along a row, masked: a channel block is `segments` whole channels of a sample, threadIdx.x a
-// window of it, threadIdx.y walks over the samples. Those that a thread takes start at the same
-// place in a window, so that its lanes keep their channels and their masks.
+// Along a row, in teams, masked: a channel block is `segments` whole channels of a sample,
+// threadIdx.x a window of it, threadIdx.y walks over the samples. Those that a thread takes start
+// at the same place in a window, so that its lanes keep their channels and their masks.
 template <typename scalar, typename index>
 struct AlongSamples {
   using scalar_t = scalar;

@@ -32,7 +32,7 @@ def elements_of(
             offset -= (start + t["shift"]) % vec
         elements = offset[..., None] + lanes
         return elements[(elements >= start[..., None]) & (elements < start[..., None] + s)]
-    if pattern == "along_row" and not t["exact"]:
+    if pattern == "along_row" and not t["exact"] and t["segments"] > 0:
         # Whole channels of a sample; a unit is row_repeat samples.
         samples = (units[:, None] * t["row_repeat"] + np.arange(t["row_repeat"])).ravel()
         start = (samples[samples < numel // (c * s), None] * c + block * t["segments"]) * s

@@ -140,7 +140,7 @@ def test_tables() -> None:
     header, _, limits, row = budget_markdown(found, KNOWN).splitlines()
     assert header.endswith("| made up |") and limits.endswith("| 16 |")
     assert row == "| transform input, along S | loop | half | 1.1-1.2 | **62%** |"
-    name = "team_kernel<AlongRow<float, int>, TeamForward, (Depth)0, 4, Identity<float>>"
+    name = "team_kernel<AlongRow<float, int, true>, TeamForward, (Depth)0, 4, Identity<float>>"
     assert short_name(name) == "team forward, along a row"
 
 

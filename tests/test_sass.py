@@ -274,7 +274,8 @@ def test_the_round_of_a_team_moves_whole_windows() -> None:
         ("AlongS<__half, int, true>", True),
         ("AlongC<float, long, false>", False),
         ("AlongFarS<float>", True),
-        ("AlongRow<double, int>", True),  # it is used for nothing else
+        ("AlongRow<double, int, true>", True),
+        ("AlongRow<double, long, false>", False),
         ("AlongSamples<double, long>", False),
     ],
 )

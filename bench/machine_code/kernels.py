@@ -86,7 +86,7 @@ class Kernel:
     @property
     def exact(self) -> bool:
         """True if its cursor walks over full windows only, so that nothing may be narrow."""
-        return re.search(r"\bAlong[SC]<[^<>]*, true>|\bAlong(FarS|Row)<", self.name) is not None
+        return re.search(r"\bAlong(S|C|Row)<[^<>]*, true>|\bAlongFarS<", self.name) is not None
 
     @property
     def held_windows(self) -> int | None:
