@@ -46,7 +46,8 @@ class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
 
     All ranks must call it the same number of times, and agree on whether the input requires a
     gradient. Gradients of weight and bias are this rank's own sums, which DistributedDataParallel
-    averages; of its own accord that refuses to wrap any SyncBatchNorm on the CPU.
+    averages. Of its own accord that refuses to wrap any SyncBatchNorm on the CPU: wrap first, and
+    ``convert(model, sync=True)`` then.
     """
 
     def _normalize(

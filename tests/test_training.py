@@ -338,22 +338,25 @@ def whole(tensor: Tensor) -> Tensor:
 def train_synchronised(rank: int) -> None:
     """Each rank has a part of the batch, of another size; torch's local layers have all of it.
 
-    DistributedDataParallel takes no synchronised batch norm on the CPU: gradients are added here.
+    DistributedDataParallel wraps no synchronised batch norm on the CPU, but trains what becomes one
+    after it was wrapped.
     """
     torch.manual_seed(0)
     theirs = make_network()
-    ours = convert(copy.deepcopy(theirs), sync=True)
+    with pytest.raises(ValueError, match="SyncBatchNorm layers only work with GPU modules"):
+        DistributedDataParallel(convert(copy.deepcopy(theirs), sync=True))
+    ours = convert(DistributedDataParallel(copy.deepcopy(theirs)), sync=True)
     nets = (ours, theirs)
+    shares = (dist.get_world_size(), 1)  # the wrapper averages the gradients over the ranks
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in nets]
     for x in batches(3, torch.float64):
-        for net, part, optimizer in zip(nets, (x[rank::2], x), optimizers, strict=True):
+        parts = (x[rank::2], x)
+        for net, part, share, optimizer in zip(nets, parts, shares, optimizers, strict=True):
             optimizer.zero_grad()
-            ((net(part) - 0.3).square().sum() / len(x)).backward()
-        for parameter in ours.parameters():
-            dist.all_reduce(parameter.grad)
-        for optimizer in optimizers:
+            ((net(part) - 0.3).square().sum() * (share / len(x))).backward()
             optimizer.step()
-    assert_same_state(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert sum(isinstance(m, batchnorm_cuda.SyncBatchNorm) for m in ours.modules()) == 3
+    assert_same_state(ours.module, theirs, rtol=1e-9, atol=1e-9)
 
 
 def worker(rank: int, rendezvous: str) -> None:
