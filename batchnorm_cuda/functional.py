@@ -17,6 +17,8 @@ from .derivatives import TransformableBatchNorm, forward_mode_active, transforms
 
 Backend = Literal["cuda", "emulated", "aten"]
 
+_is_tracing = torch._C._is_tracing  # an alias: two look-ups less on every call
+
 
 def batch_norm(
     input: Tensor,
@@ -116,7 +118,7 @@ def normalize(
         if input.dim() == 1 and input.numel() == 0:
             return input.clone()  # the one shape of fewer than two dimensions that torch takes
         compiling = torch.compiler.is_compiling()
-        traced = not compiling and torch._C._is_tracing()  # by torch.jit: sizes are tensors
+        traced = not compiling and _is_tracing()  # by torch.jit: sizes are tensors
         if training and not traced:
             _check_count(input.shape)
         arguments = (

@@ -18,7 +18,7 @@ class _KernelForward:
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
+        if type(input) is not Tensor and isinstance(input, Proxy):  # a look at the type is cheaper
             return self._as_leaf(input)
         self._check_input_dim(input)
         training = self.training
