@@ -48,7 +48,19 @@ _FIRST_WITH_ASYNC_COPIES = (8, 0)
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch. `waves` and `tail_idle` only where the plan fixes how many blocks an SM holds."""
+    """One launch. `waves` and `tail_idle` only where the plan fixes how many blocks an SM holds.
+
+    Attributes:
+        name: of the kernel in csrc/.
+        grid: blocks.
+        block: threads, (x, y).
+        shared_bytes: dynamic shared memory of a block.
+        index_bits: 32 or 64, the width of offsets; None where that is no choice.
+        blocks_per_sm: blocks that an SM holds at once.
+        waves: times that the places of the device's resident blocks are filled.
+        tail_idle: share of these places that is idle in the last wave, 0 to 1.
+        in_flight_bytes: bytes that the threads of one SM have asked for before the first is used.
+    """
 
     name: str
     grid: int
@@ -56,36 +68,71 @@ class Kernel:
     shared_bytes: int
     index_bits: int | None = None
     blocks_per_sm: int | None = None
-    # Times that the resident blocks' places are filled, and the idle share of the last time.
     waves: int | None = None
     tail_idle: float | None = None
-    # Bytes that an SM's threads have asked for before the first of them is used.
     in_flight_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class TeamSummary:
-    """`size` blocks hold a group of channels together; `teams` take the `groups` in rounds."""
+    """`size` blocks hold a group of channels together; `teams` take the `groups` in rounds.
+
+    Attributes:
+        scope: "block", "cluster" or "grid": what the blocks of a team exchange through.
+        size: blocks of a team.
+        teams: teams at work at once.
+        groups: channel groups, each of which is one team's work.
+        rounds: how many groups the busiest team takes.
+        register_share: of the bytes that must be held between reduction and output, the share kept
+            in registers, 0 to 1.
+        shared_share: the share kept in shared memory.
+        depth: of the kernel: how much a thread holds (csrc/plan.h).
+        two_level: whether each block merges a slice of the channels for the others.
+    """
 
     scope: str
     size: int
     teams: int
     groups: int
     rounds: int
-    # Of the bytes that must be held between reduction and output: the shares kept on chip.
     register_share: float
     shared_share: float
-    depth: str  # of the kernel: how much a thread holds (csrc/plan.h)
-    two_level: bool  # the ranks merge a slice of the channels each
+    depth: str
+    two_level: bool
 
     @property
     def on_chip_share(self) -> float:
+        """What is kept on chip, in registers and shared memory together, 0 to 1."""
         return self.register_share + self.shared_share
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The plan of one call in words and numbers; str() is the report. See `explain`."""
+    """The plan of one call in words and numbers; str() is the report. See `explain`.
+
+    Nothing in it is measured: bytes are those that the plan accounts for.
+
+    Attributes:
+        device: name of the device planned for.
+        compute_capability: (major, minor).
+        sm_count: streaming multiprocessors of the device.
+        op: as given to `explain`.
+        shape: of the input.
+        dtype: of the input, such as "float16".
+        pattern: "along S", "along C" or "along a row": how threads walk the tensor.
+        vector_elements: elements of a window, the 16 bytes that a thread moves at once.
+        strategy: "team" or "two pass".
+        reason: why, in words.
+        launches: kernels launched.
+        kernels: a `Kernel` for each of them.
+        team: the `TeamSummary`, None for two passes.
+        compulsory_bytes: the fewest that any implementation moves to and from DRAM.
+        reread_bytes: what is read a second time, from the L2 cache at best.
+        predicted_bytes: to and from DRAM, by the plan's account.
+        workspace_bytes: scratch memory on the device.
+        latency_bytes: what one SM should have in flight, latency times bandwidth; a model. None
+            where the description of the device lacks bandwidth or clock.
+    """
 
     device: str
     compute_capability: tuple[int, int]
@@ -101,14 +148,14 @@ class Explanation:
     kernels: tuple[Kernel, ...]
     team: TeamSummary | None
     compulsory_bytes: int
-    reread_bytes: int  # what is read a second time, from the L2 cache at best
-    predicted_bytes: int  # to and from DRAM
+    reread_bytes: int
+    predicted_bytes: int
     workspace_bytes: int
-    # latency x bandwidth, of one SM: a model of what is needed in flight; None where unknown.
     latency_bytes: int | None
 
     @property
     def bytes_over_compulsory(self) -> float:
+        """Predicted over compulsory bytes; 1.0 is the least, and what an empty tensor has."""
         return self.predicted_bytes / self.compulsory_bytes if self.compulsory_bytes else 1.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -196,9 +243,15 @@ def explain(
         team_size: blocks of a team, 0 for the planner's choice. A team that is forced but
             impossible is answered by two passes, with the reason.
 
+    Returns:
+        An `Explanation`.
+
     Raises:
-        TypeError, ValueError: an argument is wrong, or the device has no kernels to explain. The
-            message reads "explain: expected <argument> to be <what>, got <what came>".
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has a wrong value, or the device has no kernels to explain.
+        RuntimeError: the kernels cannot be built.
+
+    Messages read "explain: expected <argument> to be <what>, got <what came>".
     """
     if op not in _OPS:
         raise ValueError(f"explain: expected op to be one of {', '.join(_OPS)}, got {op!r}")

@@ -59,7 +59,15 @@ def load_emulated() -> ModuleType:
 
 
 def build_info() -> dict[str, Any]:
-    """Versions, the cache folder, and for each extension loaded so far its file and origin."""
+    """What is built and loaded: plain values, to be printed into a bug report.
+
+    Returns:
+        "version", "torch" and "torch_cuda" (None for a build of torch without CUDA), all strings;
+        "cache_dir", where just-in-time builds are kept; "ahead_of_time", what was recorded when the
+        kernels were compiled at installation, or None; and "loaded", for each extension that this
+        process has loaded so far ("cuda", "emulated") its file, its origin ("ahead of time" or
+        "just in time") and what it was compiled from and for.
+    """
     return {
         "version": __version__,
         "torch": torch.__version__,

@@ -18,7 +18,15 @@ class BatchNormFunction(Function):
     """Batch normalisation by the CUDA kernels. Twice differentiable.
 
     `apply` takes (input, weight, bias, running_mean, running_var, num_batches_tracked, training,
-    momentum, eps) and returns the output. `functional.batch_norm` is the checked way in.
+    momentum, eps) and returns the output. Shapes and dtypes are those of `batch_norm`, which is the
+    checked way in; num_batches_tracked is an int64 scalar, read where momentum is None, or None.
+    For tensors that have kernels only: not for those of which `backend_for` says "aten". The
+    formulas, with their derivation, are in docs/math.md.
+
+    Raises:
+        TypeError: as `batch_norm`.
+        ValueError: as `batch_norm`.
+        RuntimeError: as `batch_norm`; the third derivative is asked for.
     """
 
     @staticmethod

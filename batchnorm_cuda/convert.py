@@ -61,7 +61,8 @@ def convert(model: Model, fuse: bool = False, sync: bool = False) -> Model:
         TypeError: `model` is not a module.
         NotImplementedError: `fuse` is set.
         ValueError: `sync` is set and `model` has lazy batch norms, which do not know their size.
-        In each case nothing has been changed.
+
+    In each of these cases nothing has been changed.
     """
     _check_model("convert", model)
     if fuse:

@@ -120,12 +120,20 @@ DEVICES: Mapping[str, Mapping[str, Any]] = {
         boost_mhz=2407,
     ),
 }
+"""Properties by name, of "t4", "a100", "rtx4090", "l40s", "h100", "b200" and "rtx5090"."""
 
 
 def describe(device: str | Mapping[str, Any]) -> dict[str, Any]:
     """The properties of a known device by its name, or of a described one.
 
     What a description leaves out is the H100's, except bandwidth and clock, which then are unknown.
+
+    Args:
+        device: a key of `DEVICES`, in any case of letters, or a dict of properties.
+
+    Returns:
+        A new dict with bytes, counts and compute capability as csrc/device_query.cpp reads them on
+        a GPU, "bandwidth_gb_s" in 10^9 bytes a second, "boost_mhz" in 10^6 cycles a second.
 
     Raises:
         ValueError: the name, or a property, is not known; the message lists those that are.

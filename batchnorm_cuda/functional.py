@@ -66,9 +66,10 @@ def batch_norm(
         ValueError: a shape or a value is wrong, evaluation lacks running statistics, or training
             mode meets one value per channel.
         RuntimeError: tensors are on different devices, a running statistic requires grad, or one
-            would be updated under a transform of torch.func.
-        Messages read "batch_norm: expected <argument> to be <what>, got <what came>". Nothing is
-        written before all checks have passed.
+            would be updated under a transform of torch.func; or the kernels cannot be built.
+
+    Messages read "batch_norm: expected <argument> to be <what>, got <what came>". Nothing is
+    written before all checks have passed.
 
     Statistics and sums are float32, or float64 for float64 input, whatever the dtype of `input`.
     Results are deterministic. The kernels have first and second derivatives, in forward and in
@@ -92,6 +93,12 @@ def backend_for(tensor: Tensor) -> Backend:
     - "emulated": the same kernels run on the CPU by a model of CUDA, for a CPU tensor where the
       environment has BATCHNORM_CUDA_EMULATE=1. For tests; slow.
     - "aten": a composite of torch operators with the same semantics, for every other tensor.
+
+    Args:
+        tensor: of any shape and dtype; only its device counts. Nothing is loaded or compiled.
+
+    Returns:
+        One of these three words.
     """
     if tensor.is_cuda:
         return "cuda"

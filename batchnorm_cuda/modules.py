@@ -71,30 +71,88 @@ class _KernelForward:
 
 
 class BatchNorm1d(_KernelForward, torch.nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` for (N, C) and (N, C, L) inputs: same arguments, state and errors."""
+    """`torch.nn.BatchNorm1d`, computed by `batch_norm`: same arguments, state and errors.
+
+    Arguments, state, dtypes and errors as for `BatchNorm2d`.
+
+    Shape:
+        Input and output: (N, C) or (N, C, L).
+
+    Raises:
+        ValueError: as `BatchNorm2d`; the input has neither two nor three dimensions.
+    """
 
 
 class BatchNorm2d(_KernelForward, torch.nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` for (N, C, H, W) inputs: same arguments, state and errors."""
+    """`torch.nn.BatchNorm2d`, computed by `batch_norm`: same arguments, state and errors.
+
+    Training mode normalises by the statistics of the batch (Ioffe and Szegedy, arXiv:1502.03167,
+    algorithm 1) and updates the running ones, evaluation mode normalises by the running ones.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance; positive in training mode.
+        momentum: weight of the new batch in the running statistics. None takes their plain average
+            over all batches so far, which are counted on the device: the host does not wait.
+        affine: whether there are `weight` and `bias`, (C,), at first ones and zeros.
+        track_running_stats: whether there are `running_mean` and `running_var`, (C,), at first
+            zeros and ones, and `num_batches_tracked`, an int64 scalar. Without them evaluation
+            mode takes the statistics of its batch, too.
+        device: of parameters and buffers.
+        dtype: of parameters and running statistics. float32, the default, is right for float16 and
+            bfloat16 inputs as well; otherwise it has to be that of the input.
+        bias: False leaves out `bias` alone; where torch.nn has it, from torch 2.13 on.
+
+    Shape:
+        Input and output: (N, C, H, W), contiguous or channels-last; the output has the input's
+        dtype and memory format.
+
+    Raises:
+        ValueError: the input does not have four dimensions or C channels, eps is not positive, or
+            training mode meets one value per channel.
+        TypeError: a dtype is wrong, as for `batch_norm`.
+        RuntimeError: input and parameters are on different devices, or the kernels cannot be built.
+
+    What shows beside torch.nn's: an input that is refused leaves every buffer as it was,
+    `num_batches_tracked` included.
+    """
 
 
 class BatchNorm3d(_KernelForward, torch.nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` for (N, C, D, H, W) inputs: same arguments, state and errors."""
+    """`torch.nn.BatchNorm3d`, computed by `batch_norm`: same arguments, state and errors.
+
+    Arguments, state, dtypes and errors as for `BatchNorm2d`.
+
+    Shape:
+        Input and output: (N, C, D, H, W), contiguous or channels_last_3d.
+
+    Raises:
+        ValueError: as `BatchNorm2d`; the input does not have five dimensions.
+    """
 
 
 class LazyBatchNorm1d(_KernelForward, torch.nn.LazyBatchNorm1d):
-    """`torch.nn.LazyBatchNorm1d`: takes C from its first input, and then is a `BatchNorm1d`."""
+    """`torch.nn.LazyBatchNorm1d`: takes C from its first input, and then is a `BatchNorm1d`.
+
+    Arguments as `BatchNorm1d`, without `num_features`. Shape, dtypes and errors are its own, too.
+    """
 
     cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_KernelForward, torch.nn.LazyBatchNorm2d):
-    """`torch.nn.LazyBatchNorm2d`: takes C from its first input, and then is a `BatchNorm2d`."""
+    """`torch.nn.LazyBatchNorm2d`: takes C from its first input, and then is a `BatchNorm2d`.
+
+    Arguments as `BatchNorm2d`, without `num_features`. Shape, dtypes and errors are its own, too.
+    """
 
     cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_KernelForward, torch.nn.LazyBatchNorm3d):
-    """`torch.nn.LazyBatchNorm3d`: takes C from its first input, and then is a `BatchNorm3d`."""
+    """`torch.nn.LazyBatchNorm3d`: takes C from its first input, and then is a `BatchNorm3d`.
+
+    Arguments as `BatchNorm3d`, without `num_features`. Shape, dtypes and errors are its own, too.
+    """
 
     cls_to_become = BatchNorm3d

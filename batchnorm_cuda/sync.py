@@ -36,13 +36,27 @@ class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
     - Parts may have any size, 0 and 1 included. Where all ranks together have fewer than two values
       per channel, the running statistics stay as they are. That is no error: no rank's host knows.
 
-    Shape of input and output: (N, C) or (N, C, \*), on each rank with any N and \*.
+    Args:
+        num_features: C, the number of channels; the same on all ranks.
+        eps: added to the variance; positive in training mode.
+        momentum: weight of the new batch in the running statistics; None for their plain average.
+        affine: whether there are `weight` and `bias`, (C,).
+        track_running_stats: whether there are running statistics, (C,), and their counter.
+        process_group: the ranks that share statistics; None for the default group.
+        device: of parameters and buffers.
+        dtype: of parameters and running statistics.
+
+    Shape:
+        Input and output: (N, C) or (N, C, \*), on each rank with any N and \*. What is gathered is
+        2 C + 2 numbers a rank in the forward pass and 2 C in the backward, float32 (float64 for
+        float64 inputs, and then 2 C + 1).
 
     Raises:
-        ValueError: the input has fewer than two dimensions or no channels; or it has one value per
-            channel and nobody to share statistics with.
-        TypeError, ValueError, RuntimeError: as `batchnorm_cuda.batch_norm`.
-        RuntimeError: from the process group, where a rank has died or does not come in time.
+        TypeError: as `batch_norm`.
+        ValueError: as `batch_norm`; the input has fewer than two dimensions or no channels; or it
+            has one value per channel and nobody to share statistics with.
+        RuntimeError: as `batch_norm`; from the process group, where a rank has died or does not
+            come in time.
 
     All ranks must call it the same number of times, and agree on whether the input requires a
     gradient. Gradients of weight and bias are this rank's own sums, which DistributedDataParallel
