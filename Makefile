@@ -17,13 +17,14 @@ CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(cu|cuh|cp
 TOOLKIT := $(PYTHON) batchnorm_cuda/_toolkit.py >/dev/null 2>&1
 NVCC_EXTRA = $(shell nvidia-smi -L >/dev/null 2>&1 && ! $(TOOLKIT) && echo ,nvcc)
 
-.PHONY: help venv train test lint cuda sass standalone standalone-host clean FORCE
+.PHONY: help venv train test lint docs cuda sass standalone standalone-host clean FORCE
 
 help:
 	@echo "make train   train the digits example        make lint   check formatting and style"
 	@echo "make test    run the test suite              make cuda   compile ahead of time with nvcc"
-	@echo "make venv    set up $(VENV) only               make clean  remove $(VENV) and build output"
+	@echo "make venv    set up $(VENV) only               make docs   build the documentation"
 	@echo "make sass    report the kernels' machine code  make standalone  the driver without PyTorch"
+	@echo "make clean   remove $(VENV) and build output"
 
 venv: $(VENV)/.ready
 
@@ -31,7 +32,7 @@ venv: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml setup.py $(VENV)/.torch
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip "setuptools>=77" wheel
-	$(PIP) --no-build-isolation -e ".[test,train,dev,sass$(NVCC_EXTRA)]" "$(TORCH)"
+	$(PIP) --no-build-isolation -e ".[test,train,dev,docs,sass$(NVCC_EXTRA)]" "$(TORCH)"
 	@$(PIP) torchvision "torch==$$($(BIN)/python -c '$(TORCH_VERSION)')" \
 		|| echo "no torchvision fits this torch: its tests are left out"
 	touch $@
@@ -52,6 +53,11 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+# Every reference that leads nowhere is an error. The pages are then in build/docs/index.html.
+docs: venv
+	$(BIN)/python -m sphinx --nitpicky --fail-on-warning --keep-going --quiet -E \
+		-d build/doctrees docs build/docs
 
 # What only nvcc can tell: builds for real architectures, which link, load and hold their code, and
 # the rules of the machine code for two of them (`make sass`: for all).

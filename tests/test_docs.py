@@ -1,0 +1,72 @@
+"""The documentation is true: its code runs, it covers every public name, and every error."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import batchnorm_cuda
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+# What is printed between two blocks; no page prints such a line of its own.
+SEPARATOR = "=== next block ==="
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(source, what it prints) of each block of Python: the text block that follows, if any."""
+    found = []
+    for language, content in BLOCK.findall(page.read_text()):
+        if language == "python":
+            found.append((content, ""))
+        elif found:
+            found[-1] = (found[-1][0], content)
+    return found
+
+
+def printed_by(sources: list[str], folder: Path) -> list[str]:
+    """What each block prints, run one after another in one process, without emulation."""
+    script = folder / "page.py"  # a file, because torch.compile reads the source of functions
+    script.write_text(f"print({SEPARATOR!r})\n".join(sources))
+    environment = {k: v for k, v in os.environ.items() if k != "BATCHNORM_CUDA_EMULATE"}
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, cwd=folder, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split(f"{SEPARATOR}\n")
+
+
+def assert_prints(page: Path, folder: Path) -> None:
+    """Compared as doctest does: "..." stands for anything."""
+    sources, expected = zip(*blocks(page), strict=True)
+    checker = doctest.OutputChecker()
+    for source, want, got in zip(sources, expected, printed_by(list(sources), folder), strict=True):
+        same = checker.check_output(want, got, doctest.ELLIPSIS)
+        assert same, f"{page.name}: this block\n{source}\nprints\n{got}\nthe page says\n{want}"
+
+
+def test_tutorial(tmp_path: Path) -> None:
+    assert_prints(DOCS / "tutorial.md", tmp_path)
+
+
+def test_api_page_has_every_public_name() -> None:
+    directive = r"^\.\. (?:autoclass|autofunction|py:data):: (\w+)"
+    documented = set(re.findall(directive, (DOCS / "api.rst").read_text(), re.MULTILINE))
+    assert not set(batchnorm_cuda.__all__) - documented
+
+
+@pytest.mark.parametrize("name", [n for n in batchnorm_cuda.__all__ if n != "__version__"])
+def test_public_name_has_a_docstring(name: str) -> None:
+    """Its own: inspect.getdoc would find torch.nn's for a subclass that has none."""
+    value = getattr(batchnorm_cuda, name)
+    assert len(value.__dict__.get("__doc__") or value.__doc__ or "") > 80
+    if isinstance(value, type):
+        assert value.__doc__ not in [base.__doc__ for base in value.__mro__[1:]]
