@@ -44,6 +44,13 @@ def printed_by(sources: list[str], folder: Path) -> list[str]:
     return run.stdout.split(f"{SEPARATOR}\n")
 
 
+def test_readme(tmp_path: Path) -> None:
+    """On a CPU, and without the block that compiles csrc/ by itself (tests/test_install.py)."""
+    sources = [source for source, _ in blocks(ROOT / "README.md") if "cpp_extension" not in source]
+    assert len(sources) > 1
+    printed_by([s.replace(".cuda()", "").replace('"cuda"', '"cpu"') for s in sources], tmp_path)
+
+
 def assert_prints(page: Path, folder: Path) -> None:
     """Compared as doctest does: "..." stands for anything."""
     sources, expected = zip(*blocks(page), strict=True)
