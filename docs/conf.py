@@ -32,6 +32,9 @@ autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # fields of a dataclass as a list, not as entries of their own
+napoleon_custom_sections = [("Shape", "returns_style")]
+toc_object_entries_show_parents = "hide"
 
 # Every reference must resolve, but for those to torch and Python: a build needs no network.
 nitpicky = True
@@ -47,3 +50,4 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
