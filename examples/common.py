@@ -53,7 +53,7 @@ def check_against_torch(model, loss_of, batch):
     difference = max(differences).item() / largest
     if not difference <= MAX_GRADIENT_DIFFERENCE:  # negated, so that a NaN fails too
         sys.exit(f"FAILED: gradients differ from torch.nn's by {difference:.1e} of the largest")
-    print(f"gradients of one step in float64: within {difference:.1e} of torch.nn's")
+    print(f"OK: gradients of one step in float64 are within {difference:.1e} of torch.nn's")
 
 
 def synchronize(device):

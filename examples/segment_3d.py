@@ -31,6 +31,7 @@ def parse_args():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--toy", action="store_true", help=f"seconds on a CPU: {TOY}")
+    parser.add_argument("--check", action="store_true", help="compare with torch.nn, do not train")
     add_device_argument(parser)
     args = parser.parse_args()
     if args.toy:
@@ -144,6 +145,8 @@ def main():
 
     batch = make_volumes(args, torch.Generator().manual_seed(args.seed), device)
     check_against_torch(model, loss_of, batch)
+    if args.check:
+        return
     before = evaluate(model, args, device)
     print(f"step    0  Dice of new volumes {before:.3f}")
     train(model, args, device)

@@ -47,6 +47,7 @@ def parse_args():
         help="train through torch.compile, by inductor unless another backend is named",
     )
     parser.add_argument("--toy", action="store_true", help=f"seconds on a CPU: {TOY}")
+    parser.add_argument("--check", action="store_true", help="compare with torch.nn, do not train")
     add_device_argument(parser)
     args = parser.parse_args()
     if args.toy:
@@ -143,7 +144,9 @@ def train(model, args, device):
         make_batch(args.batch_size, args.image_size, generator, device)
         for _ in range(min(args.steps, 16))
     ]
-    compiled = torch.compile(model, backend=args.compile) if args.compile else model
+    compiled = model
+    if args.compile:
+        compiled = torch.compile(model, backend=args.compile, fullgraph=True)  # no graph breaks
     model.train()
     losses = []
     for step in range(args.steps):
@@ -182,6 +185,8 @@ def main():
 
     generator = torch.Generator().manual_seed(args.seed)
     check_against_torch(model, loss_of, make_batch(16, args.image_size, generator, device))
+    if args.check:
+        return
     losses = train(model, args, device)
     for step in range(0, args.steps, max(1, args.steps // 8)):
         print(f"step {step:4}  loss {losses[step]:.4f}")

@@ -53,13 +53,8 @@ def test_gradient_penalty() -> None:
 
 
 def test_train_resnet() -> None:
-    check(run("train_resnet.py", "--toy", on(HEAVY)), HEAVY, "accuracy")
-
-
-def test_train_resnet_compiled() -> None:
-    """Through AOTAutograd; the code that inductor makes is tested elsewhere, and takes longer."""
-    arguments = ("--toy", "--compile=aot_eager", "--amp=off", on(HEAVY))
-    check(run("train_resnet.py", *arguments), HEAVY, "accuracy")
+    """Under autocast, and through AOTAutograd: inductor, which the tutorial takes, takes longer."""
+    check(run("train_resnet.py", "--toy", "--compile=aot_eager", on(HEAVY)), HEAVY, "accuracy")
 
 
 def test_train_ddp() -> None:
@@ -75,6 +70,11 @@ def test_train_ddp_sees_unshared_statistics() -> None:
 
 def test_segment_3d() -> None:
     check(run("segment_3d.py", "--toy", on(HEAVY)), HEAVY, "Dice rose from")
+
+
+@pytest.mark.parametrize("script", ["train_resnet.py", "segment_3d.py"])
+def test_gradients_by_the_kernels(script: str) -> None:
+    check(run(script, "--toy", "--check", on(KERNELS)), KERNELS, "gradients of one step")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
