@@ -77,6 +77,25 @@ def test_gradients_by_the_kernels(script: str) -> None:
     check(run(script, "--toy", "--check", on(KERNELS)), KERNELS, "gradients of one step")
 
 
+def test_help() -> None:
+    """Of all, in one process."""
+    ask = (
+        "import os, runpy, sys\n"
+        "sys.path.insert(0, os.path.dirname(sys.argv[1]))\n"
+        "for script in sys.argv[1:]:\n"
+        "    sys.argv = [script, '--help']\n"
+        "    try:\n"
+        "        runpy.run_path(script, run_name='__main__')\n"
+        "    except SystemExit as end:\n"
+        "        print(script, 'ended with', end.code)\n"
+    )
+    paths = [str(EXAMPLES / script) for script in SCRIPTS]
+    done = subprocess.run([sys.executable, "-c", ask, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for path in paths:
+        assert f"{path} ended with 0" in done.stdout
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_is_tested_and_documented(script: str) -> None:
     assert f'"{script}"' in Path(__file__).read_text() or script == "train_digits.py"  # make train
