@@ -101,7 +101,15 @@ class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
         """`module` with every batch norm in it, torch's or ours, replaced by this class.
 
         As torch's method of this name: parameters and buffers are taken over, not copied, and a
-        module that is itself a batch norm comes back as a new one.
+        module that is itself a batch norm comes back as a new one. `convert` with sync=True keeps
+        the module objects.
+
+        Args:
+            module: any module.
+            process_group: the ranks that share statistics; None for the default group.
+
+        Returns:
+            `module`, or what took its place.
         """
         converted = module
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

@@ -77,3 +77,12 @@ def test_public_name_has_a_docstring(name: str) -> None:
     assert len(value.__dict__.get("__doc__") or value.__doc__ or "") > 80
     if isinstance(value, type):
         assert value.__doc__ not in [base.__doc__ for base in value.__mro__[1:]]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "tests/simt/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    """Those of the site's own pages are checked by `make docs`."""
+    path = ROOT / page
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text())
+    gone = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert not gone
