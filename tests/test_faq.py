@@ -112,7 +112,7 @@ MESSAGES = sorted(
         for read, paths in ((python_messages, PYTHON), (cpp_messages, CPP))
         for path in paths
         for message in read(path)
-        if is_telling(message, GAP)
+        if is_telling(message, GAP) and " " in message  # not a mere name
     }
 )
 TERMS = re.findall(r"^(`.*`)\n: ", FAQ.read_text(), re.MULTILINE)
