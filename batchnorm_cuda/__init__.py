@@ -1,6 +1,7 @@
 """Batch normalisation for PyTorch by custom CUDA kernels."""
 
 from ._explain import Explanation, explain
+from ._extension import build_info
 from ._version import __version__
 from .autograd import BatchNormFunction
 from .convert import convert, revert
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "backend_for",
     "batch_norm",
+    "build_info",
     "convert",
     "explain",
     "revert",
