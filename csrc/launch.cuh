@@ -1,6 +1,10 @@
 // The one place that launches kernels, and the choice of a cursor type from the plan.
 #pragma once
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "launch.h"
 #include "traversal.cuh"
 
@@ -21,6 +25,23 @@ inline LaunchStatus launch_kernel(void (*kernel)(Params), int64_t grid, dim3 blo
   return static_cast<LaunchStatus>(cudaLaunchKernelEx(&config, kernel, params));
 }
 
+// Lets launches of the kernel on the current device take this much dynamic shared memory. The limit
+// is only ever raised: another thread may be about to launch the same kernel with more of it.
+inline cudaError_t allow_shared_bytes(const void* kernel, int shared_bytes) {
+  static std::mutex mutex;
+  static auto& allowed = *new std::map<std::pair<const void*, int>, int>();
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& limit = allowed[{kernel, device}];
+  if (shared_bytes <= limit) return cudaSuccess;
+  const cudaError_t raised =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (raised == cudaSuccess) limit = shared_bytes;
+  return raised;
+}
+
 // Launches a team kernel. Dynamic shared memory beyond the default is opted into; a grid that must
 // be co-resident is first held against the occupancy of this very kernel.
 template <typename... Args>
@@ -28,8 +49,7 @@ inline LaunchStatus launch_team(void (*kernel)(Args...), const Team& team, cudaS
                                 const Args&... args) {
   const dim3 block = block_of(team.traversal);
   const auto shared_bytes = static_cast<int>(team.shared_bytes);
-  cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaError_t status = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
   if (status != cudaSuccess) return static_cast<LaunchStatus>(status);
   if (team.scope == Scope::kGrid) {
     int blocks = 0;
