@@ -117,7 +117,7 @@ RowLayout elementwise_rows(const Problem& p, int vec) {
   if (rows.channels == 0 && threads * 8 >= kStageThreads * 7) return rows;
   const int64_t sample = p.c * p.s;
   rows.elements = std::lcm(sample, int64_t{2} * vec);  // whole sectors, if there are enough
-  constexpr int64_t kEnough = 2 * kUnroll;
+  constexpr int64_t kEnough = 2;
   if (p.n * sample / rows.elements < kEnough) rows.elements = std::lcm(sample, int64_t{vec});
   if (p.n * sample / rows.elements < kEnough) return {};
   rows.windows = even_columns(rows.elements / vec);
