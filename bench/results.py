@@ -1,0 +1,142 @@
+"""Rows of results, and the files that hold them.
+
+A CSV file grows by a row at a time, so that a run that is cut short leaves what it has; the JSON
+file beside it holds the same rows and the environment. A row is either measured on a GPU or a
+model's: then every figure stands in a column whose name begins with "model", and no time is given.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+MEASURED, MODEL = "measured", "model"
+
+# Of a row. Only "ok" has figures that may be compared.
+OK = "ok"
+INACCURATE = "inaccurate"  # beyond the tolerance: not timed
+UNSUPPORTED = "unsupported"  # the provider does not take this input
+FAILED = "failed"  # an error, in the note
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation on one shape by one provider. None is what does not apply."""
+
+    kind: str  # MEASURED or MODEL
+    device: str
+    set: str
+    shape: str  # 32x64x56x56
+    layout: str
+    dtype: str
+    op: str
+    count: int  # batch norms of this shape in the network
+    provider: str
+    status: str
+    compulsory_bytes: int
+    backend: str = ""  # what ran: torch's own choice, or the plan's
+    ms: float | None = None  # median
+    ms_p20: float | None = None
+    ms_p80: float | None = None
+    samples: int | None = None
+    method: str = ""  # graph or events
+    gb_s: float | None = None  # compulsory bytes over time
+    copy_percent: float | None = None  # of the rate of a copy of as many bytes
+    peak_bytes: int | None = None  # allocated beyond the inputs
+    error: float | None = None  # largest error over what the tolerance allows
+    model_bytes: int | None = None  # DRAM bytes: the plan's, or the peer's byte model
+    model_counted_ratio: float | None = None  # DRAM bytes over compulsory, counted on a cut problem
+    model_counted_shape: str = ""  # that problem
+    model_counted_sms: int | None = None  # and how many SMs of the device it was given
+    note: str = ""
+
+    @property
+    def case(self) -> tuple[str, ...]:
+        """What providers are compared on."""
+        return (self.set, self.shape, self.layout, self.dtype, self.op)
+
+    @property
+    def model_ratio(self) -> float | None:
+        return self.model_bytes / self.compulsory_bytes if self.model_bytes is not None else None
+
+
+COLUMNS = [field.name for field in fields(Row)]
+_TYPES = get_type_hints(Row)
+
+
+class ResultsError(ValueError):
+    """A file is not one of ours."""
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Adds a line, and before the first one the header."""
+    new = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow({name: _text(value) for name, value in asdict(row).items()})
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    path.unlink(missing_ok=True)
+    for row in rows:
+        append_row(path, row)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Raises ResultsError where the file is missing, has other columns or unreadable values."""
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != COLUMNS:
+                raise ResultsError(f"{path}: expected the columns {', '.join(COLUMNS)}")
+            return [_row(path, reader.line_num, record) for record in reader]
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror}") from None
+
+
+def write_json(path: Path, environment: Mapping[str, Any], rows: Iterable[Row]) -> None:
+    content = {"environment": dict(environment), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """Of the JSON file beside a CSV file; empty where there is none."""
+    beside = path.with_suffix(".json")
+    return json.loads(beside.read_text())["environment"] if beside.exists() else {}
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _row(path: Path, line: int, record: Mapping[str, Any]) -> Row:
+    values: dict[str, Any] = {}
+    for name, text in record.items():
+        try:
+            values[name] = _value(str(_TYPES[name]), text)
+        except (KeyError, TypeError, ValueError):
+            raise ResultsError(f"{path}, line {line}: {name} cannot be {text!r}") from None
+    return Row(**values)
+
+
+def _value(kind: str, text: str) -> object:
+    if "None" in kind and text == "":
+        return None
+    if "float" in kind:
+        return float(text)
+    if "int" in kind:
+        return int(text)
+    if text is None:
+        raise ValueError("the line is cut short")
+    return text
