@@ -1,0 +1,85 @@
+"""One operation of one provider on one set of inputs, as a call without arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .case import BenchCase
+from .providers import Provider, Tensors
+from .timing import Call
+
+_GRADIENTS = ("grad_input", "grad_weight", "grad_bias")
+
+
+def make_tensors(case: BenchCase, device: str, seed: int) -> Tensors:
+    """Channels differ in mean and deviation; the gradient correlates with x: no term is small."""
+    generator = torch.Generator(device).manual_seed(seed)
+    c = case.shape.sizes[1]
+    per_channel = (1, c) + (1,) * (len(case.shape.sizes) - 2)
+    channel = torch.arange(c, device=device).view(per_channel)
+    x, dy = case.empty(device), case.empty(device)
+    x.normal_(generator=generator)
+    dy.normal_(generator=generator).add_(x, alpha=0.3).add_(0.25)
+    x.mul_(0.5 + channel % 4).add_(0.7 * (channel % 3) - 0.4)
+    vector = {"device": device, "generator": generator}
+    weight, bias = torch.rand(c, **vector) + 0.5, torch.randn(c, **vector)
+    mean, var = torch.randn(c, **vector) * 0.5, torch.rand(c, **vector) + 0.5
+    return Tensors(x, dy, weight, bias, mean, var)
+
+
+def copy_of(t: Tensors) -> Tensors:
+    return Tensors(*(tensor.detach().clone() for tensor in vars(t).values()))
+
+
+def make_call(case: BenchCase, provider: Provider, t: Tensors) -> Callable[[], dict[str, Tensor]]:
+    """Gives the results by name. For the backward alone, the forward runs here, once."""
+    run = provider.call(case)
+    if case.op == "forward":
+
+        def forward() -> dict[str, Tensor]:
+            with provider.context(case), torch.no_grad():
+                return {"output": run(t)}
+
+        return forward
+
+    leaves = [tensor.detach().requires_grad_() for tensor in (t.x, t.weight, t.bias)]
+    t = replace(t, x=leaves[0], weight=leaves[1], bias=leaves[2])
+    if case.op == "backward":
+        with provider.context(case):
+            output = run(t)
+
+        def backward() -> dict[str, Tensor]:
+            with provider.context(case):
+                grads = torch.autograd.grad(output, leaves, t.dy, retain_graph=True)
+                return dict(zip(_GRADIENTS, grads, strict=True))
+
+        return backward
+
+    def both() -> dict[str, Tensor]:
+        with provider.context(case):
+            output = run(t)
+            grads = torch.autograd.grad(output, leaves, t.dy)
+            return dict(zip(_GRADIENTS, grads, strict=True)) | {"output": output.detach()}
+
+    return both
+
+
+def run_once(case: BenchCase, provider: Provider, t: Tensors) -> dict[str, Tensor]:
+    """On a copy: all results, the running statistics that it leaves among them."""
+    own = copy_of(t)
+    results = make_call(case, provider, own)()
+    if case.op != "backward":
+        results |= {"running_mean": own.running_mean, "running_var": own.running_var}
+    return results
+
+
+def make_copy(case: BenchCase, device: str) -> Call:
+    """A copy that moves as many bytes as the operation must: half of them read, half written."""
+    source = torch.empty(case.compulsory_bytes // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    source.zero_()
+    return lambda: target.copy_(source)
