@@ -17,14 +17,16 @@ CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(cu|cuh|cp
 TOOLKIT := $(PYTHON) batchnorm_cuda/_toolkit.py >/dev/null 2>&1
 NVCC_EXTRA = $(shell nvidia-smi -L >/dev/null 2>&1 && ! $(TOOLKIT) && echo ,nvcc)
 
-.PHONY: help venv train test lint docs cuda sass standalone standalone-host clean FORCE
+.PHONY: help venv train test lint docs cuda sass standalone standalone-host bench gpu-check \
+	gpu-check-rehearsal readme clean FORCE
 
 help:
 	@echo "make train   train the digits example        make lint   check formatting and style"
 	@echo "make test    run the test suite              make cuda   compile ahead of time with nvcc"
 	@echo "make venv    set up $(VENV) only               make docs   build the documentation"
 	@echo "make sass    report the kernels' machine code  make standalone  the driver without PyTorch"
-	@echo "make clean   remove $(VENV) and build output"
+	@echo "make bench   time batch norm, or model it    make gpu-check   check all on a GPU, time it"
+	@echo "make readme  write its performance section   make clean   remove $(VENV) and build output"
 
 venv: $(VENV)/.ready
 
@@ -32,7 +34,7 @@ venv: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml setup.py $(VENV)/.torch
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip "setuptools>=77" wheel
-	$(PIP) --no-build-isolation -e ".[test,train,dev,docs,sass$(NVCC_EXTRA)]" "$(TORCH)"
+	$(PIP) --no-build-isolation -e ".[test,train,bench,dev,docs,sass$(NVCC_EXTRA)]" "$(TORCH)"
 	@$(PIP) torchvision "torch==$$($(BIN)/python -c '$(TORCH_VERSION)')" \
 		|| echo "no torchvision fits this torch: its tests are left out"
 	touch $@
@@ -79,6 +81,24 @@ standalone:
 	$(MAKE) -C bench/standalone cuda PYTHON=$(PYTHON)
 standalone-host:
 	$(MAKE) -C bench/standalone host
+
+# On the GPU against cuDNN and others; without one, bytes by models: `python -m bench --help`.
+BENCH_ARGS ?=
+bench: venv
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+# All that a GPU is needed for, in one command. The sanitizer, where the toolkit has none, is PyPI's.
+gpu-check: venv
+	@command -v compute-sanitizer >/dev/null 2>&1 || $(PIP) nvidia-cuda-sanitizer-api
+	$(BIN)/python -m bench gpu-check $(GPU_CHECK_ARGS)
+
+# The same on a machine without one: what needs it is named and left out.
+gpu-check-rehearsal: venv
+	$(BIN)/python -m bench gpu-check --rehearse
+
+# The README's section on performance, from runs of the models or of a GPU in bench/results.
+readme: venv
+	$(BIN)/python -m bench readme
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,44 @@
+"""`python -m bench`: see `--help` (bench/options.py)."""
+
+from __future__ import annotations
+
+import sys
+
+COMMANDS = ("compare", "report", "readme", "gpu-check")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        return _command(arguments[0], arguments[1:])
+    from . import options, runner
+    from .collect import CollectError
+
+    try:
+        return runner.run(options.parse(arguments))
+    except CollectError as error:
+        print(f"python -m bench: {error}", file=sys.stderr)
+        return 2
+
+
+def _command(name: str, rest: list[str]) -> int:
+    """Imported one by one: a comparison of files should not wait for torch."""
+    if name == "compare":
+        from . import compare
+
+        return compare.main(rest)
+    if name == "report":
+        from . import report
+
+        return report.main(rest)
+    if name == "readme":
+        from . import readme
+
+        return readme.main(rest)
+    from . import gpu_check
+
+    return gpu_check.main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

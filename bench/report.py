@@ -1,0 +1,32 @@
+"""Writes what is read by people from the rows of a run: Markdown, plots, and one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import html, markdown, plots
+from .results import Row
+
+
+@dataclass(frozen=True)
+class Written:
+    markdown: str
+    files: tuple[Path, ...]
+
+
+def write(csv_path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> Written:
+    """Beside the CSV file, under its name."""
+    text = markdown.document(environment, rows)
+    pictures = plots.draw(rows)
+    files = [csv_path, csv_path.with_suffix(".json"), csv_path.with_suffix(".md")]
+    files[-1].write_text(text)
+    for name, picture in pictures.items():
+        for kind in ("svg", "png"):
+            files.append(csv_path.with_name(f"{csv_path.stem}-{name}.{kind}"))
+            plots.save(picture, files[-1])
+    files.append(csv_path.with_suffix(".html"))
+    files[-1].write_text(html.render(environment, rows, pictures))
+    return Written(text, tuple(files))
