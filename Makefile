@@ -89,7 +89,8 @@ bench: venv
 
 # All that a GPU is needed for, in one command. The sanitizer, where the toolkit has none, is PyPI's.
 gpu-check: venv
-	@command -v compute-sanitizer >/dev/null 2>&1 || $(PIP) nvidia-cuda-sanitizer-api
+	@! nvidia-smi -L >/dev/null 2>&1 || command -v compute-sanitizer >/dev/null 2>&1 \
+		|| $(PIP) nvidia-cuda-sanitizer-api
 	$(BIN)/python -m bench gpu-check $(GPU_CHECK_ARGS)
 
 # The same on a machine without one: what needs it is named and left out.

@@ -43,7 +43,10 @@ def find(path: str) -> Callable[[], nn.Module]:
 
 
 def collect(path: str, sizes: tuple[int, ...], layout: str = "nchw") -> list[Shape]:
-    """The distinct shapes of the batch norms that an input of `sizes` reaches, with counts."""
+    """The distinct shapes of the batch norms that an input of `sizes` reaches, with counts.
+
+    `layout` is that of the images in the model, which the meta device does not carry along.
+    """
     make = find(path)
     x = torch.empty(sizes, device="meta")
     try:
@@ -52,21 +55,19 @@ def collect(path: str, sizes: tuple[int, ...], layout: str = "nchw") -> list[Sha
         model = model.to("meta").train()
     except Exception as error:
         raise CollectError(f"--model: {path} cannot be built: {_first_line(error)}") from error
-    if layout == "nhwc" and x.dim() in (4, 5):
-        memory_format = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-        x, model = x.to(memory_format=memory_format), model.to(memory_format=memory_format)
-    shapes = _run(model, x, path)
+    shapes = _run(model, x, path, layout)
     if not shapes:
         raise CollectError(f"--model: {path} calls no batch norm for an input of {sizes}")
     return merge(shapes)
 
 
-def _run(model: nn.Module, x: Tensor, path: str) -> list[Shape]:
+def _run(model: nn.Module, x: Tensor, path: str, layout: str) -> list[Shape]:
     found: list[Shape] = []
     name = path.rpartition(".")[2]
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(Shape(name, tuple(inputs[0].shape), layout=_layout(inputs[0])))
+        sizes = tuple(inputs[0].shape)
+        found.append(Shape(name, sizes, layout=layout if len(sizes) in (4, 5) else "nchw"))
 
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -80,11 +81,6 @@ def _run(model: nn.Module, x: Tensor, path: str) -> list[Shape]:
             "names another shape, and what needs values of tensors cannot be followed"
         ) from error
     return found
-
-
-def _layout(x: Tensor) -> str:
-    """nhwc where channels lie next to each other in memory."""
-    return "nhwc" if x.dim() > 2 and x.stride(1) == 1 and not x.is_contiguous() else "nchw"
 
 
 def _first_line(error: Exception) -> str:

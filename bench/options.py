@@ -24,7 +24,7 @@ HELP = f"""\
 usage: python -m bench [OPTIONS]            time batch norm on this GPU; or without one, model it
        python -m bench compare A.csv B.csv  what became slower from A to B, beyond the spread
        python -m bench report RUN.csv       write Markdown, plots and HTML of a run again
-       python -m bench readme [--check]     write the README's section on performance
+       python -m bench readme [--recount]   write the README's section on performance
        python -m bench gpu-check            everything there is to check on a machine with a GPU
 
   --set NAME        shapes; repeatable: {", ".join(list(SETS)[:6])},

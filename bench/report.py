@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import html, markdown, plots
-from .results import Row
+from .results import ResultsError, Row, read_csv, read_environment
 
 
 @dataclass(frozen=True)
@@ -30,3 +32,19 @@ def write(csv_path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> W
     files.append(csv_path.with_suffix(".html"))
     files[-1].write_text(html.render(environment, rows, pictures))
     return Written(text, tuple(files))
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__)
+    parser.add_argument("run", type=Path, help="the CSV file of a run")
+    options = parser.parse_args(arguments)
+    try:
+        rows = read_csv(options.run)
+        if not rows:
+            raise ResultsError(f"{options.run}: no rows")
+    except ResultsError as error:
+        print(f"python -m bench report: {error}", file=sys.stderr)
+        return 2
+    for file in write(options.run, read_environment(options.run), rows).files:
+        print(f"wrote {file}")
+    return 0

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+_FEWEST_SMS = 4
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -138,12 +140,12 @@ def merge(shapes: Iterable[Shape]) -> list[Shape]:
 def cut(sizes: tuple[int, ...], sm_count: int, most: int) -> tuple[tuple[int, ...], int]:
     """`sizes` with a smaller batch, of at most about `most` elements, and SMs in proportion.
 
-    Each SM keeps its share of the elements, and of the L2 cache. Where one sample has more elements
-    than `most`, one sample is left.
+    Each SM keeps its share of the elements, and of the L2 cache. Of a large problem more than
+    `most` is left: one sample at least, and a few SMs.
     """
     n, numel = sizes[0], math.prod(sizes)
-    sms = max(1, min(sm_count, sm_count * most // max(numel, 1)))
-    # A batch cannot be cut below one sample, nor the samples of an SM's share be split.
-    sms = max(sms, math.ceil(sm_count / n))
+    # A batch cannot be cut below one sample, nor a device so far that a team spans all of it.
+    fewest = max(min(_FEWEST_SMS, sm_count), math.ceil(sm_count / n))
+    sms = max(fewest, min(sm_count, sm_count * most // max(numel, 1)))
     batch = min(n, max(1, round(n * sms / sm_count)))
     return (batch, *sizes[1:]), sms

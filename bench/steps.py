@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .case import BenchCase
 from .providers import Provider, Tensors
-from .timing import Call
 
 _GRADIENTS = ("grad_input", "grad_weight", "grad_bias")
 
@@ -77,9 +76,9 @@ def run_once(case: BenchCase, provider: Provider, t: Tensors) -> dict[str, Tenso
     return results
 
 
-def make_copy(case: BenchCase, device: str) -> Call:
+def make_copy(case: BenchCase, device: str) -> Callable[[], dict[str, Tensor]]:
     """A copy that moves as many bytes as the operation must: half of them read, half written."""
     source = torch.empty(case.compulsory_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     source.zero_()
-    return lambda: target.copy_(source)
+    return lambda: {"copy": target.copy_(source)}
