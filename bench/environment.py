@@ -38,6 +38,7 @@ def collect(model_device: str | None = None) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
     }
     found |= {name: _version(name) for name in _PACKAGES}
+    found["torch"] = torch.__version__  # which build of it, too
     if model_device is not None:
         found["device"] = f"a described {devices.describe(model_device)['name']}"
         return found

@@ -65,7 +65,7 @@ def inline_svg(figure: Figure, title: str) -> str:
 def bytes_over_compulsory(rows: Sequence[Row]) -> Figure:
     """A model's bytes: a line for each case, a marker for each provider."""
     cases = list(dict.fromkeys(row.case for row in rows))
-    figure, axes = _lines(cases, [_label(case) for case in cases])
+    figure, axes = _lines([_label(case) for case in cases], len({row.provider for row in rows}))
     place = _places(rows)
     for provider in dict.fromkeys(row.provider for row in rows):
         own = [row for row in rows if row.provider == provider]
@@ -89,7 +89,7 @@ def time_over_copy(rows: Sequence[Row]) -> Figure:
     """Time over that of a copy of as many bytes: 1 is the floor."""
     shown = [row for row in rows if row.copy_percent and row.provider != "copy"]
     cases = list(dict.fromkeys(row.case for row in shown))
-    figure, axes = _lines(cases, [_label(case) for case in cases])
+    figure, axes = _lines([_label(case) for case in cases], len({row.provider for row in shown}))
     place = _places(shown)
     for provider in dict.fromkeys(row.provider for row in shown):
         own = [row for row in shown if row.provider == provider]
@@ -120,12 +120,12 @@ def roofline(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _lines(cases: Sequence[object], labels: list[str]) -> tuple[Figure, Axes]:
-    """A horizontal line for each case, the first at the top."""
-    figure = Figure(figsize=(8, 1.3 + 0.36 * len(cases)), layout="constrained")
+def _lines(labels: list[str], marks: int) -> tuple[Figure, Axes]:
+    """A horizontal line for each label, the first at the top, with room for as many marks."""
+    figure = Figure(figsize=(8, 1.3 + (0.22 + 0.035 * marks) * len(labels)), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_yticks(range(len(cases)), labels)
-    axes.set_ylim(len(cases) - 0.4, -0.6)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="y", alpha=0.25)
     axes.grid(axis="x", alpha=0.12)
     return figure, axes

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,9 +29,22 @@ README = ROOT / "README.md"
 BEGIN = "<!-- performance: written by `make readme` from bench/results; do not edit -->"
 END = "<!-- end of performance -->"
 
-_MODEL_PROVIDERS = ["ours", "ours:two_pass", "native"]
+_MODEL_PROVIDERS = ["ours", "native"]
 _MEASURED_PROVIDERS = ["ours", "cudnn", "native", "compile"]
 _ELEMENTS = 2**19
+_MODEL_TEXT = (
+    "**Model, not measured.** Bytes to and from DRAM over the fewest possible, on a described {}. "
+    "*Planned* is what the planner predicts for the shape; *counted* what the CPU model of CUDA "
+    "counts while the kernels' own source runs, with batch, SMs and L2 cache cut alike; *PyTorch "
+    "native* the byte model of its two passes, 2R + 1W forward and 4R + 1W backward, less what the "
+    "L2 cache still holds ([bench/byte_model.py](bench/byte_model.py)). cuDNN's traffic is not "
+    "published. Bytes are not time: nobody has run this on a GPU yet; `make gpu-check` does."
+)
+_MEASURED_TEXT = (
+    "Measured on {}: medians, cold L2 cache, providers in turns. Where no time is given, the "
+    "provider does not take the input (cuDNN: torch takes another backend) or its result is beyond "
+    "the tests' tolerance."
+)
 _OPS = ("forward", "backward")
 
 
@@ -85,7 +99,7 @@ def model_part(rows: Sequence[Row], plot: str) -> str:
     device = rows[0].device
     columns = ["network", "shape"]
     for op in _OPS:
-        columns += [f"{op}: ours, planned", "ours, counted", "PyTorch native"]
+        columns += [f"{op}, model: ours planned", "model: ours counted", "model: PyTorch native"]
     lines = []
     for (name, shape, layout, dtype), found in _by_shape(rows).items():
         cells = [name, f"{shape} {layout} {dtype}"]
@@ -96,22 +110,12 @@ def model_part(rows: Sequence[Row], plot: str) -> str:
             cells.append(markdown.number(native.model_ratio, ".2f"))
         lines.append(tuple(cells))
     table = markdown.Table("", tuple(columns), tuple(lines), range(2, len(columns)))
-    return "\n\n".join(
-        [
-            f"**Model, not measured.** Bytes to and from DRAM over the fewest possible, on a "
-            f"described {device}. *Planned* is what the planner predicts for the shape; *counted* "
-            "what the CPU model of CUDA counts while the kernels' own source runs, with batch, SMs "
-            "and L2 cache cut alike; *PyTorch native* the byte model of its two passes, 2R + 1W "
-            "forward and 4R + 1W backward, less what the L2 cache still holds "
-            "([bench/byte_model.py](bench/byte_model.py)). cuDNN's traffic is not published. Bytes "
-            "are not time: nobody has run this on a GPU yet; `make gpu-check` does.",
-            markdown.render(table),
-            f"![Model: DRAM bytes over compulsory bytes, by shape]({plot})",
-        ]
-    )
+    picture = f"![Model: DRAM bytes over compulsory bytes, by shape]({plot})"
+    return "\n\n".join([_wrapped(_MODEL_TEXT.format(device)), markdown.render(table), picture])
 
 
 def measured_part(rows: Sequence[Row], plot: str) -> str:
+    device = rows[0].device
     providers = [name for name in _MEASURED_PROVIDERS if any(r.provider == name for r in rows)]
     columns = ["network", "shape", "operation", *(f"{name}, ms" for name in providers)]
     columns.append("ours, % of a copy's rate")
@@ -124,15 +128,12 @@ def measured_part(rows: Sequence[Row], plot: str) -> str:
             cells.append(markdown.number(ours.copy_percent if ours else None, ".0f"))
             lines.append(tuple(cells))
     table = markdown.Table("", tuple(columns), tuple(lines), range(3, len(columns)))
-    return "\n\n".join(
-        [
-            f"Measured on {rows[0].device}: medians, cold L2 cache, providers in turns. Where no "
-            "time is given, the provider does not take the input (cuDNN: torch takes another "
-            "backend) or its result is beyond the tests' tolerance.",
-            markdown.render(table),
-            f"![Time over a copy of as many bytes]({plot})",
-        ]
-    )
+    picture = f"![Time over a copy of as many bytes]({plot})"
+    return "\n\n".join([_wrapped(_MEASURED_TEXT.format(device)), markdown.render(table), picture])
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def _time(row: Row | None) -> str:

@@ -74,7 +74,7 @@ def machine(took: Callable[[int], float] = lambda start: 1.0, **values: Any) -> 
     fixed = {
         "device": "cpu",
         "name": "a clock that is set",
-        "l2_bytes": MIB,
+        "l2_bytes": 64,  # two sets of inputs in rotation do
         "memory_bytes": 1024 * MIB,
         "clock": lambda fill: FakeClock(took),
         "capture": None,
