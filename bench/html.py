@@ -28,7 +28,7 @@ _PLOTS = {
         "Measured: time over that of a copy of as many bytes, logarithmic. The dashed line is 1.",
     ),
 }
-_CELLS = {"shape": "shape", "provider": "name", "note": "note"}
+_CELLS = {"shape": "shape", "provider": "name", "what runs": "runs", "note": "note"}
 
 
 def render(

@@ -124,7 +124,8 @@ def _entry(
     if reason is not None:
         return Entry({"status": UNSUPPORTED, "note": reason})
     values: dict[str, Any] = {"backend": provider.describe(case, sets[0]), "note": expected.note}
-    values["error"] = error(run_once(case, provider, sets[0]), expected)
+    run = provider.call(case)
+    values["error"] = error(run_once(case, provider, run, sets[0]), expected)
     allowed = 1.0 if name.startswith("ours") else peer_tolerance
     if not values["error"] <= allowed:
         note = f"{values['error']:.3g} times the tolerance: not timed"
@@ -132,7 +133,8 @@ def _entry(
         return Entry(values | {"status": INACCURATE, "note": note})
     if values["error"] > 1:
         values["note"] = "; ".join(filter(None, [expected.note, "beyond the tolerance"]))
-    calls = [make_call(case, provider, t) for t in sets]
+    own = [copy_of(t) for t in sets] if provider.in_place else sets
+    calls = [make_call(case, provider, run, t) for t in own]
     values["peak_bytes"] = machine.peak_bytes(calls[0])
     calls, values["method"] = _captured(calls, machine)
     return Entry(values, calls)

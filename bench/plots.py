@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from .results import MODEL, Row
 from .style import LOOKS
@@ -96,7 +97,10 @@ def time_over_copy(rows: Sequence[Row]) -> Figure:
         _dots(axes, provider, [100 / row.copy_percent for row in own], [place(row) for row in own])
     axes.axvline(1.0, color=INK, linewidth=1, linestyle="--")
     axes.set_xscale("log")
-    axes.set_xlabel(f"time over a copy of as many bytes (measured on {rows[0].device})")
+    axes.xaxis.set_major_locator(FixedLocator([1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32, 64]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(f"time over a copy of as many bytes\n(measured on {rows[0].device})")
     _legend(figure, axes)
     return figure
 
@@ -114,7 +118,7 @@ def roofline(rows: Sequence[Row]) -> Figure:
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("compulsory bytes")
-    axes.set_ylabel(f"GB/s of compulsory bytes (measured on {rows[0].device})")
+    axes.set_ylabel(f"GB/s of compulsory bytes\n(measured on {rows[0].device})")
     axes.grid(alpha=0.25)
     _legend(figure, axes)
     return figure

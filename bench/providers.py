@@ -27,6 +27,7 @@ COPY = "copy"
 OURS = {"ours": "auto", "ours:two_pass": "two_pass", "ours:team": "team"}
 NAMES = (*OURS, "cudnn", "native", "compile", "apex", "inplace_abn", COPY)
 
+Run = Callable[["Tensors"], Tensor]
 Function = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -49,6 +50,8 @@ class Tensors:
 class Provider:
     """`call` computes; it is entered `context` for every call, and while a graph captures one."""
 
+    in_place = False  # whether it overwrites x
+
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -64,7 +67,7 @@ class Provider:
     def context(self, case: BenchCase) -> AbstractContextManager:
         return nullcontext()
 
-    def call(self, case: BenchCase) -> Callable[[Tensors], Tensor]:
+    def call(self, case: BenchCase) -> Run:
         function = self.function(case)
 
         def run(t: Tensors) -> Tensor:
@@ -154,7 +157,7 @@ class Apex(Provider):
     def describe(self, case: BenchCase, tensors: Tensors) -> str:
         return "apex.contrib.groupbn"
 
-    def call(self, case: BenchCase) -> Callable[[Tensors], Tensor]:
+    def call(self, case: BenchCase) -> Run:
         from apex.contrib.groupbn import BatchNorm2d_NHWC
 
         module = BatchNorm2d_NHWC(case.shape.sizes[1]).to(device()).train()
@@ -169,6 +172,8 @@ class Apex(Provider):
 
 
 class InPlaceABN(Provider):
+    in_place = True
+
     def why_not(self, case: BenchCase, tensors: Tensors) -> str | None:
         if case.op != "forward":  # autograd refuses to overwrite a leaf; a copy would be timed too
             return "works in place: its gradients need an input that another operation made"
@@ -177,7 +182,7 @@ class InPlaceABN(Provider):
     def describe(self, case: BenchCase, tensors: Tensors) -> str:
         return "inplace_abn, overwrites its input"
 
-    def call(self, case: BenchCase) -> Callable[[Tensors], Tensor]:
+    def call(self, case: BenchCase) -> Run:
         from inplace_abn import inplace_abn
 
         def run(t: Tensors) -> Tensor:

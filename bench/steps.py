@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .case import BenchCase
-from .providers import Provider, Tensors
+from .providers import Provider, Run, Tensors
 
 _GRADIENTS = ("grad_input", "grad_weight", "grad_bias")
 
@@ -34,9 +34,12 @@ def copy_of(t: Tensors) -> Tensors:
     return Tensors(*(tensor.detach().clone() for tensor in vars(t).values()))
 
 
-def make_call(case: BenchCase, provider: Provider, t: Tensors) -> Callable[[], dict[str, Tensor]]:
-    """Gives the results by name. For the backward alone, the forward runs here, once."""
-    run = provider.call(case)
+def make_call(
+    case: BenchCase, provider: Provider, run: Run, t: Tensors
+) -> Callable[[], dict[str, Tensor]]:
+    """Gives the results by name. `run` is the provider's `call` of the case, made once for all sets
+    of inputs: it may compile. For the backward alone, the forward runs here, once.
+    """
     if case.op == "forward":
 
         def forward() -> dict[str, Tensor]:
@@ -67,10 +70,10 @@ def make_call(case: BenchCase, provider: Provider, t: Tensors) -> Callable[[], d
     return both
 
 
-def run_once(case: BenchCase, provider: Provider, t: Tensors) -> dict[str, Tensor]:
+def run_once(case: BenchCase, provider: Provider, run: Run, t: Tensors) -> dict[str, Tensor]:
     """On a copy: all results, the running statistics that it leaves among them."""
     own = copy_of(t)
-    results = make_call(case, provider, own)()
+    results = make_call(case, provider, run, own)()
     if case.op != "backward":
         results |= {"running_mean": own.running_mean, "running_var": own.running_var}
     return results

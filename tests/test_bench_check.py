@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import math
+import sys
+import types
 from collections.abc import Callable
 
 import pytest
@@ -11,8 +14,9 @@ from bench_cases import case, machine
 from torch import Tensor
 
 from bench import check, measure, providers
+from bench.case import BenchCase
 from bench.check import draw_channels, error, expect
-from bench.providers import Provider
+from bench.providers import Provider, Run
 from bench.results import FAILED, INACCURATE, OK, UNSUPPORTED, Row
 from bench.steps import copy_of, make_call, make_tensors, run_once
 
@@ -24,15 +28,16 @@ RESULTS = {
 RESULTS["both"] = RESULTS["forward"] | RESULTS["backward"]
 
 
-def torchs() -> Provider:
-    return providers.make("native")
+def torchs(op: str) -> tuple[BenchCase, Provider, Run]:
+    provider = providers.make("native")
+    return case(op), provider, provider.call(case(op))
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_result_is_checked(op: str) -> None:
     tensors = make_tensors(case(op), "cpu", seed=0)
     expected = expect(tensors)
-    results = run_once(case(op), torchs(), tensors)
+    results = run_once(*torchs(op), tensors)
     assert set(results) == RESULTS[op]
     assert error(results, expected) <= 1
     for name, value in results.items():
@@ -55,7 +60,7 @@ def test_the_last_channel_of_a_large_tensor_is_checked() -> None:
     tensors = make_tensors(case("forward", (2, 40, 5, 5)), "cpu", seed=0)
     expected = expect(tensors, most=100)
     assert expected.note == "checked on 2 of 40 channels"
-    results = run_once(case("forward"), torchs(), tensors)
+    results = run_once(*torchs("forward"), tensors)
     assert error(results, expected) <= 1
     for channel, seen in ((39, True), (20, False)):
         output = results["output"].clone()
@@ -67,14 +72,14 @@ def test_inputs_are_left_as_they_were() -> None:
     """A provider that works in place, or updates statistics, changes nothing for the next."""
     tensors = make_tensors(case(), "cpu", seed=0)
     before = copy_of(tensors)
-    run_once(case("both"), torchs(), tensors)
+    run_once(*torchs("both"), tensors)
     assert all(map(torch.equal, vars(tensors).values(), vars(before).values()))
 
 
 def test_a_call_computes_the_operation_and_no_more() -> None:
     tensors = make_tensors(case(), "cpu", seed=0)
-    assert set(make_call(case("forward"), torchs(), tensors)()) == {"output"}
-    assert set(make_call(case("backward"), torchs(), tensors)()) == RESULTS["backward"]
+    assert set(make_call(*torchs("forward"), tensors)()) == {"output"}
+    assert set(make_call(*torchs("backward"), tensors)()) == RESULTS["backward"]
     tensors = make_tensors(case(layout="nhwc"), "cpu", seed=0)
     assert tensors.x.is_contiguous(memory_format=torch.channels_last)
     assert tensors.x.stride(1) == 1
@@ -178,6 +183,33 @@ def test_what_does_not_fit_together_runs_one_by_one() -> None:
         )
     )  # fmt: skip
     assert len(rows) == 3  # the copy is timed with each, and has one row
+
+
+def test_inplace_abn_has_inputs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is not here, by its interface: it overwrites its input and returns it."""
+    package = types.ModuleType("inplace_abn")
+    package.__spec__ = importlib.machinery.ModuleSpec("inplace_abn", None)
+
+    def inplace_abn(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, *rest):
+        assert rest == (True, 0.1, 1e-5, "identity")
+        return x.copy_(torch.nn.functional.batch_norm(x, mean, var, weight, bias, *rest[:3]))
+
+    package.inplace_abn = inplace_abn
+    monkeypatch.setitem(sys.modules, "inplace_abn", package)
+    rows = run(["inplace_abn", "native"], "forward")
+    assert [row.status for row in rows.values()] == [OK, OK]  # native's inputs are as they were
+    assert run(["inplace_abn"], "both")["inplace_abn"].status == UNSUPPORTED
+
+
+def test_a_provider_compiles_once_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = providers.Torch.function
+    monkeypatch.setattr(
+        providers.Torch, "function", lambda self, case: made.append(1) or original(self, case)
+    )
+    many_sets = machine(l2_bytes=10**5)
+    assert run(["native"], machine=many_sets)["native"].status == OK
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("honest", [True, False])

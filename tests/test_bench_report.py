@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -141,12 +143,37 @@ def test_html_is_one_file_that_needs_no_network(rows: list[Row]) -> None:
         assert "inaccurate: &lt;b&gt;" in text
 
 
+@pytest.mark.parametrize("rows", [MEASURED_ROWS, MODEL_ROWS], ids=["measured", "model"])
+def test_a_browser_has_nothing_to_say(rows: list[Row], tmp_path: Path) -> None:
+    """No message on the console, for want of a network either, and something to see."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium")
+    page, picture = tmp_path / "page.html", tmp_path / "page.png"
+
+    def messages(text: str) -> list[str]:
+        page.write_text(text)
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--log-level=0"]
+        command += ["--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND"]
+        command += [f"--user-data-dir={tmp_path}", f"--screenshot={picture}", f"file://{page}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert picture.stat().st_size > 5000, done.stderr
+        return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    text = html.render({"device": "GPU 1"}, rows, plots.draw(rows))
+    assert messages(text) == []
+    broken = text.replace(
+        "</main>", '<img src="http://example.org/x.png"><script>f()</script></main>'
+    )
+    assert any("f is not defined" in line for line in messages(broken))
+
+
 def test_plots_tell_nothing_by_colour_alone() -> None:
     looks = list(LOOKS.values())
     assert len({(look.marker, look.filled) for look in looks}) == len(looks)
     pictures = plots.draw(MEASURED_ROWS)
     assert set(pictures) == {"roofline", "ratio"}
-    assert "measured on GPU 1" in plots.inline_svg(pictures["ratio"], "ratio")
+    assert "(measured on GPU 1)" in plots.inline_svg(pictures["ratio"], "ratio")
     (name, picture), *rest = plots.draw(MODEL_ROWS).items()
     assert name == "bytes" and not rest
     text = plots.inline_svg(picture, "bytes")
