@@ -5,12 +5,23 @@ from __future__ import annotations
 import sys
 
 COMMANDS = ("compare", "report", "readme", "gpu-check")
+EXTRA = ("matplotlib", "tqdm", "jinja2")  # "bench" of pyproject.toml
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in COMMANDS:
-        return _command(arguments[0], arguments[1:])
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            return _command(arguments[0], arguments[1:])
+        return _run(arguments)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        print(f"python -m bench: {error}: `pip install '.[bench]'` brings it", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
     from . import options, runner
     from .collect import CollectError
 

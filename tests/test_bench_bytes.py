@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from bench_cases import MIB, case
 
 from bench import byte_model, model
 from bench.results import MODEL, OK, UNSUPPORTED
+from bench.traffic_model import Case
 
 BIG, NO_CACHE = 100 * MIB, 0
 
@@ -84,6 +87,27 @@ def test_rows_of_the_models() -> None:
     assert ours.model_counted_ratio >= 1
     assert (ours.model_counted_shape, ours.model_counted_sms) == ("1x4x6x6", 14)
     assert rows["ours:two_pass"].backend == "two_pass"
+
+
+def test_counted_bytes_are_over_compulsory_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both parts of a step together; each part is counted once."""
+    counted = []
+
+    def count(cut: Case, device: dict, strategy: str) -> SimpleNamespace:
+        counted.append((cut.op, strategy, device["sm_count"]))
+        compulsory = 200 if cut.op == "forward" else 300
+        return SimpleNamespace(counted_bytes=compulsory + 100, compulsory_bytes=compulsory)
+
+    monkeypatch.setattr(model, "count", count)
+    model._count_once.cache_clear()
+    settings = model.ModelSettings("t4", count_elements=1)
+    ratios = {}
+    for op in byte_model.OPS:
+        (row,) = model.rows(case(op, (80, 4, 6, 6)), ["ours"], settings)
+        ratios[op] = row.model_counted_ratio
+    model._count_once.cache_clear()
+    assert ratios == {"forward": 300 / 200, "backward": 400 / 300, "both": 700 / 500}
+    assert counted == [("forward", "auto", 4), ("backward", "auto", 4)]
 
 
 def test_a_team_that_is_impossible_says_why() -> None:

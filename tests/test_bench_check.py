@@ -201,6 +201,31 @@ def test_inplace_abn_has_inputs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert run(["inplace_abn"], "both")["inplace_abn"].status == UNSUPPORTED
 
 
+def test_apex_takes_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its interface, too: a module on (N, H, W, C), whose parameters are ours."""
+
+    class BatchNorm2d_NHWC(torch.nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.is_contiguous() and x.dtype == torch.float16
+            return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+
+    for name in ("apex", "apex.contrib", "apex.contrib.groupbn"):
+        package = types.ModuleType(name)
+        package.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, package)
+    package.BatchNorm2d_NHWC = BatchNorm2d_NHWC
+    settings = {"seconds": 0.001, "peer_tolerance": 1.0, "cache": measure.CheckCache()}
+    for layout, channels, status in (
+        ("nhwc", 4, OK),
+        ("nhwc", 3, UNSUPPORTED),
+        ("nchw", 4, UNSUPPORTED),
+    ):
+        for op in OPS:
+            problem = case(op, (2, channels, 5, 5), layout=layout)
+            (row,) = measure.rows(problem, ["apex"], machine(), **settings)
+            assert row.status == status, row.note
+
+
 def test_a_provider_compiles_once_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     original = providers.Torch.function

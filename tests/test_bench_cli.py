@@ -179,6 +179,18 @@ def test_what_is_ours_and_wrong_fails_the_run(
     assert {row.status for row in read_csv(tmp_path / "gpu-1.csv")} == {INACCURATE}
 
 
+def test_a_package_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "bench.html")
+    monkeypatch.delitem(sys.modules, "bench.report")
+    monkeypatch.delattr("bench.report")
+    monkeypatch.delattr("bench.html")
+    assert main(["report", "run.csv"]) == 2
+    assert "`pip install '.[bench]'` brings it" in capsys.readouterr().err
+
+
 def test_environment_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_output", lambda *command: "")
     assert set(environment.query_driver(0).values()) == {"unknown"}

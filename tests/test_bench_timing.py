@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import statistics
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+import torch
 from bench_cases import MIB, FakeClock
 
+from bench.__main__ import main
+from bench.results import read_csv
 from bench.samples import percentile, spread
-from bench.timing import interleave, measure, rotation, rounds_for
+from bench.timing import CudaClock, interleave, measure, rotation, rounds_for
 
 
 def test_percentiles() -> None:
@@ -61,7 +65,53 @@ def test_measure_lasts_as_long_as_it_is_told() -> None:
 
 
 def test_first_calls_are_not_counted() -> None:
-    """Three of each load kernels and warm up; here two take a second, and say nothing of the rest."""
+    """Three of each load kernels and warm up; here two take a second, unlike those that follow."""
     clock = FakeClock(lambda start: 1000.0 if start < 2 else 1.0)
     result = measure({"a": [lambda: None]}, clock, 0.05)["a"]
     assert (result.median, result.high, result.samples) == (1.0, 1.0, 50)
+
+
+def test_what_lies_between_the_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call alone: not the read that fills the cache, nor the spin that hides the host."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 1.5
+
+    class Filler:
+        def max(self) -> None:
+            log.append("fill")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("spin"))
+    monkeypatch.setattr(torch, "zeros", lambda size, device: Filler())
+    for fill in (True, False):
+        log.clear()
+        clock = CudaClock(MIB, fill)
+        first = clock.start(lambda: log.append("call"))
+        assert log == ["fill"] * fill + ["spin", "event", "call", "event"]
+        assert clock.milliseconds(first) == 1.5
+        assert set(clock.start(lambda: None)) == set(first)  # events are used again
+
+
+@pytest.mark.gpu
+def test_a_gpu(tmp_path: Path) -> None:
+    """The whole path on the real clock: graphs, events, and all providers that are there."""
+    arguments = ["--shape=32,64,56,56", "--shape=4096,256", "--seconds=0.05", f"--out={tmp_path}"]
+    assert main(arguments) == 0
+    (path,) = tmp_path.glob("*.csv")
+    rows = read_csv(path)
+    ours = [row for row in rows if row.provider in ("ours", "ours:two_pass")]
+    assert len(ours) == 2 * 3 * 2
+    for row in ours:
+        assert (row.status, row.method) == ("ok", "graph"), row
+        assert 0 < row.ms_p20 <= row.ms <= row.ms_p80
+        assert row.copy_percent < 130  # faster than a copy of as many bytes it cannot be
+    assert all(row.ms for row in rows if row.provider == "copy")
