@@ -17,8 +17,8 @@ CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(cu|cuh|cp
 TOOLKIT := $(PYTHON) batchnorm_cuda/_toolkit.py >/dev/null 2>&1
 NVCC_EXTRA = $(shell nvidia-smi -L >/dev/null 2>&1 && ! $(TOOLKIT) && echo ,nvcc)
 
-.PHONY: help venv train test lint docs cuda sass standalone standalone-host bench gpu-check \
-	gpu-check-rehearsal readme clean FORCE
+.PHONY: help venv train test lint docs cuda sass extension extension-host standalone \
+	standalone-host bench gpu-check gpu-check-rehearsal readme clean FORCE
 
 help:
 	@echo "make train   train the digits example        make lint   check formatting and style"
@@ -76,6 +76,12 @@ sass: venv
 	$(BIN)/python -m bench.sass --budget
 	$(BIN)/python -m pytest -m "nvcc or not nvcc" tests/test_sass.py tests/test_issue_budget.py
 
+# The extension as it is built at the first use, for the GPU that is here; and for the CPU.
+extension:
+	$(PYTHON) -c "from batchnorm_cuda import _extension; _extension.load_cuda()"
+extension-host:
+	$(PYTHON) -c "from batchnorm_cuda import _extension; _extension.load_emulated()"
+
 # The kernels and the plan without Python and PyTorch, as a program: for the GPU, and for the CPU.
 standalone:
 	$(MAKE) -C bench/standalone cuda PYTHON=$(PYTHON)
@@ -93,9 +99,9 @@ gpu-check: venv
 		|| $(PIP) nvidia-cuda-sanitizer-api
 	$(BIN)/python -m bench gpu-check $(GPU_CHECK_ARGS)
 
-# The same on a machine without one: what needs it is named and left out.
+# The same on a machine without one, which may be slow: what needs it is named and left out.
 gpu-check-rehearsal: venv
-	$(BIN)/python -m bench gpu-check --rehearse
+	$(BIN)/python -m bench gpu-check --rehearse --minutes 40
 
 # The README's section on performance, from runs of the models or of a GPU in bench/results.
 readme: venv

@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command, with a verdict a line.
 
-    python -m bench gpu-check [--minutes 10] [--rehearse] [--out FOLDER]
+    python -m bench gpu-check [--minutes 10] [--rehearse] [--out FOLDER] [--peer-tolerance 1]
 
 Builds the kernels, runs the whole test suite on cuda, compute-sanitizer over the driver without
 PyTorch, 100 equal runs, CUDA graphs, and the benchmark's short set, which leaves CSV, Markdown and
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -148,8 +148,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--rehearse", action="store_true", help="as if there were no GPU")
     parser.add_argument("--out", type=Path, help="default: bench/results, or build/gpu-check")
+    parser.add_argument("--peer-tolerance", type=float, default=1, help="see python -m bench")
     options = parser.parse_args(arguments)
     plan = gpu_steps.make_plan(options.rehearse, options.out)
+    plan = replace(plan, peer_tolerance=options.peer_tolerance)
     show = partial(print, flush=True)
     verdicts = run_all(gpu_steps.STEPS, plan, 60 * options.minutes, show)
     for file in add_to_report(plan, verdicts):

@@ -87,6 +87,7 @@ def test_rows_of_the_models() -> None:
     assert ours.model_counted_ratio >= 1
     assert (ours.model_counted_shape, ours.model_counted_sms) == ("1x4x6x6", 14)
     assert rows["ours:two_pass"].backend == "two_pass"
+    assert rows["ours:two_pass"].model_counted_ratio is None
 
 
 def test_counted_bytes_are_over_compulsory_ones(monkeypatch: pytest.MonkeyPatch) -> None:

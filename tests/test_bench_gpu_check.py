@@ -122,7 +122,7 @@ def test_the_command_without_a_gpu(
 def test_steps_cover_the_check() -> None:
     names = [one.name for one in gpu_steps.STEPS]
     assert names == [
-        *("device", "build", "driver", "determinism", "graph"),
+        *("device", "build", "determinism", "graph"),
         *("memcheck", "racecheck", "initcheck", "synccheck", "tests", "bench"),
     ]
     for one in gpu_steps.STEPS:
@@ -133,6 +133,8 @@ def test_steps_cover_the_check() -> None:
     assert sanitized[-4:] == ["--tool", "racecheck", "--sanitizer", "sanitizer"]
     assert sum(one.reserve for one in gpu_steps.STEPS) < 10 * 60
     assert HERE.csv_path.name == "gpu-1.csv"
+    bench = gpu_steps.STEPS[-1].commands(replace(HERE, peer_tolerance=1e4))[0]
+    assert bench[-1] == "--peer-tolerance=10000"
 
 
 def test_verdicts_go_into_the_report(tmp_path: Path) -> None:
