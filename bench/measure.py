@@ -119,7 +119,7 @@ def _entry(
     absent = missing(name)
     if absent is not None:
         return Entry({"status": UNSUPPORTED, "note": absent})
-    provider = make(name)
+    provider = make(name, machine.device)
     reason = provider.why_not(case, sets[0])
     if reason is not None:
         return Entry({"status": UNSUPPORTED, "note": reason})

@@ -11,7 +11,6 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +51,9 @@ class Provider:
 
     in_place = False  # whether it overwrites x
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: str) -> None:
         self.name = name
+        self.device = device
 
     def why_not(self, case: BenchCase, tensors: Tensors) -> str | None:
         return None
@@ -78,8 +78,8 @@ class Provider:
 
 
 class Ours(Provider):
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, device: str) -> None:
+        super().__init__(name, device)
         self.strategy = OURS[name]
 
     def _plans(self, case: BenchCase, t: Tensors) -> list[batchnorm_cuda._explain.Explanation]:
@@ -102,23 +102,19 @@ class Ours(Provider):
     @contextmanager
     def context(self, case: BenchCase) -> Iterator[None]:
         """The options hold for the process: others' calls must not see them."""
-        extension = self._extension(case)
+        extension = ops.extension_for(torch.empty(0, device=self.device))
         extension.set_plan_options({"strategy": self.strategy})
         try:
             yield
         finally:
             extension.set_plan_options({})
 
-    @staticmethod
-    def _extension(case: BenchCase) -> ModuleType:
-        return ops.extension_for(torch.empty(0, device=device()))
-
 
 class Torch(Provider):
     """F.batch_norm with cuDNN allowed or not, whichever torch is to choose."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, device: str) -> None:
+        super().__init__(name, device)
         self.wanted = "Cudnn" if name == "cudnn" else "Native"
 
     def context(self, case: BenchCase) -> AbstractContextManager:
@@ -160,7 +156,7 @@ class Apex(Provider):
     def call(self, case: BenchCase) -> Run:
         from apex.contrib.groupbn import BatchNorm2d_NHWC
 
-        module = BatchNorm2d_NHWC(case.shape.sizes[1]).to(device()).train()
+        module = BatchNorm2d_NHWC(case.shape.sizes[1]).to(self.device).train()
         del module.weight, module.bias  # so that plain tensors, ours, can stand in their place
 
         def run(t: Tensors) -> Tensor:
@@ -192,11 +188,11 @@ class InPlaceABN(Provider):
         return run
 
 
-def make(name: str) -> Provider:
+def make(name: str, device: str) -> Provider:
     if name in OURS:
-        return Ours(name)
+        return Ours(name, device)
     kinds = {"compile": Compiled, "apex": Apex, "inplace_abn": InPlaceABN}
-    return kinds.get(name, Torch)(name)
+    return kinds.get(name, Torch)(name, device)
 
 
 def missing(name: str) -> str | None:
@@ -214,7 +210,3 @@ def select_backend(t: Tensors) -> str:
         return "unknown: this torch does not say"
     args = (t.x, t.weight, t.bias, t.running_mean, t.running_var, True, EPS)
     return str(select(*args)).rpartition(".")[2]
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

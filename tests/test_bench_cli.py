@@ -25,6 +25,7 @@ NAMES = [name for name in runner.NAMES if name not in model.NO_MODEL]
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests are about the models and about a machine of their own, on a GPU as well."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("BATCHNORM_CUDA_EMULATE", "1")
 
 
 def test_help_fits_a_screen(capsys: pytest.CaptureFixture) -> None:
@@ -131,8 +132,7 @@ def test_an_interrupted_run_leaves_its_rows(
     content = json.loads((tmp_path / "model.json").read_text())
     assert not content["environment"]["complete"] and len(content["rows"]) == len(left)
     assert (tmp_path / "model.html").exists()
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(model, "rows", original)
     assert run(tmp_path, "--shape=8,4", "--count=0", "--op=forward") == 0
     assert len(read_csv(tmp_path / "model.csv")) == len(NAMES)  # a new run, a new file
 
