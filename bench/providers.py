@@ -179,7 +179,7 @@ class InPlaceABN(Provider):
         return "inplace_abn, overwrites its input"
 
     def call(self, case: BenchCase) -> Run:
-        from inplace_abn import inplace_abn
+        from inplace_abn.functions import inplace_abn
 
         def run(t: Tensors) -> Tensor:
             args = (t.weight, t.bias, t.running_mean, t.running_var)
