@@ -104,8 +104,10 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def write_json(path: Path, environment: Mapping[str, Any], rows: Iterable[Row]) -> None:
-    content = {"environment": dict(environment), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    """A line for each row, so that a change of one is a change of one line."""
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    facts = json.dumps(dict(environment), indent=1)
+    path.write_text(f'{{"environment": {facts},\n"rows": [\n{lines}\n]}}\n')
 
 
 def read_environment(path: Path) -> dict[str, Any]:
