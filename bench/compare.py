@@ -20,8 +20,10 @@ from .results import MODEL, OK, ResultsError, Row, read_csv
 
 LEAST_CHANGE = 0.01
 
-SLOWER, FASTER, TIE, GONE, BROKEN, NEW = "SLOWER", "faster", "tie", "GONE", "BROKEN", "new"
-REGRESSIONS = (SLOWER, GONE, BROKEN)
+SLOWER, FASTER = "SLOWER", "faster"
+MORE, LESS = "MORE", "less"  # bytes, of models: that says nothing of time
+TIE, GONE, BROKEN, NEW = "tie", "GONE", "BROKEN", "new"
+REGRESSIONS = (SLOWER, MORE, GONE, BROKEN)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def _verdict(before: Row | None, after: Row | None) -> str:
         return NEW if other is not None else TIE
     if abs(other / one - 1) <= LEAST_CHANGE or _overlap(before, after):
         return TIE
-    return SLOWER if other > one else FASTER
+    worse, better = (MORE, LESS) if before.kind == MODEL else (SLOWER, FASTER)
+    return worse if other > one else better
 
 
 def _figure(row: Row) -> float | None:

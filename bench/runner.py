@@ -110,7 +110,8 @@ def _finish(path: Path, found: dict[str, Any], rows: list[Row], interrupted: boo
         print(written.markdown)
         print("\n".join(f"wrote {file}" for file in written.files), file=sys.stderr)
     if interrupted:
-        print(f"interrupted: {len(rows)} rows are in {path}", file=sys.stderr)
+        left = f"{len(rows)} rows are in {path}" if rows else "before the first row"
+        print(f"interrupted: {left}", file=sys.stderr)
         return INTERRUPTED
     wrong = [row for row in rows if row.provider.startswith("ours")]
     wrong = [row for row in wrong if row.status in (FAILED, INACCURATE)]

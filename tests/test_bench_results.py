@@ -114,7 +114,8 @@ def test_what_never_ran_is_no_regression() -> None:
 def test_models_are_compared_by_bytes() -> None:
     before, after = row(kind=MODEL), row(kind=MODEL, model_bytes=1600)
     (change,) = compare.compare([before], [after])
-    assert change.verdict == compare.SLOWER
+    assert change.verdict == compare.MORE
+    assert compare.compare([after], [before])[0].verdict == compare.LESS
     assert "1,500 bytes (model) -> 1,600 bytes (model), x 1.067" in str(change)
 
 
