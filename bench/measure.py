@@ -18,7 +18,7 @@ from .providers import COPY, Tensors, make, missing
 from .results import FAILED, INACCURATE, UNSUPPORTED, Row
 from .samples import Spread
 from .steps import copy_of, make_call, make_copy, make_tensors, run_once
-from .timing import Call, measure, rotation
+from .timing import CACHES, Call, measure, rotation
 
 # x, dy, output and gradient of each set, and as much again that providers keep.
 _TENSORS_PER_SET = 8
@@ -97,7 +97,9 @@ def _prepare(
     for name in names:
         try:
             if name == COPY:
-                copies = [make_copy(case, machine.device) for _ in sets]
+                # Large ones follow each other through the cache, and memory may be short.
+                large = case.compulsory_bytes >= CACHES * machine.l2_bytes
+                copies = [make_copy(case, machine.device) for _ in sets[: 1 if large else None]]
                 calls, method = _captured(copies, machine)
                 values = {"backend": "device to device copy", "method": method}
                 entries[name] = Entry(values, calls)
@@ -144,16 +146,16 @@ def _captured(calls: list[Call], machine: Machine) -> tuple[list[Call], str]:
     """The calls as graphs, if every one can be captured and the first computes the same again."""
     if machine.capture is None:
         return calls, "events"
-    eager = [call() for call in calls]  # each must have run once: it loads kernels
+    eager = calls[0]()
+    for call in calls[1:]:  # each must have run once: that loads kernels
+        call()
     try:
         graphs = [machine.capture(call) for call in calls]
     except RuntimeError:
         return calls, "events"
     replay, results = graphs[0]
     replay()
-    return (
-        ([graph for graph, _ in graphs], "graph") if _same(results, eager[0]) else (calls, "events")
-    )
+    return ([graph for graph, _ in graphs], "graph") if _same(results, eager) else (calls, "events")
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

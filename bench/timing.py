@@ -19,7 +19,7 @@ from .samples import Spread, spread
 
 Call = Callable[[], object]
 
-_CACHES = 3  # what lies between two uses of a set, in sizes of the L2 cache
+CACHES = 3  # what lies between two uses of a set, in sizes of the L2 cache
 _MOST_SETS = 16
 _ROUNDS = (10, 200)  # the fewest and the most
 _WARM_UP = 3
@@ -38,7 +38,7 @@ class Clock(Protocol):
 
 def rotation(nbytes: int, l2_bytes: int) -> tuple[int, bool]:
     """How many sets of `nbytes` to use in turn, and whether the cache must be filled besides."""
-    needed = math.ceil(_CACHES * l2_bytes / max(nbytes, 1)) + 1
+    needed = math.ceil(CACHES * l2_bytes / max(nbytes, 1)) + 1
     return max(2, min(needed, _MOST_SETS)), needed > _MOST_SETS
 
 
@@ -85,7 +85,7 @@ class CudaClock:
     def __init__(self, l2_bytes: int, fill_cache: bool) -> None:
         self._filler = None
         if fill_cache:
-            self._filler = torch.zeros(_CACHES * l2_bytes // 4, device="cuda")
+            self._filler = torch.zeros(CACHES * l2_bytes // 4, device="cuda")
         self._events: list[torch.cuda.Event] = []
 
     def _event(self) -> torch.cuda.Event:

@@ -166,6 +166,17 @@ def test_a_peer_may_be_allowed_more_but_never_ours(wrong_by: Callable) -> None:
     assert run(["ours"], peer_tolerance=1e6)["ours"].status == INACCURATE
 
 
+@pytest.mark.parametrize("l2_bytes, copies", [(64, 1), (10**5, 16)])
+def test_a_large_copy_needs_no_rotation(
+    monkeypatch: pytest.MonkeyPatch, l2_bytes: int, copies: int
+) -> None:
+    made = []
+    original = measure.make_copy
+    monkeypatch.setattr(measure, "make_copy", lambda *args: made.append(1) or original(*args))
+    assert run(["copy"], machine=machine(l2_bytes=l2_bytes))["copy"].ms == 1.0
+    assert len(made) == copies
+
+
 def test_an_error_is_a_row(wrong_by: Callable) -> None:
     def fail(*args: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate more")
