@@ -50,11 +50,11 @@ _OPS = ("forward", "backward")
 
 def recount(folder: Path, settings: model.ModelSettings) -> None:
     """model.csv and model.json, of the README's shapes."""
+    found = environment.collect(settings.device)  # first: what follows changes files
     rows = []
     for case in tqdm(cases(README_SHAPES, ["nchw"], ["fp16"], _OPS), unit="case", disable=None):
         rows += model.rows(case, _MODEL_PROVIDERS, settings)
     write_csv(folder / "model.csv", rows)
-    found = environment.collect(settings.device)
     found["command"] = "python -m bench readme --recount"
     write_json(folder / "model.json", found, rows)
 
