@@ -105,10 +105,13 @@ def _collect_rows(
 
 def _finish(path: Path, found: dict[str, Any], rows: list[Row], interrupted: bool) -> int:
     write_json(path.with_suffix(".json"), found, rows)
-    if rows:
-        written = report.write(path, found, rows)
-        print(written.markdown)
-        print("\n".join(f"wrote {file}" for file in written.files), file=sys.stderr)
+    try:
+        if rows:
+            written = report.write(path, found, rows)
+            print(written.markdown)
+            print("\n".join(f"wrote {file}" for file in written.files), file=sys.stderr)
+    except KeyboardInterrupt:  # `bench report` writes the pages from the rows
+        interrupted = True
     if interrupted:
         left = f"{len(rows)} rows are in {path}" if rows else "before the first row"
         print(f"interrupted: {left}", file=sys.stderr)

@@ -137,6 +137,20 @@ def test_an_interrupted_run_leaves_its_rows(
     assert len(read_csv(tmp_path / "model.csv")) == len(NAMES)  # a new run, a new file
 
 
+def test_an_interrupted_report_leaves_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.report, "write", interrupt)
+        assert run(tmp_path, "--shape=8,4", "--count=0", "--op=forward") == 130
+    assert len(read_csv(tmp_path / "model.csv")) == len(NAMES)
+    assert main(["report", str(tmp_path / "model.csv")]) == 0
+    assert (tmp_path / "model.html").exists()
+
+
 @pytest.fixture
 def measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose clock says 1 ms, in place of a GPU."""
