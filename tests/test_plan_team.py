@@ -304,16 +304,14 @@ WORKLOADS["unet3d"] = [sizes for n, c, side in UNET3D for sizes in both_layouts(
 WORKLOADS["features"] = [(n, c, 1) for n, c in FEATURES]
 
 
-def on_chip_share(s: int, dtype: str, op: str) -> float:
+def on_chip_share(s: int) -> float:
     """Registers and shared memory that teams must use at least, of what a device has.
 
     Along S a thread holds 46 windows in registers. Along C it has sums and coefficients of every
-    lane beside them, and holds 44, or 40 where those are the statistics of eight lanes. The device
-    with the least shared memory for its registers, the T4, has the least share.
+    lane beside them, and holds 40 to 44. The device with the least shared memory for its registers,
+    the T4, has the least share.
     """
-    if s > 1:
-        return 0.75
-    return 0.67 if (dtype, op) == ("float16", "forward_training") else 0.72
+    return 0.75 if s > 1 else 0.67
 
 
 def fits_on_chip(sizes: tuple[int, int, int], dtype: str, op: str, device: dict[str, Any]) -> bool:
@@ -321,7 +319,7 @@ def fits_on_chip(sizes: tuple[int, int, int], dtype: str, op: str, device: dict[
     n, c, s = sizes
     tensors = 1 if op == "forward_training" else 2
     width = DTYPE_BYTES[dtype] if s > 1 else min(c * DTYPE_BYTES[dtype], 128)
-    share = on_chip_share(s, dtype, op)
+    share = on_chip_share(s)
     on_chip = device["sm_count"] * (device["registers_per_sm"] * 4 + device["shared_bytes_per_sm"])
     return n * s * width * tensors <= share * on_chip
 
