@@ -46,7 +46,7 @@ def draw(rows: Sequence[Row]) -> dict[str, Figure]:
 def save(figure: Figure, path: Path, description: str = "") -> None:
     """On white, without a date: the same rows give the same file."""
     described = {"Description": description} if description else {}
-    metadata = {"Date": None, **described} if path.suffix == ".svg" else described
+    metadata = {"Date": None, "Creator": None, **described} if path.suffix == ".svg" else described
     with matplotlib.rc_context(_RC):
         figure.savefig(path, dpi=150, facecolor="white", metadata=metadata)
 
