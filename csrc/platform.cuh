@@ -84,14 +84,6 @@ __device__ __forceinline__ void mark_step([[maybe_unused]] Site site) {
 #endif
 }
 
-// The major compute capability that this code is compiled for, or as if for the newest.
-inline constexpr int kNewestMajor = 99;
-#ifdef __CUDA_ARCH__
-inline constexpr int kComputeMajor = __CUDA_ARCH__ / 100;
-#else
-inline constexpr int kComputeMajor = kNewestMajor;
-#endif
-
 // Hide from the compiler that a value stays what it was: results computed from it are then not kept
 // in registers for later, but computed again. They cost no instruction.
 __device__ __forceinline__ void forget_derived(uint4& bits) {

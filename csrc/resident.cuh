@@ -83,15 +83,16 @@ class Resident {
       if (i < here_.registers) write_register(i, operation, cursor.take(), epilogue);
       if (kPipelined) fetch_register(i, next, there);
     }
-    for (int i = 0; i < here_.shared || i < there.shared; ++i) {
-      if (i < here_.shared) {
-        Vec<scalar_t> vec[kTensors];
-#pragma unroll
-        for (int k = 0; k < kTensors; ++k) vec[k] = to_values(load_shared(slot(i, k)));
-        emit(operation, cursor.take(), vec, epilogue);
-      }
-      if (i < there.shared) fetch_shared(i, next);
+    // In three loops, for the sake of the first one: all but the last group's.
+    const int both = here_.shared < there.shared ? here_.shared : there.shared;
+    for (int i = 0; i < both; ++i) {
+      write_shared(i, operation, cursor.take(), epilogue);
+      fetch_shared(i, next);
     }
+    for (int i = both; i < here_.shared; ++i) {
+      write_shared(i, operation, cursor.take(), epilogue);
+    }
+    for (int i = both; i < there.shared; ++i) fetch_shared(i, next);
     if (kPipelined) here_ = there;
     for (index_t i = 0; i < streamed_; i += kBatch) {
       Batch<kBatch> batch;
@@ -142,6 +143,15 @@ class Resident {
     }
   }
 
+  template <typename Epilogue>
+  __device__ __forceinline__ void write_shared(int i, const Operation& operation,
+                                               const Window<index_t>& window,
+                                               const Epilogue& epilogue) const {
+    Vec<scalar_t> vec[kTensors];
+#pragma unroll
+    for (int k = 0; k < kTensors; ++k) vec[k] = to_values(load_shared(slot(i, k)));
+    emit(operation, window, vec, epilogue);
+  }
   template <typename Epilogue>
   __device__ __forceinline__ void write_register(int i, const Operation& operation,
                                                  const Window<index_t>& window,

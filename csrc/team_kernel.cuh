@@ -29,15 +29,7 @@ struct Identity {
   __device__ __forceinline__ acc_t operator()(acc_t value) const { return value; }
 };
 
-template <typename Cursor, typename Operation, Depth kDepth>
-BATCHNORM_CUDA_HOST_DEVICE constexpr int windows_for(int compute_major) {
-  return team_windows(Cursor::kPattern, Cursor::kExact, kDepth,
-                      static_cast<int>(sizeof(typename Cursor::scalar_t)), Operation::kTensors,
-                      compute_major);
-}
-
-// kWindows: team_windows() of the plan for the newest architectures, in the kernel's name for who
-// reads its machine code.
+// kWindows: team_windows() of the plan, in the kernel's name for who reads its machine code.
 template <typename Cursor, template <typename> class OperationOf, Depth kDepth, int kWindows,
           typename Epilogue>
 __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
@@ -55,9 +47,7 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
   const auto groups = static_cast<index_t>(t.channel_blocks);
   const auto teams = static_cast<index_t>(p.team.teams);
   auto group = static_cast<index_t>(exchange.team());
-  constexpr int kHeld = windows_for<Cursor, Operation, kDepth>(kComputeMajor);
-  static_assert(kHeld <= kWindows);
-  using Held = Resident<Cursor, Operation, kDepth, kHeld>;
+  using Held = Resident<Cursor, Operation, kDepth, kWindows>;
   Held resident(p, data + threadIdx.y * blockDim.x + threadIdx.x);
   if (Held::kPipelined) resident.fetch(Cursor(t, exchange.rank(), group));
   for (; group < groups; group += teams) {
@@ -92,7 +82,9 @@ LaunchStatus launch_team_variant(const Params& params, cudaStream_t stream) {
   const auto launch = [&](auto depth) {
     constexpr Depth kDepth = decltype(depth)::value;
     using Epilogue = Identity<typename Params::acc_t>;
-    constexpr int kWindows = windows_for<Cursor, OperationOf<Cursor>, kDepth>(kNewestMajor);
+    constexpr int kValueBytes = sizeof(typename Cursor::scalar_t);
+    constexpr int kWindows = team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kValueBytes,
+                                          OperationOf<Cursor>::kTensors);
     if constexpr (kWindows > 0) {
       return launch_team(team_kernel<Cursor, OperationOf, kDepth, kWindows, Epilogue>, params.team,
                          stream, params, Epilogue{});

@@ -304,14 +304,14 @@ WORKLOADS["unet3d"] = [sizes for n, c, side in UNET3D for sizes in both_layouts(
 WORKLOADS["features"] = [(n, c, 1) for n, c in FEATURES]
 
 
-def on_chip_share(s: int) -> float:
+def on_chip_share(s: int, dtype: str) -> float:
     """Registers and shared memory that teams must use at least, of what a device has.
 
     Along S a thread holds 46 windows in registers. Along C it has sums and coefficients of every
-    lane beside them, and holds 40 to 44. The device with the least shared memory for its registers,
-    the T4, has the least share.
+    lane beside them, and holds 40, or 28 to 32 where there are eight lanes. The device with the least
+    shared memory for its registers, the T4, has the least share.
     """
-    return 0.75 if s > 1 else 0.67
+    return 0.75 if s > 1 else 0.67 if dtype == "float32" else 0.52
 
 
 def fits_on_chip(sizes: tuple[int, int, int], dtype: str, op: str, device: dict[str, Any]) -> bool:
@@ -319,7 +319,7 @@ def fits_on_chip(sizes: tuple[int, int, int], dtype: str, op: str, device: dict[
     n, c, s = sizes
     tensors = 1 if op == "forward_training" else 2
     width = DTYPE_BYTES[dtype] if s > 1 else min(c * DTYPE_BYTES[dtype], 128)
-    share = on_chip_share(s)
+    share = on_chip_share(s, dtype)
     on_chip = device["sm_count"] * (device["registers_per_sm"] * 4 + device["shared_bytes_per_sm"])
     return n * s * width * tensors <= share * on_chip
 

@@ -152,8 +152,11 @@ def _shared(kernel: Kernel) -> dict[str, float]:
     write = _longest([x for x in inner if x.shared_loads and _stores(x)], "shared_loads")
     if copy is None or not reduce or write is None:
         return {}
-    work = [(copy, 1 / copy.copied)]
-    work += [(loop, 1 / loop.shared_loads) for loop in (*reduce, write)]
+    work = [(loop, 1 / loop.shared_loads) for loop in (*reduce, write)]
+    if (
+        not write.copied
+    ):  # else the kernel copies the next group's window where it writes this one's
+        work.append((copy, 1 / copy.copied))
     return _over(work, 1 + 1 / kernel.tensors)
 
 
