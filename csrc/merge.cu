@@ -53,8 +53,9 @@ __device__ __forceinline__ void finish(const MergeDoubleGradientsParams<acc_t>& 
   store_param(p.grad_weight, channel, load_global(p.invstd + channel) * product);
 }
 
+// One block an SM is named because the compiler, left to itself, spills to make room for more.
 template <typename Acc, typename Params>
-__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const Params p) {
+__global__ void __launch_bounds__(kMergeThreads, 1) merge_kernel(const Params p) {
   using acc_t = std::remove_pointer_t<decltype(p.partials.data)>;
   acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared());
   const int64_t c = p.partials.c;
