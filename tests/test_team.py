@@ -76,6 +76,53 @@ def test_the_plan_obeys(extension: ModuleType, scope: str, size: int, case: Case
     assert plan["launches"] == 1
 
 
+LARGE = Case((16, 5, 64, 96), "more channels than teams: one team has a last round of its own")
+HALF = Case((8, 5, 64, 96), "the same")
+# What a thread needs most of its registers for, in all dtypes; along S in several rounds, each of
+# which is loaded while the one before it is written, into registers and into shared memory.
+DEEP = [
+    ("forward_training", torch.float16, LARGE, "block"),
+    ("forward_training", torch.bfloat16, LARGE, "block"),
+    ("forward_training", torch.float32, HALF, "block"),
+    ("forward_training", torch.float64, Case((4, 5, 64, 96), "the same"), "block"),
+    ("backward_training", torch.float16, HALF, "block"),
+    ("backward_training", torch.float16, LARGE, "cluster"),
+    ("backward_training", torch.bfloat16, LARGE, "grid"),
+    ("backward_training", torch.float32, HALF, "grid"),
+    ("backward_training", torch.float32, HALF, "cluster"),
+    ("backward_training", torch.float64, Case((2, 5, 64, 96), "the same"), "block"),
+]
+for op in ("forward_training", "backward_training"):
+    DEEP += [
+        (op, torch.float16, Case((1500, 144), "slabs of which the last is narrow"), "block"),
+        (op, torch.bfloat16, Case((1500, 144), "the same"), "block"),
+        (op, torch.float32, Case((1600, 72), "the same"), "block"),
+        (op, torch.float64, Case((1600, 36), "the same"), "block"),
+    ]
+
+
+@pytest.mark.parametrize("op, dtype, case, scope", DEEP, ids=str)
+def test_deep_kernels(
+    kernels: Backend,
+    extension: ModuleType,
+    plan_options: Callable,
+    op: str,
+    dtype: torch.dtype,
+    case: Case,
+    scope: str,
+) -> None:
+    options = {"strategy": "team", "scope": scope, "team_size": 1 if scope == "block" else 2}
+    device = extension.device_info()
+    name = str(dtype).removeprefix("torch.")
+    known = options | {"grad_output_shift": 0}
+    team = extension.make_plan(op, *geometry(case), name, device, known)["team"]
+    if not torch.cuda.is_available():  # the sizes are for the model's SMs
+        assert (team["depth"], team["scope"]) == ("deep", scope)
+        assert team["pattern"] == "along_c" or (team["rounds"] > 1 and team["shared_windows"] > 0)
+    plan_options(options)
+    compute(case, kernels, dtype)
+
+
 @pytest.mark.parametrize(
     "case",
     [
