@@ -1,6 +1,7 @@
 """Batch normalisation for PyTorch by custom CUDA kernels."""
 
-from ._explain import Explanation, explain
+from ._explain import explain
+from ._explanation import Explanation
 from ._extension import build_info
 from ._version import __version__
 from .autograd import BatchNormFunction

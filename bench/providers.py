@@ -82,7 +82,7 @@ class Ours(Provider):
         super().__init__(name, device)
         self.strategy = OURS[name]
 
-    def _plans(self, case: BenchCase, t: Tensors) -> list[batchnorm_cuda._explain.Explanation]:
+    def _plans(self, case: BenchCase, t: Tensors) -> list[batchnorm_cuda.Explanation]:
         parts = ("forward", "backward") if case.op == "both" else (case.op,)
         return [explain(t.x, op=part, strategy=self.strategy) for part in parts]
 
