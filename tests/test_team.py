@@ -101,7 +101,7 @@ for op in ("forward_training", "backward_training"):
     ]
 
 
-@pytest.mark.parametrize("op, dtype, case, scope", DEEP, ids=str)
+@pytest.mark.parametrize("op, dtype, case, scope", DEEP, ids=lambda v: getattr(v, "id", str(v)))
 def test_deep_kernels(
     kernels: Backend,
     extension: ModuleType,
