@@ -10,35 +10,21 @@ are drawn evenly, the first and the last among them, and the row says how many.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from .loading import load
 from .providers import EPS, MOMENTUM, Tensors
-from .toolkit import ROOT
 
 MOST_ELEMENTS = 2**25  # of float64 on the CPU: a few seconds, and about 2 GB
 
 
-def _load(name: str) -> ModuleType:
-    path = ROOT / "tests" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"bench.tests_{name}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"no {path}: the benchmark needs the tests of its own checkout")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where a dataclass looks up its annotations
-    spec.loader.exec_module(module)
-    return module
-
-
-reference = _load("reference")
-tolerances = _load("tolerances")
+reference = load("tests", "reference")
+tolerances = load("tests", "tolerances")
 
 
 @dataclass

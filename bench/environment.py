@@ -13,7 +13,7 @@ import torch
 
 from batchnorm_cuda import devices
 
-from .toolkit import ROOT
+from .loading import ROOT
 
 _SMI = {
     "driver": "driver_version",

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from . import gpu_steps, report
 from .gpu_steps import FAIL, PASS, Outcome, Plan, Step
+from .loading import ROOT
 from .results import read_csv, read_environment, write_json
-from .toolkit import ROOT
 
 
 @dataclass(frozen=True)

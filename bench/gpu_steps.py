@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from . import environment
-from .toolkit import ROOT, ToolkitError, resolve
+from .loading import ROOT
+from .toolkit import ToolkitError, resolve
 
 PASS = "PASS"
 FAIL = "FAIL"

@@ -11,9 +11,9 @@ from batchnorm_cuda import devices
 
 from . import byte_model
 from .case import DTYPE_NAMES
+from .loading import ROOT
 from .providers import NAMES
 from .shapes import SETS
-from .toolkit import ROOT
 from .traffic import parse_shape
 from .traffic_model import LAYOUTS
 

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from . import environment, markdown, model, plots
 from .case import cases
+from .loading import ROOT
 from .results import MEASURED, OK, ResultsError, Row, read_csv, write_csv, write_json
 from .shapes import README_SHAPES
-from .toolkit import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"

@@ -6,31 +6,18 @@ Loads the package's own helpers by their paths, because importing the package im
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
-ROOT = Path(__file__).resolve().parent.parent
+from .loading import load
 
-
-def _load(name: str) -> ModuleType:
-    path = ROOT / "batchnorm_cuda" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"bench.{name}", path)
-    assert spec is not None and spec.loader is not None  # the path ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where a dataclass looks up its annotations
-    spec.loader.exec_module(module)
-    return module
-
-
-archs = _load("_archs")
-devices = _load("devices")
-sources = _load("_sources")
-toolkit = _load("_toolkit")
+archs = load("batchnorm_cuda", "_archs")
+devices = load("batchnorm_cuda", "devices")
+sources = load("batchnorm_cuda", "_sources")
+toolkit = load("batchnorm_cuda", "_toolkit")
 Toolkit = toolkit.Toolkit
 ToolkitError = toolkit.ToolkitError
 

@@ -13,7 +13,8 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
-from bench.toolkit import ROOT, ToolkitError, resolve, visible_gpus
+from bench.loading import ROOT
+from bench.toolkit import ToolkitError, resolve, visible_gpus
 
 CASES = [
     "--op forward --n 4 --c 6 --s 64 --dtype half --strategy team",

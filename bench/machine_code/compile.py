@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..toolkit import ROOT, Toolkit, sources
+from ..loading import ROOT
+from ..toolkit import Toolkit, sources
 
 BUILD_DIR = ROOT / "build" / "sass"
 # Two compilers at once: each takes up to 3 GB on a file of many template instances.
