@@ -15,13 +15,19 @@ import batchnorm_cuda
 MAX_GRADIENT_DIFFERENCE = 1e-9
 
 
-def add_device_argument(parser):
+def parse_arguments(parser, toy):
+    """The command line, with --device and --toy, which stands for the arguments of `toy`."""
+    parser.add_argument("--toy", action="store_true", help=f"seconds on a CPU: {toy}")
     parser.add_argument(
         "--device",
         choices=["auto", "cpu", "emulated", "cuda"],
         default="auto",
         help="auto: a GPU if there is one, else the CPU; emulated: CUDA kernels on the CPU, slow",
     )
+    args = parser.parse_args()
+    if args.toy:
+        vars(args).update(toy)
+    return args
 
 
 def choose_device(choice):

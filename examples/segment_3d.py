@@ -14,7 +14,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from common import add_device_argument, check_against_torch, choose_device
+from common import check_against_torch, choose_device, parse_arguments
 from torch import nn
 
 import batchnorm_cuda
@@ -30,12 +30,8 @@ def parse_args():
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--toy", action="store_true", help=f"seconds on a CPU: {TOY}")
     parser.add_argument("--check", action="store_true", help="compare with torch.nn, do not train")
-    add_device_argument(parser)
-    args = parser.parse_args()
-    if args.toy:
-        vars(args).update(TOY)
+    args = parse_arguments(parser, TOY)
     if args.size < 8 or args.size % 4 or args.steps < 1:
         parser.error("--size must be a multiple of 4, at least 8, and --steps at least 1")
     return args

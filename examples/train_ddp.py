@@ -18,7 +18,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import add_device_argument, choose_device
+from common import choose_device, parse_arguments
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from train_digits import evaluate, load_data, make_network
@@ -39,11 +39,7 @@ def parse_args():
     parser.add_argument("--batch-size", type=int, default=16, help="of each rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unshared", action="store_true", help="leave statistics to each rank")
-    parser.add_argument("--toy", action="store_true", help=f"seconds on a CPU: {TOY}")
-    add_device_argument(parser)
-    args = parser.parse_args()
-    if args.toy:
-        vars(args).update(TOY)
+    args = parse_arguments(parser, TOY)
     if args.epochs < 1 or args.batch_size < 1:
         parser.error("--epochs and --batch-size must be at least 1")
     return args

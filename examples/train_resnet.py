@@ -15,7 +15,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from common import add_device_argument, check_against_torch, choose_device, synchronize
+from common import check_against_torch, choose_device, parse_arguments, synchronize
 from torch import nn
 
 import batchnorm_cuda
@@ -46,12 +46,8 @@ def parse_args():
         metavar="BACKEND",
         help="train through torch.compile, by inductor unless another backend is named",
     )
-    parser.add_argument("--toy", action="store_true", help=f"seconds on a CPU: {TOY}")
     parser.add_argument("--check", action="store_true", help="compare with torch.nn, do not train")
-    add_device_argument(parser)
-    args = parser.parse_args()
-    if args.toy:
-        vars(args).update(TOY)
+    args = parse_arguments(parser, TOY)
     if args.steps < 2 or args.batch_size < 2:
         parser.error("--steps and --batch-size must be at least 2")
     return args
