@@ -74,7 +74,7 @@ def rows(
 
 def _groups(case: BenchCase, names: Sequence[str], machine: Machine) -> list[list[str]]:
     """All in turns, or where they do not fit the memory together, each in turns with the copy."""
-    if 2 * _TENSORS_PER_SET * case.nbytes * len(names) <= 2 * machine.memory_bytes:
+    if _TENSORS_PER_SET * case.nbytes * len(names) <= machine.memory_bytes:
         return [list(names)]
     others = [name for name in names if name != COPY] or [COPY]
     return [[name, COPY] if COPY in names and name != COPY else [name] for name in others]
