@@ -164,20 +164,60 @@ struct AlongFarS : AlongS<scalar, int64_t, true> {
   int64_t offset_, behind_, step_, next_run_;
 };
 
+// A walk in equal steps, with a channel a lane: what the walks along C and along rows share. `Self`
+// says by current() which lanes of the window at offset_ are its own.
+template <typename Self, typename scalar, typename index>
+struct Strided {
+  using scalar_t = scalar;
+  using index_t = index;
+  static constexpr int kVecSize = kVec<scalar_t>;
+  static constexpr int kChannels = kVecSize;
+  __device__ __forceinline__ static constexpr int channel_of(int lane) { return lane; }
+
+  index_t left = 0;
+
+  __device__ __forceinline__ Window<index_t> take() {
+    const Window<index_t> window = self().current();
+    offset_ += step_;
+    --left;
+    return window;
+  }
+
+  // The window before the next one: undoes a take().
+  __device__ __forceinline__ Window<index_t> take_back() {
+    offset_ -= step_;
+    ++left;
+    return self().current();
+  }
+
+  // See AlongS.
+  __device__ __forceinline__ index_t seek_end() {
+    const index_t windows = left;
+    offset_ += windows * step_;
+    left = 0;
+    return windows;
+  }
+  __device__ __forceinline__ void forget() { forget_derived(offset_); }
+
+ protected:
+  index_t offset_ = 0, step_ = 0;
+
+ private:
+  __device__ __forceinline__ const Self& self() const { return static_cast<const Self&>(*this); }
+};
+
 // Along C: threadIdx.x is a window column of the row group, whose lanes are fixed channels;
 // threadIdx.y walks over the row groups. A row group is row_repeat rows of C, a multiple of a
 // window.
 template <typename scalar, typename index, bool exact>
-struct AlongC {
-  using scalar_t = scalar;
-  using index_t = index;
+struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
+  using Walk = Strided<AlongC, scalar, index>;
+  using typename Walk::index_t;
+  using Walk::kVecSize;
   static constexpr bool kExact = exact;
-  static constexpr int kVecSize = kVec<scalar_t>;
   static constexpr Pattern kPattern = Pattern::kAlongC;
-  static constexpr int kChannels = kVecSize;  // one channel per lane
-  __device__ __forceinline__ static constexpr int channel_of(int lane) { return lane; }
 
-  index_t left = 0;
+  using Walk::left;
 
   __device__ __forceinline__ AlongC(const Traversal& t, int64_t task)
       : AlongC(t, task / t.channel_blocks, task % t.channel_blocks) {}
@@ -191,29 +231,6 @@ struct AlongC {
     offset_ = static_cast<index_t>((first * t.row_windows + column_) * kVecSize - t.shift);
     step_ = static_cast<index_t>(blockDim.y * t.row_windows * kVecSize);
   }
-
-  __device__ __forceinline__ Window<index_t> take() {
-    const Window<index_t> window = current();
-    offset_ += step_;
-    --left;
-    return window;
-  }
-
-  // The window before the next one: undoes a take().
-  __device__ __forceinline__ Window<index_t> take_back() {
-    offset_ -= step_;
-    ++left;
-    return current();
-  }
-
-  // See AlongS.
-  __device__ __forceinline__ index_t seek_end() {
-    const index_t windows = left;
-    offset_ += windows * step_;
-    left = 0;
-    return windows;
-  }
-  __device__ __forceinline__ void forget() { forget_derived(offset_); }
 
   // The threads that share a channel, and this one among them.
   __device__ __forceinline__ static int member() { return threadIdx.y; }
@@ -235,7 +252,6 @@ struct AlongC {
            int64_t{column_} * kVecSize + lane < t_.c;
   }
 
- protected:
   __device__ __forceinline__ Window<index_t> current() const {
     Window<index_t> window{offset_, 0, kVecSize};
     if (!kExact) {
@@ -246,10 +262,13 @@ struct AlongC {
     return window;
   }
 
+ protected:
   const Traversal& t_;
   int split_;
   index_t column_;
-  index_t offset_ = 0, step_ = 0;
+
+  using Walk::offset_;
+  using Walk::step_;
 };
 
 // Along a row: columns as along C, but several of them are one channel (plan.h). For runs too short
@@ -294,16 +313,13 @@ struct AlongRow : AlongC<scalar, index, exact> {
 // threadIdx.x a window of it, threadIdx.y walks over the samples. Those that a thread takes start
 // at the same place in a window, so that its lanes keep their channels and their masks.
 template <typename scalar, typename index>
-struct AlongSamples {
-  using scalar_t = scalar;
-  using index_t = index;
+struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
+  using Walk = Strided<AlongSamples, scalar, index>;
+  using typename Walk::index_t;
+  using Walk::kVecSize;
+  using Walk::left;
   static constexpr bool kExact = false;
-  static constexpr int kVecSize = kVec<scalar_t>;
   static constexpr Pattern kPattern = Pattern::kAlongRow;
-  static constexpr int kChannels = kVecSize;
-  __device__ __forceinline__ static constexpr int channel_of(int lane) { return lane; }
-
-  index_t left = 0;
 
   __device__ __forceinline__ AlongSamples(const Traversal& t, int64_t task)
       : AlongSamples(t, task / t.channel_blocks, task % t.channel_blocks) {}
@@ -320,28 +336,7 @@ struct AlongSamples {
     if (lo_ < hi_ && sample < end) left = (end - sample + blockDim.y - 1) / blockDim.y;
   }
 
-  __device__ __forceinline__ Window<index_t> take() {
-    const Window<index_t> window{offset_, lo_, hi_};
-    offset_ += step_;
-    --left;
-    return window;
-  }
-
-  // The window before the next one: undoes a take().
-  __device__ __forceinline__ Window<index_t> take_back() {
-    offset_ -= step_;
-    ++left;
-    return {offset_, lo_, hi_};
-  }
-
-  // See AlongS.
-  __device__ __forceinline__ index_t seek_end() {
-    const index_t windows = left;
-    offset_ += windows * step_;
-    left = 0;
-    return windows;
-  }
-  __device__ __forceinline__ void forget() { forget_derived(offset_); }
+  __device__ __forceinline__ Window<index_t> current() const { return {offset_, lo_, hi_}; }
 
   __device__ __forceinline__ bool channel_valid(int lane) const {
     return lane >= lo_ && lane < hi_;
@@ -373,7 +368,9 @@ struct AlongSamples {
   int split_;
   int64_t first_;  // channel
   int lo_, hi_;
-  index_t offset_, step_;
+
+  using Walk::offset_;
+  using Walk::step_;
 };
 
 }  // namespace batchnorm_cuda
