@@ -88,11 +88,11 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr bool team_is_pipelined(Pattern pattern, Dep
 // accumulators and coefficients for every lane beside them: of eight lanes in half precision, of
 // two that are twice as wide in float64.
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exact, Depth depth,
-                                                      int value_bytes, int tensors) {
+                                                      int value_bytes) {
   const bool wide = value_bytes == 8;
   if (pattern == Pattern::kAlongRow) return depth == Depth::kMiddle ? (exact ? 6 : 4) : 0;
   if (pattern == Pattern::kAlongC) {
-    const int deep = value_bytes > 2 ? 40 : tensors == 1 ? 32 : 28;
+    const int deep = value_bytes > 2 ? 40 : 32;
     return depth == Depth::kStream ? 4 : depth == Depth::kMiddle ? 8 : deep;
   }
   if (!exact) return depth == Depth::kMiddle ? 8 : depth == Depth::kStream ? 4 : 0;

@@ -112,7 +112,10 @@ class Resident {
   // Windows of each tensor that a thread holds in registers.
   static constexpr int kRegisters = kWindows / kTensors;
   static constexpr int kBatch = kUnroll / kTensors;
-  static constexpr bool kInPlace = kDepth == Depth::kDeep && Cursor::kChannels > 1;
+  // Not worth its while in the backward of 16-bit values, which have the fewest constants a byte
+  // beside the most sums, and spill by it.
+  static constexpr bool kInPlace =
+      kDepth == Depth::kDeep && Cursor::kChannels > 1 && !(sizeof(scalar_t) == 2 && kTensors == 2);
 
   // Windows of each tensor that a thread holds of a group.
   struct Places {

@@ -83,8 +83,7 @@ LaunchStatus launch_team_variant(const Params& params, cudaStream_t stream) {
     constexpr Depth kDepth = decltype(depth)::value;
     using Epilogue = Identity<typename Params::acc_t>;
     constexpr int kValueBytes = sizeof(typename Cursor::scalar_t);
-    constexpr int kWindows = team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kValueBytes,
-                                          OperationOf<Cursor>::kTensors);
+    constexpr int kWindows = team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kValueBytes);
     if constexpr (kWindows > 0) {
       return launch_team(team_kernel<Cursor, OperationOf, kDepth, kWindows, Epilogue>, params.team,
                          stream, params, Epilogue{});

@@ -308,10 +308,10 @@ def on_chip_share(s: int, dtype: str) -> float:
     """Registers and shared memory that teams must use at least, of what a device has.
 
     Along S a thread holds 46 windows in registers. Along C it has sums and coefficients of every
-    lane beside them, and holds 40, or 28 to 32 where there are eight lanes. The T4 has the least
-    share: it has the least shared memory for its registers.
+    lane beside them, and holds 40, or 32 where there are eight lanes. The T4 has the least share:
+    it has the least shared memory for its registers.
     """
-    return 0.75 if s > 1 else 0.67 if dtype == "float32" else 0.52
+    return 0.75 if s > 1 else 0.67 if dtype == "float32" else 0.57
 
 
 def fits_on_chip(sizes: tuple[int, int, int], dtype: str, op: str, device: dict[str, Any]) -> bool:
