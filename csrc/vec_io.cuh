@@ -105,17 +105,14 @@ __device__ __forceinline__ Vec<scalar_t> load_window(const scalar_t* base,
   return vec;
 }
 
-// Zeros where there is no such tensor.
+// Zeros where there is no such tensor: as of an empty window, so that 16 bytes stay one value.
 template <bool kExact, typename scalar_t, typename index_t>
 __device__ __forceinline__ Vec<scalar_t> load_window_or_zero(const scalar_t* base,
-                                                             const Window<index_t>& window,
-                                                             int64_t numel, bool aligned,
+                                                             Window<index_t> window, int64_t numel,
+                                                             bool aligned,
                                                              Site site = Site::current()) {
-  if (base) return load_window<kExact>(base, window, numel, aligned, site);
-  Vec<scalar_t> zeros;
-#pragma unroll
-  for (int l = 0; l < kVec<scalar_t>; ++l) zeros.lane[l] = from_acc<scalar_t>(0);
-  return zeros;
+  if (!base) window.hi = window.lo = 0;
+  return load_window<kExact>(base, window, numel, aligned, site);
 }
 
 template <bool kExact, typename scalar_t, typename index_t>
