@@ -76,6 +76,10 @@ class TwoSweeps {
 #pragma unroll
     for (int p = 0; p < kPairs<Cursor>; ++p) {
       Pair<acc_t> residual = {}, squares = {};
+      if (kStraight) {
+        residual = sum_[p];
+        squares = m2_[p];
+      }
       for_each_of_pair<Cursor, kFull>(p, windows, [&](int u, int l) {
         Pair<acc_t> deviation = lanes_plus(vec[u], l, -shift_[p]);
         if (!kFull && !Cursor::kExact) {
@@ -85,8 +89,8 @@ class TwoSweeps {
         residual = residual + deviation;
         squares = fused_multiply_add(deviation, deviation, squares);
       });
-      sum_[p] = plus(sum_[p], residual);
-      m2_[p] = plus(m2_[p], squares);
+      sum_[p] = kStraight ? residual : plus(sum_[p], residual);
+      m2_[p] = kStraight ? squares : plus(m2_[p], squares);
     }
   }
 
@@ -106,6 +110,9 @@ class TwoSweeps {
 
  private:
   static constexpr int kLanes = Cursor::kVecSize / Cursor::kChannels;  // per channel
+  // Deviations in double precision are added to the sums one by one: they have digits to spare, and
+  // a batch's own sums would be spilled.
+  static constexpr bool kStraight = sizeof(acc_t) == 8 && !kOneBatch;
 
   struct Sums {
     acc_t residual, shift, m2;
@@ -172,65 +179,71 @@ __device__ __forceinline__ void add_statistics(
   batch.merge_into(stats);
 }
 
-// Merges a batch into the two sums of each channel, Σ dy and Σ dy·(x - mean). Masked lanes hold
-// zeros in both tensors, which add nothing unless the channel's own mean is not finite. The batch
-// is summed on its own first: fewer additions at full magnitude.
+// Merges a batch of windows into the sums of each channel. add(pair, u, l) adds lanes l and l + 1
+// of window u to the sums of their channels. The batch is summed on its own first, for fewer
+// additions at full magnitude, unless it has only one value a channel.
+template <typename Cursor, int kWindows, template <typename> class Sums, typename acc_t,
+          typename Add>
+__device__ __forceinline__ void add_sums(Sums<acc_t> (&sums)[Cursor::kChannels], Add&& add) {
+  constexpr bool kOneValue = kWindows == 1 && Cursor::kChannels > 1;
+#pragma unroll
+  for (int p = 0; p < kPairs<Cursor>; ++p) {
+    Sums<acc_t>&a = sums[2 * p], &b = sums[Cursor::kChannels == 1 ? 0 : 2 * p + 1];
+    Sums<Pair<acc_t>> batch;
+#pragma unroll
+    for (int f = 0; kOneValue && f < Sums<acc_t>::kFields; ++f) {
+      batch.field(f) = {a.field(f), b.field(f)};
+    }
+#pragma unroll
+    for (int u = 0; u < kWindows; ++u) {
+#pragma unroll
+      for (int l = 0; l < Cursor::kVecSize; l += 2) {
+        if (Cursor::channel_of(l) / 2 == p) add(batch, u, l);
+      }
+    }
+#pragma unroll
+    for (int f = 0; f < Sums<acc_t>::kFields; ++f) {
+      Pair<acc_t> total = batch.field(f);
+      if constexpr (Cursor::kChannels == 1) {
+        a.field(f) += total.x + total.y;
+      } else {
+        if (!kOneValue) total = Pair<acc_t>{a.field(f), b.field(f)} + total;
+        a.field(f) = total.x;
+        b.field(f) = total.y;
+      }
+    }
+  }
+}
+
+// x - mean of lanes l and l + 1.
+template <typename Cursor, typename acc_t>
+__device__ __forceinline__ Pair<acc_t> centred(const Vec<typename Cursor::scalar_t>& x, int l,
+                                               const acc_t (&mean)[Cursor::kChannels]) {
+  return lanes_plus(x, l, {-mean[Cursor::channel_of(l)], -mean[Cursor::channel_of(l + 1)]});
+}
+
+// Σ dy and Σ dy·(x - mean). Masked lanes hold zeros in both tensors, which add nothing unless the
+// channel's own mean is not finite.
 template <typename Cursor, typename acc_t, int kWindows>
 __device__ __forceinline__ void add_gradients(GradSums<acc_t> (&sums)[Cursor::kChannels],
                                               const Vec<typename Cursor::scalar_t> (&dy)[kWindows],
                                               const Vec<typename Cursor::scalar_t> (&x)[kWindows],
                                               const acc_t (&mean)[Cursor::kChannels]) {
-  Pair<acc_t> sum_dy[kPairs<Cursor>] = {}, sum_dy_xhat[kPairs<Cursor>] = {};
-#pragma unroll
-  for (int u = 0; u < kWindows; ++u) {
-#pragma unroll
-    for (int l = 0; l < Cursor::kVecSize; l += 2) {
-      const int a = Cursor::channel_of(l), b = Cursor::channel_of(l + 1);
-      const Pair<acc_t> grad = lanes(dy[u], l);
-      const Pair<acc_t> centred = lanes_plus(x[u], l, {-mean[a], -mean[b]});
-      sum_dy[a / 2] = sum_dy[a / 2] + grad;
-      sum_dy_xhat[a / 2] = fused_multiply_add(grad, centred, sum_dy_xhat[a / 2]);
-    }
-  }
-  if constexpr (Cursor::kChannels == 1) {
-    sums[0].merge({sum_dy[0].x + sum_dy[0].y, sum_dy_xhat[0].x + sum_dy_xhat[0].y});
-  } else {
-#pragma unroll
-    for (int p = 0; p < kPairs<Cursor>; ++p) {
-      GradSums<acc_t>&a = sums[2 * p], &b = sums[2 * p + 1];
-      const Pair<acc_t> dy_total = Pair<acc_t>{a.sum_dy, b.sum_dy} + sum_dy[p];
-      const Pair<acc_t> xhat_total = Pair<acc_t>{a.sum_dy_xhat, b.sum_dy_xhat} + sum_dy_xhat[p];
-      a = {dy_total.x, xhat_total.x};
-      b = {dy_total.y, xhat_total.y};
-    }
-  }
+  add_sums<Cursor, kWindows>(sums, [&](GradSums<Pair<acc_t>>& pair, int u, int l) {
+    pair.add(lanes(dy[u], l), centred<Cursor>(x[u], l, mean));
+  });
 }
 
-// The same for the five sums of the double backward. Channel by channel, so that the batch's own
-// sums of one channel at a time are in registers.
+// The same for the five sums of the double backward.
 template <typename Cursor, typename acc_t, int kWindows>
 __device__ __forceinline__ void add_double_gradients(
     DoubleGradSums<acc_t> (&sums)[Cursor::kChannels],
     const Vec<typename Cursor::scalar_t> (&dy)[kWindows],
     const Vec<typename Cursor::scalar_t> (&ggx)[kWindows],
     const Vec<typename Cursor::scalar_t> (&x)[kWindows], const acc_t (&mean)[Cursor::kChannels]) {
-  constexpr int kLanes = Cursor::kVecSize / Cursor::kChannels;
-#pragma unroll
-  for (int c = 0; c < Cursor::kChannels; ++c) {
-    DoubleGradSums<acc_t> batch;
-#pragma unroll
-    for (int i = 0; i < kWindows * kLanes; ++i) {
-      const int u = i / kLanes, l = c * kLanes + i % kLanes;
-      const acc_t first = to_acc(dy[u].lane[l]), second = to_acc(ggx[u].lane[l]);
-      const acc_t centred = to_acc(x[u].lane[l]) - mean[c];
-      batch.sum_dy += first;
-      batch.sum_dy_xhat += first * centred;
-      batch.sum_ggx += second;
-      batch.sum_ggx_xhat += second * centred;
-      batch.sum_ggx_dy += second * first;
-    }
-    sums[c].merge(batch);
-  }
+  add_sums<Cursor, kWindows>(sums, [&](DoubleGradSums<Pair<acc_t>>& pair, int u, int l) {
+    pair.add(lanes(dy[u], l), lanes(ggx[u], l), centred<Cursor>(x[u], l, mean));
+  });
 }
 
 // Merges the accumulators of all threads of the block that serve the same channels; the result is

@@ -205,6 +205,14 @@ __device__ __forceinline__ T* cluster_shared(T* address, int rank) {
 #endif
 }
 
+// No load below starts before those above are done. For the sake of registers: the compiler starts
+// as many loads as it can at once, and spills what is in its way.
+__device__ __forceinline__ void hold_back_loads() {
+#ifndef BATCHNORM_CUDA_HOST_MODEL
+  __threadfence_block();
+#endif
+}
+
 // Barrier over the threads of all blocks of the cluster; orders their shared-memory accesses.
 __device__ __forceinline__ void cluster_barrier() {
 #ifdef BATCHNORM_CUDA_HAS_CLUSTERS

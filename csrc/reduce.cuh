@@ -82,18 +82,23 @@ struct Welford {
   }
 };
 
-// The two sums of the backward pass. A thread adds dy * (x - mean); x̂ = (x - mean) * invstd.
-template <typename acc_t>
+// The two sums of the backward pass, of one channel, or of two where value_t is a pair. A thread
+// adds dy * (x - mean); x̂ = (x - mean) * invstd.
+template <typename value_t>
 struct GradSums {
   static constexpr int kFields = 2;
   static constexpr int kCommon = 0;
-  acc_t sum_dy = 0, sum_dy_xhat = 0;
+  value_t sum_dy = {}, sum_dy_xhat = {};
 
-  __device__ __forceinline__ acc_t& field(int i) { return i == 0 ? sum_dy : sum_dy_xhat; }
+  __device__ __forceinline__ value_t& field(int i) { return i == 0 ? sum_dy : sum_dy_xhat; }
 
+  __device__ __forceinline__ void add(const value_t& dy, const value_t& centred) {
+    sum_dy = sum_dy + dy;
+    sum_dy_xhat = fused_multiply_add(dy, centred, sum_dy_xhat);
+  }
   __device__ __forceinline__ void merge(const GradSums& other) {
-    sum_dy += other.sum_dy;
-    sum_dy_xhat += other.sum_dy_xhat;
+    sum_dy = sum_dy + other.sum_dy;
+    sum_dy_xhat = sum_dy_xhat + other.sum_dy_xhat;
   }
 
   __device__ __forceinline__ void rebase() {}
@@ -102,13 +107,13 @@ struct GradSums {
 
 // The sums of the double backward: those of GradSums, the same two of the gradient of grad_input
 // (ggx), and Σ ggx·dy.
-template <typename acc_t>
+template <typename value_t>
 struct DoubleGradSums {
   static constexpr int kFields = 5;
   static constexpr int kCommon = 0;
-  acc_t sum_dy = 0, sum_dy_xhat = 0, sum_ggx = 0, sum_ggx_xhat = 0, sum_ggx_dy = 0;
+  value_t sum_dy = {}, sum_dy_xhat = {}, sum_ggx = {}, sum_ggx_xhat = {}, sum_ggx_dy = {};
 
-  __device__ __forceinline__ acc_t& field(int i) {
+  __device__ __forceinline__ value_t& field(int i) {
     return i == 0   ? sum_dy
            : i == 1 ? sum_dy_xhat
            : i == 2 ? sum_ggx
@@ -116,12 +121,17 @@ struct DoubleGradSums {
                     : sum_ggx_dy;
   }
 
-  __device__ __forceinline__ void merge(const DoubleGradSums& other) {
-    sum_dy += other.sum_dy;
-    sum_dy_xhat += other.sum_dy_xhat;
-    sum_ggx += other.sum_ggx;
-    sum_ggx_xhat += other.sum_ggx_xhat;
-    sum_ggx_dy += other.sum_ggx_dy;
+  __device__ __forceinline__ void add(const value_t& dy, const value_t& ggx,
+                                      const value_t& centred) {
+    sum_dy = sum_dy + dy;
+    sum_dy_xhat = fused_multiply_add(dy, centred, sum_dy_xhat);
+    sum_ggx = sum_ggx + ggx;
+    sum_ggx_xhat = fused_multiply_add(ggx, centred, sum_ggx_xhat);
+    sum_ggx_dy = fused_multiply_add(ggx, dy, sum_ggx_dy);
+  }
+  __device__ __forceinline__ void merge(DoubleGradSums other) {
+#pragma unroll
+    for (int f = 0; f < kFields; ++f) field(f) = field(f) + other.field(f);
   }
 
   __device__ __forceinline__ void rebase() {}
@@ -244,18 +254,19 @@ __device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared,
 // thread of the block must call; `shared` holds kLanes accumulators a column; a barrier ends it.
 template <int kLanes, typename Acc, typename acc_t>
 __device__ __forceinline__ void column_broadcast(Acc (&acc)[kLanes], acc_t* shared) {
+  int column = threadIdx.x;
+  forget_derived(column);  // else all addresses below are kept for all rounds
   if (threadIdx.y == 0) {
 #pragma unroll
     for (int i = 0; i < kLanes * Acc::kFields; ++i) {
-      store_shared(shared + i * blockDim.x + threadIdx.x,
-                   acc[i / Acc::kFields].field(i % Acc::kFields));
+      store_shared(shared + i * blockDim.x + column, acc[i / Acc::kFields].field(i % Acc::kFields));
     }
   }
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kLanes * Acc::kFields; ++i) {
-    acc[i / Acc::kFields].field(i % Acc::kFields) =
-        load_shared(shared + i * blockDim.x + threadIdx.x);
+    if (kLanes == 8 && i == 4 * Acc::kFields) hold_back_loads();
+    acc[i / Acc::kFields].field(i % Acc::kFields) = load_shared(shared + i * blockDim.x + column);
   }
   __syncthreads();
 }
