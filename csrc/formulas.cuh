@@ -60,8 +60,8 @@ template <typename acc_t>
 __device__ __forceinline__ GradInput<acc_t> make_grad_input(acc_t weight, acc_t mean, acc_t invstd,
                                                             acc_t sum_dy, acc_t sum_dy_xhat,
                                                             acc_t count) {
-  const acc_t scale = weight * invstd;
-  return {scale, mean, -scale * invstd * (sum_dy_xhat / count), -scale * (sum_dy / count)};
+  const acc_t scale = weight * invstd, per_value = reciprocal(count);
+  return {scale, mean, -scale * invstd * (sum_dy_xhat * per_value), -scale * (sum_dy * per_value)};
 }
 
 // The first two results of the double backward, as lines in dy, ggx (the gradient of grad_input)

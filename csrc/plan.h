@@ -77,26 +77,24 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr int team_blocks_per_sm(Depth depth) {
 }
 
 // Does a block load its next channel group while it writes this one, there being no other block on
-// the SM that would? Along C there are no registers left to do it with.
-BATCHNORM_CUDA_HOST_DEVICE constexpr bool team_is_pipelined(Pattern pattern, Depth depth) {
-  return team_blocks_per_sm(depth) == 1 && pattern == Pattern::kAlongS;
+// the SM that would?
+BATCHNORM_CUDA_HOST_DEVICE constexpr bool team_is_pipelined(Depth depth) {
+  return team_blocks_per_sm(depth) == 1;
 }
 
 // Windows of all its tensors together that a thread keeps in registers; 0: there is no such
-// kernel. The most that the compiler places without a spill for every dtype and architecture
-// (`make sass`): up to 184 of a deep kernel's 255 registers. Along C and along rows a thread has
-// accumulators and coefficients for every lane beside them: of eight lanes in half precision, of
-// two that are twice as wide in float64.
+// kernel. The most that the compiler places without a spill for every architecture (`make sass`):
+// up to 184 of a deep kernel's 255 registers.
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exact, Depth depth,
-                                                      int value_bytes) {
-  const bool wide = value_bytes == 8;
-  if (pattern == Pattern::kAlongRow) return depth == Depth::kMiddle ? (exact ? 6 : 4) : 0;
-  if (pattern == Pattern::kAlongC) {
-    const int deep = value_bytes > 2 ? 40 : 32;
-    return depth == Depth::kStream ? 4 : depth == Depth::kMiddle ? 8 : deep;
+                                                      int value_bytes, int tensors) {
+  if (depth == Depth::kDeep) {
+    if (pattern == Pattern::kAlongRow || !exact) return 0;
+    return pattern == Pattern::kAlongC && value_bytes == 2 && tensors == 1 ? 45 : 46;
   }
-  if (!exact) return depth == Depth::kMiddle ? 8 : depth == Depth::kStream ? 4 : 0;
-  return depth == Depth::kStream ? 12 : depth == Depth::kMiddle ? (wide ? 12 : 16) : wide ? 36 : 46;
+  const bool middle = depth == Depth::kMiddle;
+  if (pattern == Pattern::kAlongRow) return !middle ? 0 : exact ? 6 : 4;
+  if (pattern == Pattern::kAlongC || !exact) return middle ? 8 : 4;
+  return !middle ? 12 : value_bytes == 8 ? 12 : 16;
 }
 
 // Rows of a block of columns x rows threads that column_reduce merges by warp shuffles: all rows of

@@ -146,7 +146,7 @@ int64_t streamed_bytes(const TeamRequest& r, const Team& team, int64_t members, 
 }  // namespace
 
 int windows_of(const TeamRequest& r, Depth depth) {
-  return team_windows(r.pattern, r.exact, depth, dtype_bytes(r.problem.dtype));
+  return team_windows(r.pattern, r.exact, depth, dtype_bytes(r.problem.dtype), r.tensors);
 }
 
 Traversal team_traversal(const TeamRequest& r, int slab) {
@@ -195,7 +195,7 @@ bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, int64_
   if (!place_windows(r, team, ceil_div(t.per_split, members))) return false;
   team.blocks_per_sm = static_cast<int>(resident_blocks(r, team));
   const int64_t places = int64_t{team.blocks_per_sm} * r.device.sm_count;
-  const bool one_round = team.scope == Scope::kBlock && !team_is_pipelined(r.pattern, depth);
+  const bool one_round = team.scope == Scope::kBlock && !team_is_pipelined(depth);
   team.teams =
       std::min({t.channel_blocks, r.device.max_grid, one_round ? t.channel_blocks : places / size});
   if (places == 0 || team.teams == 0) return false;

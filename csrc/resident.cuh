@@ -20,7 +20,7 @@ class Resident {
   using scalar_t = typename Cursor::scalar_t;
   using index_t = typename Cursor::index_t;
   using Params = typename Operation::Params;
-  static constexpr bool kPipelined = team_is_pipelined(Cursor::kPattern, kDepth);
+  static constexpr bool kPipelined = team_is_pipelined(kDepth);
 
   // `shared`: this thread's first slot of the block's windows; its slots are kTeamThreads apart.
   __device__ __forceinline__ Resident(const Params& p, uint4* shared) : p_(p), shared_(shared) {}
@@ -45,8 +45,12 @@ class Resident {
     here_ = places_for(cursor);
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) fetch_register(i, cursor, here_);
+#pragma unroll 1  // of four at once, the addresses would not fit beside what registers hold
     for (int i = 0; i < here_.shared; ++i) fetch_shared(i, cursor);
   }
+
+  // To be called when a cursor has been made anew, at the windows that fetch() loaded.
+  __device__ __forceinline__ void recount(const Cursor& cursor) { here_ = places_for(cursor); }
 
   // Reduces what is on chip. `cursor` is where fetch() began: it yields the masks again. Where
   // windows are streamed, their sums leave no room for sweeps: batch by batch then, as they were.
@@ -75,21 +79,21 @@ class Resident {
   __device__ __forceinline__ void write(const Operation& operation, Cursor cursor,
                                         const Epilogue& epilogue, MakeNext&& make_next) {
     Cursor back = cursor;
-    if constexpr (kInPlace) form_in_place(operation, epilogue);
+    const Places here = here_at(cursor);
     Cursor next = make_next();
     const Places there = kPipelined ? places_for(next) : Places{};
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) {
-      if (i < here_.registers) write_register(i, operation, cursor.take(), epilogue);
+      if (i < here.registers) write_register(i, operation, cursor.take(), epilogue);
       if (kPipelined) fetch_register(i, next, there);
     }
     // In three loops, for the sake of the first one: all but the last group's.
-    const int both = here_.shared < there.shared ? here_.shared : there.shared;
+    const int both = here.shared < there.shared ? here.shared : there.shared;
     for (int i = 0; i < both; ++i) {
       write_shared(i, operation, cursor.take(), epilogue);
       fetch_shared(i, next);
     }
-    for (int i = both; i < here_.shared; ++i) {
+    for (int i = both; i < here.shared; ++i) {
       write_shared(i, operation, cursor.take(), epilogue);
     }
     for (int i = both; i < there.shared; ++i) fetch_shared(i, next);
@@ -111,11 +115,9 @@ class Resident {
   static constexpr int kTensors = Operation::kTensors;
   // Windows of each tensor that a thread holds in registers.
   static constexpr int kRegisters = kWindows / kTensors;
-  static constexpr int kBatch = kUnroll / kTensors;
-  // Not worth its while in the backward of 16-bit values, which have the fewest constants a byte
-  // beside the most sums, and spill by it.
-  static constexpr bool kInPlace =
-      kDepth == Depth::kDeep && Cursor::kChannels > 1 && !(sizeof(scalar_t) == 2 && kTensors == 2);
+  // Along C, a deep kernel has registers for the conversions of two windows only.
+  static constexpr int kBatch =
+      kDepth == Depth::kDeep && Cursor::kChannels > 1 ? 2 : kUnroll / kTensors;
 
   // Windows of each tensor that a thread holds of a group.
   struct Places {
@@ -125,6 +127,11 @@ class Resident {
     const int held = static_cast<int>(cursor.left);
     const int registers = held < kRegisters ? held : kRegisters;
     return {registers, held - registers};
+  }
+  // The places of this round, `cursor` being where fetch() began: kept, or with two tensors worked
+  // out again, whichever the compiler needs no stack for.
+  __device__ __forceinline__ Places here_at(const Cursor& cursor) const {
+    return kTensors == 1 ? here_ : places_for(cursor);
   }
 
   __device__ __forceinline__ void fetch_register(int i, Cursor& cursor, const Places& places) {
@@ -158,15 +165,11 @@ class Resident {
   template <typename Epilogue>
   __device__ __forceinline__ void write_register(int i, const Operation& operation,
                                                  const Window<index_t>& window,
-                                                 const Epilogue& epilogue) {
+                                                 const Epilogue& epilogue) const {
     Vec<scalar_t> vec[kTensors];
 #pragma unroll
     for (int k = 0; k < kTensors; ++k) vec[k] = to_values(held_[k][i]);
-    if constexpr (kInPlace) {
-      store_window<Cursor::kExact>(Operation::output(p_), window, vec[0]);
-    } else {
-      emit(operation, window, vec, epilogue);
-    }
+    emit(operation, window, vec, epilogue);
   }
 
   template <int kCount>
@@ -214,13 +217,14 @@ class Resident {
   // Calls f(batch) for all that is on chip. Absent windows are zeros.
   template <typename F>
   __device__ __forceinline__ void visit(Cursor cursor, F&& f) const {
+    const Places here = here_at(cursor);
 #pragma unroll
     for (int i = 0; i < kRegisters; i += kBatch) {
       Batch<kBatch> batch;
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
         const bool last = i + u >= kRegisters;  // of a batch that is not whole
-        if (!last && i + u < here_.registers) batch.windows[u] = cursor.take();
+        if (!last && i + u < here.registers) batch.windows[u] = cursor.take();
 #pragma unroll
         for (int k = 0; k < kTensors; ++k) {
           batch.vec[k][u] = last ? Vec<scalar_t>{} : to_values(held_[k][last ? 0 : i + u]);
@@ -228,13 +232,13 @@ class Resident {
       }
       f(batch);
     }
-    if (here_.shared == 0) return;
+    if (here.shared == 0) return;
     wait_for_copies();
-    for (int i = 0; i < here_.shared; i += kBatch) {
+    for (int i = 0; i < here.shared; i += kBatch) {
       Batch<kBatch> batch;
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        const bool present = i + u < here_.shared;
+        const bool present = i + u < here.shared;
         if (present) batch.windows[u] = cursor.take();
 #pragma unroll
         for (int k = 0; k < kTensors; ++k) {
@@ -260,35 +264,11 @@ class Resident {
                                        const Epilogue& epilogue) const {
     Vec<scalar_t> output;
 #pragma unroll
-    for (int l = 0; l < Cursor::kVecSize; l += 2) form(operation, vec, l, epilogue, output);
-    store_window<Cursor::kExact>(Operation::output(p_), window, output);
-  }
-  // Lanes l and l + 1 of the output.
-  template <typename Epilogue>
-  __device__ __forceinline__ static void form(const Operation& operation,
-                                              const Vec<scalar_t> (&vec)[kTensors], int l,
-                                              const Epilogue& epilogue, Vec<scalar_t>& output) {
-    const Pair<acc_type<scalar_t>> pair = operation.form(vec, l);
-    round_into(output, l, {epilogue(pair.x), epilogue(pair.y)});
-  }
-
-  // Turns what registers hold into the output where it is, a pair of lanes at a time: all constants
-  // of all lanes would not fit beside so much data.
-  template <typename Epilogue>
-  __device__ __forceinline__ void form_in_place(const Operation& operation,
-                                                const Epilogue& epilogue) {
-#pragma unroll
     for (int l = 0; l < Cursor::kVecSize; l += 2) {
-#pragma unroll
-      for (int i = 0; i < kRegisters; ++i) {
-        Vec<scalar_t> vec[kTensors];
-#pragma unroll
-        for (int k = 0; k < kTensors; ++k) vec[k] = to_values(held_[k][i]);
-        Vec<scalar_t> output = vec[0];
-        form(operation, vec, l, epilogue, output);
-        held_[0][i] = to_bits(output);
-      }
+      const Pair<acc_type<scalar_t>> pair = operation.form(vec, l);
+      round_into(output, l, {epilogue(pair.x), epilogue(pair.y)});
     }
+    store_window<Cursor::kExact>(Operation::output(p_), window, output);
   }
 
   const Params& p_;

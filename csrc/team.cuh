@@ -53,6 +53,14 @@ class TeamExchange {
   __device__ __forceinline__ int rank() const { return block() % team_.size; }
   __device__ __forceinline__ int team() const { return block() / team_.size; }
 
+  // The team's channel group of this round, or of one `ahead` of it; t.channel_blocks and more once
+  // there is none left. Worked out where it is asked for: one register less across a round.
+  template <typename index_t>
+  __device__ __forceinline__ index_t group(int ahead = 0) const {
+    return team() + (round_ + ahead) * static_cast<index_t>(team_.teams);
+  }
+  __device__ __forceinline__ void end_round() { ++round_; }
+
   // Merges the accumulators of all threads of the team that serve the same channels; every thread
   // gets the result. Every thread of every block of the team must call.
   __device__ __forceinline__ void all_reduce(const Cursor& cursor, Acc (&acc)[Cursor::kChannels]) {
@@ -80,6 +88,23 @@ class TeamExchange {
   }
 
  private:
+  // Where one block publishes: in its shared memory (kCluster) or in the workspace.
+  struct Slot {
+    acc_t* values;
+    bool shared;
+
+    __device__ __forceinline__ acc_t load(int i) const {
+      return shared ? load_shared(values + i) : load_global(values + i);
+    }
+    __device__ __forceinline__ void store(int i, acc_t value) const {
+      if (shared) {
+        store_shared(values + i, value);
+      } else {
+        store_global(values + i, value);
+      }
+    }
+  };
+
   // Hidden from the compiler, which would keep all that follows from it, addresses too, in
   // registers for all rounds; a division a few times a round costs less.
   __device__ __forceinline__ static int block() {
@@ -101,11 +126,10 @@ class TeamExchange {
 #pragma unroll
         for (int c = 0; c < Cursor::kChannels; ++c) acc[c] = Acc();
         for (int rank = Cursor::member(); rank < team_.size; rank += Cursor::members()) {
-          merge_slot(acc, rank);
+          merge_slot(acc, slot(rank));
         }
         reduce_members<Cursor>(acc, scratch_);
       }
-      parity_ ^= 1;
     }
     if constexpr (Cursor::kChannels > 1) column_broadcast(acc, scratch_);
   }
@@ -136,29 +160,28 @@ class TeamExchange {
     const int run = static_cast<int>(t.s);
     merge_each(
         0, segments, run * static_cast<int>(t.row_repeat),
-        [&](int k, int i, int f) {
+        [&](int k, int i) {
           const int column = cursor.first_column(i / run) + k * run + i % run;
-          return load_shared(scratch_ + f * columns + column);
+          return [=](int f) { return load_shared(scratch_ + f * columns + column); };
         },
         keep);
     __syncthreads();
     if (team_.scope != Scope::kBlock) {
+      const Slot mine = slot(rank());
       for (int i = thread; i < segments * Acc::kFields; i += threads) {
-        store_slot(i, load_shared(channels + i));
+        mine.store(i, load_shared(channels + i));
       }
       wait_for_team();
       if (team_.two_level) {
         merge_slice(segments);
+        const acc_t* const all = totals();
         for (int i = thread; i < segments * Acc::kFields; i += threads) {
-          store_shared(channels + i, load_global(totals() + i));
+          store_shared(channels + i, load_global(all + i));
         }
       } else {
-        merge_each(
-            0, segments, team_.size,
-            [&](int k, int rank, int f) { return load_slot(rank, f * segments + k); }, keep);
+        merge_each(0, segments, team_.size, in_slots(segments), keep);
       }
       __syncthreads();
-      parity_ ^= 1;
     }
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) {
@@ -171,21 +194,23 @@ class TeamExchange {
     __syncthreads();
   }
 
-  // store(k, f, result) for first <= k < last, the results being merged over i < size of
-  // value(k, i, f). One warp an index k; whole warps only, so that every lane takes part in the
-  // shuffles.
+  // store(k, f, result) for first <= k < last, the results being merged over i < size of the
+  // accumulators whose fields are value(k, i)(f). One warp an index k; whole warps only, so that
+  // every lane takes part in the shuffles.
   template <typename Value, typename Store>
   __device__ __forceinline__ void merge_each(int first, int last, int size, Value&& value,
                                              Store&& store) {
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    forget_derived(thread);  // else its warp takes a register for all rounds
     const int warps = blockDim.x * blockDim.y / kWarpSize;
     const int warp = thread / kWarpSize, lane = thread % kWarpSize;
     for (int k = warp < warps ? first + warp : last; k < last; k += warps) {
       Acc acc;
       for (int i = lane; i < size; i += kWarpSize) {
         Acc other;
+        const auto field = value(k, i);
 #pragma unroll
-        for (int f = 0; f < Acc::kFields; ++f) other.field(f) = value(k, i, f);
+        for (int f = 0; f < Acc::kFields; ++f) other.field(f) = field(f);
         acc.merge(other);
         acc.rebase();
       }
@@ -205,10 +230,9 @@ class TeamExchange {
   __device__ __forceinline__ void merge_slice(int channels) {
     const int first = channels * rank() / team_.size;
     const int last = channels * (rank() + 1) / team_.size;
-    merge_each(
-        first, last, team_.size,
-        [&](int k, int rank, int f) { return load_slot(rank, f * channels + k); },
-        [&](int k, int f, acc_t value) { store_global(totals() + f * channels + k, value); });
+    acc_t* const all = totals();
+    merge_each(first, last, team_.size, in_slots(channels),
+               [&](int k, int f, acc_t value) { store_global(all + f * channels + k, value); });
     wait_for_team();
   }
 
@@ -228,33 +252,36 @@ class TeamExchange {
 
   __device__ __forceinline__ void publish(Acc (&acc)[Cursor::kChannels]) const {
     const int first = first_place();
+    const Slot mine = slot(rank());
 #pragma unroll
     for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
       const int c = i % Cursor::kChannels, f = i / Cursor::kChannels;
-      store_slot(first + i * columns(), acc[c].field(f));
+      mine.store(first + i * columns(), acc[c].field(f));
     }
   }
 
-  __device__ __forceinline__ void merge_slot(Acc (&acc)[Cursor::kChannels], int rank) const {
+  __device__ __forceinline__ void merge_slot(Acc (&acc)[Cursor::kChannels],
+                                             const Slot& other) const {
     const int first = first_place();
     merge_lanes<Cursor::kExact>(acc, [&](int c, int f) {
-      return load_slot(rank, first + (f * Cursor::kChannels + c) * columns());
+      // Of eight channels, the fields of four at a time.
+      if (c == 4 && f == Acc::kCommon) hold_back_loads();
+      return other.load(first + (f * Cursor::kChannels + c) * columns());
     });
   }
 
   __device__ __forceinline__ void load_totals(Acc (&acc)[Cursor::kChannels]) const {
     const int first = first_place();
+    const acc_t* const all = totals();
 #pragma unroll
     for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
       const int c = i % Cursor::kChannels, f = i / Cursor::kChannels;
-      acc[c].field(f) = load_global(totals() + first + i * columns());
+      acc[c].field(f) = load_global(all + first + i * columns());
     }
   }
 
-  __device__ __forceinline__ int64_t parity_offset() const { return parity_ * team_.slot_values; }
-
-  __device__ __forceinline__ acc_t* global_slot(int rank) const {
-    return global_slots_ + (team() * team_.size + rank) * 2 * team_.slot_values + parity_offset();
+  __device__ __forceinline__ int64_t parity_offset() const {
+    return (round_ & 1) * team_.slot_values;
   }
 
   // The merged results of the team's channels (two levels), after the slots of all blocks.
@@ -262,20 +289,20 @@ class TeamExchange {
     return global_slots_ + (gridDim.x + team()) * 2 * team_.slot_values + parity_offset();
   }
 
-  // Value i of this block's slot of the round.
-  __device__ __forceinline__ void store_slot(int64_t i, acc_t value) const {
+  // A rank's slot of the round.
+  __device__ __forceinline__ Slot slot(int rank) const {
     if (team_.scope == Scope::kCluster) {
-      store_shared(shared_slots_ + parity_offset() + i, value);
-    } else {
-      store_global(global_slot(rank()) + i, value);
+      return {cluster_shared(shared_slots_ + parity_offset(), rank), true};
     }
+    const int64_t place = (team() * team_.size + rank) * 2 * team_.slot_values;
+    return {global_slots_ + place + parity_offset(), false};
   }
 
-  __device__ __forceinline__ acc_t load_slot(int rank, int64_t i) const {
-    if (team_.scope == Scope::kCluster) {
-      return load_shared(cluster_shared(shared_slots_ + parity_offset(), rank) + i);
-    }
-    return load_global(global_slot(rank) + i);
+  // For merge_each: the accumulators in the slots of all ranks, `channels` to a slot.
+  __device__ __forceinline__ auto in_slots(int channels) const {
+    return [=](int k, int rank) {
+      return [=, from = slot(rank)](int f) { return from.load(f * channels + k); };
+    };
   }
 
   // Returns when every rank has come here as often, and what it published before is visible.
@@ -302,7 +329,7 @@ class TeamExchange {
   acc_t* const global_slots_;
   uint64_t* const sync_;
   uint64_t flag_ = 0;  // this block's latest: the epoch of the launch plus the waits so far
-  int parity_ = 0;     // of the round
+  int round_ = 0;
 };
 
 }  // namespace batchnorm_cuda

@@ -45,13 +45,14 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
   TeamExchange<Cursor, Acc, acc_t> exchange(p.team, scratch, slots, p.slots, p.sync);
   using index_t = typename Cursor::index_t;
   const auto groups = static_cast<index_t>(t.channel_blocks);
-  const auto teams = static_cast<index_t>(p.team.teams);
-  auto group = static_cast<index_t>(exchange.team());
   using Held = Resident<Cursor, Operation, kDepth, kWindows>;
   Held resident(p, data + threadIdx.y * blockDim.x + threadIdx.x);
-  if (Held::kPipelined) resident.fetch(Cursor(t, exchange.rank(), group));
-  for (; group < groups; group += teams) {
-    Cursor cursor(t, exchange.rank(), group);
+  const auto cursor_of_round = [&](int ahead) {
+    return Cursor(t, exchange.rank(), exchange.template group<index_t>(ahead));
+  };
+  if (Held::kPipelined) resident.fetch(cursor_of_round(0));
+  for (; exchange.template group<index_t>() < groups; exchange.end_round()) {
+    Cursor cursor = cursor_of_round(0);
     Operation operation(p, cursor);
     Acc acc[Cursor::kChannels];
     resident.stream(operation, cursor, acc);
@@ -63,15 +64,24 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
     constexpr bool kAhead = Cursor::kChannels == 1 && kDepth != Depth::kDeep;
     if constexpr (kAhead) operation.prefetch(p, cursor, 0);
     exchange.all_reduce(cursor, acc);
-    operation.begin_finish(p, cursor);
+    const auto finish = [&](Cursor& cursor) {
+      operation.begin_finish(p, cursor);
 #pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) {
-      if constexpr (!kAhead) operation.prefetch(p, cursor, c);
-      operation.finish(p, cursor, acc[c], c);
+      for (int c = 0; c < Cursor::kChannels; ++c) {
+        if constexpr (!kAhead) operation.prefetch(p, cursor, c);
+        operation.finish(p, cursor, acc[c], c);
+      }
+      // Past the last group the cursor is empty.
+      resident.write(operation, cursor, epilogue, [&] { return cursor_of_round(1); });
+    };
+    // Nor to keep where this round's windows are, until they are written.
+    if constexpr (kDepth == Depth::kDeep && Cursor::kChannels > 1) {
+      Cursor anew = cursor_of_round(0);
+      resident.recount(anew);
+      finish(anew);
+    } else {
+      finish(cursor);
     }
-    // Past the last group the cursor is empty.
-    resident.write(operation, cursor, epilogue,
-                   [&] { return Cursor(t, exchange.rank(), group + teams); });
   }
   exchange.finish();
 }
@@ -83,7 +93,8 @@ LaunchStatus launch_team_variant(const Params& params, cudaStream_t stream) {
     constexpr Depth kDepth = decltype(depth)::value;
     using Epilogue = Identity<typename Params::acc_t>;
     constexpr int kValueBytes = sizeof(typename Cursor::scalar_t);
-    constexpr int kWindows = team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kValueBytes);
+    constexpr int kWindows = team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kValueBytes,
+                                          OperationOf<Cursor>::kTensors);
     if constexpr (kWindows > 0) {
       return launch_team(team_kernel<Cursor, OperationOf, kDepth, kWindows, Epilogue>, params.team,
                          stream, params, Epilogue{});

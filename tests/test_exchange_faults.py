@@ -67,7 +67,7 @@ MISSING_BARRIER = f"{SHARED_RACE}|{TOO_EARLY}|{REMOTE}|{LEAVES}"
 PUBLISH = "store_release(flags + rank(), flag_);"
 POLL = "while (load_acquire(flags + rank) < flag_) {\n      }"
 NEXT_EPOCH = "load_acquire(sync_ + kEpoch) + waits"
-PARITY = "parity_ * team_.slot_values"
+PARITY = "(round_ & 1) * team_.slot_values"
 WAIT = "wait_for_team();"
 
 
