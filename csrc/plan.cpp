@@ -204,10 +204,20 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
   }
 }
 
+// The samples of a single channel are one run, of whole windows but for its ends.
+Problem in_one_run(Problem p) {
+  if (p.c == 1) {
+    p.s *= p.n;
+    p.n = 1;
+  }
+  return p;
+}
+
 }  // namespace
 
-Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptions& options) {
-  check_sizes(problem);
+Plan make_plan(const Problem& given, const DeviceInfo& device, const PlanOptions& options) {
+  check_sizes(given);
+  const Problem problem = in_one_run(given);
   Plan plan;
   plan.pattern = problem.s > 1 ? Pattern::kAlongS : Pattern::kAlongC;
   plan.vec = kWindowBytes / dtype_bytes(problem.dtype);

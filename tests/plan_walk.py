@@ -18,6 +18,8 @@ def elements_of(
     pattern: str, vec: int, t: dict[str, Any], c: int, s: int, numel: int, task: int
 ) -> np.ndarray:
     """The elements that one task of traversal t visits."""
+    if c == 1:  # the samples of a single channel are one run
+        s = numel
     lanes = np.arange(vec)
     work = t["rows"] * (t["row_windows"] if pattern == "along_s" else 1)
     split, block = divmod(task, t["channel_blocks"])

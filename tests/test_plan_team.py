@@ -304,14 +304,12 @@ WORKLOADS["unet3d"] = [sizes for n, c, side in UNET3D for sizes in both_layouts(
 WORKLOADS["features"] = [(n, c, 1) for n, c in FEATURES]
 
 
-def on_chip_share(s: int, dtype: str) -> float:
-    """Registers and shared memory that teams must use at least, of what a device has.
+# Of a device's registers and shared memory together, what teams must be able to fill with data.
+ON_CHIP_SHARE = 0.75
 
-    Along S a thread holds 46 windows in registers. Along C it has sums and coefficients of every
-    lane beside them, and holds 40, or 32 where there are eight lanes. The T4 has the least share:
-    it has the least shared memory for its registers.
-    """
-    return 0.75 if s > 1 else 0.67 if dtype == "float32" else 0.57
+
+def on_chip_bytes(device: dict[str, Any]) -> int:
+    return device["sm_count"] * (device["registers_per_sm"] * 4 + device["shared_bytes_per_sm"])
 
 
 def fits_on_chip(sizes: tuple[int, int, int], dtype: str, op: str, device: dict[str, Any]) -> bool:
@@ -319,9 +317,7 @@ def fits_on_chip(sizes: tuple[int, int, int], dtype: str, op: str, device: dict[
     n, c, s = sizes
     tensors = 1 if op == "forward_training" else 2
     width = DTYPE_BYTES[dtype] if s > 1 else min(c * DTYPE_BYTES[dtype], 128)
-    share = on_chip_share(s, dtype)
-    on_chip = device["sm_count"] * (device["registers_per_sm"] * 4 + device["shared_bytes_per_sm"])
-    return n * s * width * tensors <= share * on_chip
+    return n * s * width * tensors <= ON_CHIP_SHARE * on_chip_bytes(device)
 
 
 every_device = pytest.mark.parametrize("name", NAMES)
@@ -345,6 +341,34 @@ def test_what_fits_is_read_once(make_plan, workload, name):
         if fits_on_chip(sizes, dtype, op, device) and ratio > 1.02:
             short.append((sizes, dtype, op, round(ratio, 3), plan["reason"]))
     assert not short
+
+
+@every_device
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("op", ["forward_training", "backward_training"])
+@pytest.mark.parametrize("along", ["along_s", "along_c"])
+def test_three_quarters_of_the_chip_hold_data(make_plan, along, op, dtype, name):
+    """One channel, or channels that fill a sector and cannot be parted, held as a whole."""
+    device = described(name)
+    tensors = 1 if op == "forward_training" else 2
+    window = WINDOW_BYTES // DTYPE_BYTES[dtype]
+    windows = int(ON_CHIP_SHARE * on_chip_bytes(device)) // (WINDOW_BYTES * tensors)
+    sizes = (1, 1, windows * window) if along == "along_s" else (windows // 2, 2 * window, 1)
+    plan = make_plan(op, sizes, dtype, device)
+    assert plan["strategy"] == "team", plan["reason"]
+    assert plan["team"]["streamed_bytes"] == plan["reread_bytes"] == 0
+    assert plan["predicted_bytes"] <= 1.02 * plan["compulsory_bytes"]
+
+
+@every_device
+def test_samples_of_a_single_channel_are_one_run(make_plan, name):
+    """343 floats are no whole windows, 256 times as many are."""
+    apart, together = (
+        make_plan("backward_training", sizes, "float32", described(name))
+        for sizes in ((256, 1, 343), (1, 1, 256 * 343))
+    )
+    assert apart == together
+    assert apart["team"]["traversal"]["exact"] and apart["predicted_bytes"] == 256 * 343 * 4 * 3
 
 
 def large_teams(make_plan: MakePlan, workload: str, device: dict[str, Any]) -> Iterator[tuple]:
