@@ -48,6 +48,8 @@ class TeamSummary:
         shared_share: the share kept in shared memory.
         depth: of the kernel: how much a thread holds (csrc/plan.h).
         two_level: whether each block merges a slice of the channels for the others.
+        in_warp: whether a channel's threads are of one warp, which merges by shuffles and waits for
+            no barrier: the smallest team.
     """
 
     scope: str
@@ -59,6 +61,7 @@ class TeamSummary:
     shared_share: float
     depth: str
     two_level: bool
+    in_warp: bool
 
     @property
     def on_chip_share(self) -> float:
@@ -177,6 +180,7 @@ def _describe_team(team: TeamSummary) -> str:
     }
     blocks = "1 block" if team.size == 1 else f"{team.size} blocks"
     levels = " in two levels" if team.two_level else ""
+    levels += ", each channel within a warp" if team.in_warp else ""
     return (
         f"{blocks} {exchange[team.scope]}{levels} ({team.scope} scope, {team.depth} kernel); "
         f"{team.groups} channel groups, {team.teams} teams, rounds: {team.rounds}"

@@ -14,6 +14,7 @@ _REDUCE = {"forward": "collect_statistics_kernel"}
 _ELEMENTWISE = {"forward": "transform_input_kernel", "eval": "transform_input_kernel"}
 
 WINDOW_BYTES = 16
+_WARP_SIZE = 32
 # csrc/plan.h: kUnroll windows a thread of a stage kernel loads before it uses the first, and
 # kStageBlocksPerSm or kElementwiseBlocksPerSm blocks of it that its registers let an SM hold at
 # least.
@@ -152,4 +153,9 @@ def team_of(plan: Mapping[str, Any]) -> TeamSummary | None:
         shared_share=in_shared / part,
         depth=team["depth"],
         two_level=team["two_level"],
+        in_warp=(
+            team["scope"] == "block"
+            and team["pattern"] == "along_s"
+            and team["traversal"]["threads_x"] <= _WARP_SIZE
+        ),
     )

@@ -101,6 +101,20 @@ def test_shares_of_registers_and_shared_memory() -> None:
     assert kernel.tail_idle == pytest.approx(8 / 264)
 
 
+@pytest.mark.parametrize(
+    ("shape", "in_warp"),
+    [
+        pytest.param((8, 512, 8, 8), True, id="64_windows_of_32_threads"),
+        pytest.param((32, 512, 8, 8), False, id="256_windows_of_64_threads"),
+        pytest.param((8, 512, 1, 1), False, id="along_c"),
+    ],
+)
+def test_smallest_team_is_within_a_warp(shape: tuple[int, ...], in_warp: bool) -> None:
+    e = explain(shape, dtype=torch.float16, device="h100", strategy="team", team_size=1)
+    assert e.team is not None and e.team.in_warp is in_warp
+    assert ("each channel within a warp" in str(e)) is in_warp
+
+
 def test_before_asynchronous_copies_only_registers_are_in_flight() -> None:
     options = {"strategy": "team", "team_size": 1, "dtype": torch.float32}
     t4 = explain((32, 256, 56, 56), device="t4", **options)
