@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import sync_ops
+from . import ops, sync_ops
 from ._composite import per_channel
 
 
@@ -100,6 +100,7 @@ class SyncBatchNormFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        _check_one_by_one(grad_output)
         input, weight, mean, invstd, count = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[:3])
         group = Group(ctx.ranks, ctx.group_name)
@@ -167,6 +168,7 @@ class SyncBatchNormBackward(Function):
     def backward(
         ctx: Any, v: Tensor | None, alpha: Tensor | None, beta: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        _check_one_by_one(v, alpha, beta)
         grad_output, input, weight, mean, invstd, count, sums, totals = ctx.saved_tensors
         g, xhat = grad_output.to(mean.dtype), _xhat(input, mean, invstd)
         alpha = torch.zeros_like(mean) if alpha is None else alpha.to(mean.dtype)
@@ -188,6 +190,17 @@ class SyncBatchNormBackward(Function):
             grad_weight = grad_weight.to(weight.dtype)
         grads = grad_grad.to(grad_output.dtype), grad_input.to(input.dtype), grad_weight
         return *grads, *(None,) * 6
+
+
+def _check_one_by_one(*grads: Tensor | None) -> None:
+    """A collective gathers what one gradient needs; the ranks need not have as many."""
+    if torch.compiler.is_compiling():
+        return
+    if any(map(ops.batched_by_autograd, grads)):
+        raise RuntimeError(
+            "SyncBatchNorm: expected one gradient at a time, got several at once from "
+            "is_grads_batched=True (or vectorize=True): ask for one after the other"
+        )
 
 
 def _xhat(input: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:

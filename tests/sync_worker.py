@@ -286,6 +286,26 @@ def whole_batch_norm(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
     return function
 
 
+def batched_gradients(rank: int, ranks: int) -> dict:
+    """What is_grads_batched says, of a gradient and of a gradient's gradient."""
+    results = {}
+    for backend in backends():
+        x = torch.randn(3, 4, 2, requires_grad=True)
+        output = SyncBatchNorm(4)(x)
+        (grad,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        several = torch.ones(2, 3, 4, 2)
+        results[backend] = [refusal(of, x, several) for of in (output, grad)]
+    return results
+
+
+def refusal(of: Tensor, x: Tensor, several: Tensor) -> str | None:
+    try:
+        torch.autograd.grad(of, x, several, is_grads_batched=True, retain_graph=True)
+    except RuntimeError as raised:
+        return str(raised)
+    return None
+
+
 def failures(rank: int, ranks: int) -> dict:
     """The last rank once does not come, then dies: what the others get, after how long."""
     short = dist.new_group(list(range(ranks)), timeout=SHORT_TIMEOUT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -66,6 +67,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict:
         "collectives",
         "network",
         "double_backward",
+        "batched_gradients",
     )
     return launch(tmp_path_factory.mktemp("two"), 2, *jobs)
 
@@ -256,6 +258,15 @@ def test_double_backward(two: dict, name: str) -> None:
         checked = {key: passed for key, passed in results.items() if key[0] == name}
         assert len(checked) == 4
         assert all(checked.values())
+
+
+@every_backend
+def test_batched_gradients_are_refused(two: dict, name: str) -> None:
+    for results in two["batched_gradients"]:
+        assert len(results[name]) == 2
+        for message in results[name]:
+            assert message is not None
+            assert re.match("SyncBatchNorm: expected one gradient at a time", message)
 
 
 @pytest.mark.parametrize("kind", ["absent", "dead"])
