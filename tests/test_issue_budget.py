@@ -165,7 +165,7 @@ def test_kinds_of_instructions(opcode: str, kind: str, window: str | None) -> No
 
 
 @pytest.mark.nvcc
-@pytest.mark.parametrize("arch", ["7.5", "8.0", "8.9", "9.0", "12.0"])
+@pytest.mark.parametrize("arch", ["7.5", "8.0", "8.9", "9.0", "10.0", "12.0"])
 def test_memory_and_not_issue_bounds_every_loop(arch: str) -> None:
     try:
         kit = resolve()

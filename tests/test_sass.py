@@ -31,7 +31,7 @@ from bench.machine_code.listing import (
 )
 from bench.machine_code.loops import find_loops
 from bench.sass import kernels_for
-from bench.toolkit import Toolkit, ToolkitError, find_nvdisasm, resolve, sources
+from bench.toolkit import Toolkit, ToolkitError, archs, find_nvdisasm, resolve, sources
 
 # ------------------------------------------------------------------------------- parsers
 
@@ -362,9 +362,8 @@ def test_planted_faults_are_found(kit: Toolkit, tmp_path: Path) -> None:
     assert found == {"unbounded_kernel": "has no __launch_bounds__"}
 
 
-# Two of the architectures that `make sass` compiles for: before and from clusters on.
 @pytest.mark.nvcc
-@pytest.mark.parametrize("arch", ["8.0", "9.0"])
+@pytest.mark.parametrize("arch", archs.DEFAULT)
 def test_the_kernels_hold_the_rules(kit: Toolkit, arch: str) -> None:
     if arch not in kit.gpu_codes():
         pytest.skip(f"nvcc {kit.version} cannot generate {arch}")
