@@ -23,6 +23,7 @@ HOST_SOURCES = (
     "forward.cpp",
     "plan.cpp",
     "plan_bytes.cpp",
+    "plan_cache.cpp",
     "plan_dict.cpp",
     "plan_rows.cpp",
     "plan_team.cpp",

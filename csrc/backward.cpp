@@ -6,6 +6,7 @@
 #include "device_context.h"
 #include "dispatch.h"
 #include "ops.h"
+#include "plan_cache.h"
 #include "stages.h"
 
 namespace batchnorm_cuda {
@@ -39,17 +40,17 @@ void run(const Backward& b) {
   const DeviceInfo& device = device_info(b.input.device());
   const cudaStream_t stream = current_stream(b.input.device());
   PlanOptions options = plan_options();
-  Plan plan = make_plan(b.problem, device, options);
-  if (plan.strategy == Strategy::kTeam) {
-    const LaunchStatus status = run_team<scalar_t>(b, plan, stream);
+  const Plan* plan = &cached_plan(b.problem, device, options);
+  if (plan->strategy == Strategy::kTeam) {
+    const LaunchStatus status = run_team<scalar_t>(b, *plan, stream);
     if (status != kNotResident) return check_launch(status, "team_kernel");
     options.strategy = Strategy::kTwoPass;
-    plan = make_plan(b.problem, device, options);
+    plan = &cached_plan(b.problem, device, options);
   }
   Sums sums;
   if (b.training() && b.grad_input) sums = {channel_vector(b.input), channel_vector(b.input)};
-  if (plan.has_reduce) run_reduce<scalar_t>(b, plan, sums, stream);
-  if (plan.has_elementwise) run_elementwise<scalar_t>(b, plan, sums, stream);
+  if (plan->has_reduce) run_reduce<scalar_t>(b, *plan, sums, stream);
+  if (plan->has_elementwise) run_elementwise<scalar_t>(b, *plan, sums, stream);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "device_context.h"
 #include "dispatch.h"
 #include "ops.h"
+#include "plan_cache.h"
 #include "stages.h"
 
 namespace batchnorm_cuda {
@@ -104,7 +105,7 @@ void run_elementwise(const DoubleBackward& b, const Plan& plan, const at::Tensor
 
 template <typename scalar_t>
 void run(const DoubleBackward& b) {
-  const Plan plan = make_plan(b.problem, device_info(b.input.device()), plan_options());
+  const Plan& plan = cached_plan(b.problem, device_info(b.input.device()), plan_options());
   const cudaStream_t stream = current_stream(b.input.device());
   at::Tensor sums;
   if (plan.has_reduce) sums = run_reduce<scalar_t>(b, plan, stream);

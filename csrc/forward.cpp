@@ -5,6 +5,7 @@
 #include "device_context.h"
 #include "dispatch.h"
 #include "ops.h"
+#include "plan_cache.h"
 #include "stages.h"
 
 namespace batchnorm_cuda {
@@ -43,15 +44,15 @@ void run(const Forward& f) {
   const DeviceInfo& device = device_info(f.input.device());
   const cudaStream_t stream = current_stream(f.input.device());
   PlanOptions options = plan_options();
-  Plan plan = make_plan(f.problem, device, options);
-  if (plan.strategy == Strategy::kTeam) {
-    const LaunchStatus status = run_team<scalar_t>(f, plan, stream);
+  const Plan* plan = &cached_plan(f.problem, device, options);
+  if (plan->strategy == Strategy::kTeam) {
+    const LaunchStatus status = run_team<scalar_t>(f, *plan, stream);
     if (status != kNotResident) return check_launch(status, "team_kernel");
     options.strategy = Strategy::kTwoPass;
-    plan = make_plan(f.problem, device, options);
+    plan = &cached_plan(f.problem, device, options);
   }
-  if (plan.has_reduce) run_statistics<scalar_t>(f, plan, stream);
-  run_normalize<scalar_t>(f, plan, stream);
+  if (plan->has_reduce) run_statistics<scalar_t>(f, *plan, stream);
+  run_normalize<scalar_t>(f, *plan, stream);
 }
 
 }  // namespace

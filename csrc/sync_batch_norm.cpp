@@ -6,23 +6,24 @@
 #include "device_context.h"
 #include "dispatch.h"
 #include "ops.h"
+#include "plan_cache.h"
 #include "stages.h"
 
 namespace batchnorm_cuda {
 namespace {
 
 // The stages alone: a team kernel cannot stop for the other ranks.
-Plan plan_parts(const Problem& problem, const at::Tensor& input) {
+const Plan& plan_parts(const Problem& problem, const at::Tensor& input) {
   PlanOptions options = plan_options();
   options.strategy = Strategy::kTwoPass;
-  return make_plan(problem, device_info(input.device()), options);
+  return cached_plan(problem, device_info(input.device()), options);
 }
 
 template <typename scalar_t>
 void run_moments(const Forward& f, const at::Tensor& row) {
   using acc_t = acc_type<scalar_t>;
   const cudaStream_t stream = current_stream(f.input.device());
-  const Plan plan = plan_parts(f.problem, f.input);
+  const Plan& plan = plan_parts(f.problem, f.input);
   const Workspace workspace = allocate_workspace(plan, f.input);
   MergeMomentsParams<acc_t> merge{};
   merge.partials = collect_statistics<scalar_t>(f, plan, workspace, stream);

@@ -1,0 +1,79 @@
+#include "plan_cache.h"
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <unordered_map>
+
+namespace batchnorm_cuda {
+namespace {
+
+// Training repeats a few hundred problems at most: a network's layers, forward and backward.
+constexpr size_t kMaxPlans = 1024;
+
+using Key = std::array<int64_t, 28>;
+
+// Everything that a plan depends on. The bindings name every field, so that one more does not
+// compile until it is here.
+Key key_of(const Problem& problem, const DeviceInfo& device, const PlanOptions& options) {
+  const auto& [op, dtype, n, c, s, input, grad_output, output, sums, ggx, outputs] = problem;
+  const auto& [name, major, minor, sms, threads, registers, shared_sm, shared, shared_optin, l2,
+               max_grid, cooperative, max_cluster] = device;
+  const auto& [index_bits, splits, strategy, scope, team_size] = options;
+  static_cast<void>(name);
+  return {static_cast<int64_t>(op),
+          static_cast<int64_t>(dtype),
+          n,
+          c,
+          s,
+          input,
+          grad_output,
+          output,
+          sums,
+          ggx,
+          outputs,
+          major,
+          minor,
+          sms,
+          threads,
+          registers,
+          shared_sm,
+          shared,
+          shared_optin,
+          l2,
+          max_grid,
+          cooperative,
+          max_cluster,
+          index_bits,
+          splits,
+          static_cast<int64_t>(strategy),
+          static_cast<int64_t>(scope),
+          team_size};
+}
+
+struct Hash {
+  size_t operator()(const Key& key) const {
+    uint64_t hash = 0;
+    for (const int64_t value : key) {
+      // The constant of Fibonacci hashing, 2^64 over the golden ratio (Knuth 1973, 6.4).
+      hash = (hash ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15u;
+      hash ^= hash >> 32;
+    }
+    return static_cast<size_t>(hash);
+  }
+};
+
+}  // namespace
+
+const Plan& cached_plan(const Problem& problem, const DeviceInfo& device,
+                        const PlanOptions& options) {
+  thread_local std::unordered_map<Key, Plan, Hash> plans;
+  const Key key = key_of(problem, device, options);
+  const auto found = plans.find(key);
+  if (found != plans.end()) return found->second;
+  const Plan plan = make_plan(problem, device, options);
+  if (plans.size() >= kMaxPlans) plans.clear();
+  return plans.emplace(key, plan).first->second;
+}
+
+}  // namespace batchnorm_cuda

@@ -1,0 +1,13 @@
+// The plans of a thread's last problems: planning takes microseconds, a training step repeats.
+#pragma once
+
+#include "plan.h"
+
+namespace batchnorm_cuda {
+
+// make_plan(problem, device, options), worked out once. The reference holds until the next call by
+// the same thread.
+const Plan& cached_plan(const Problem& problem, const DeviceInfo& device,
+                        const PlanOptions& options);
+
+}  // namespace batchnorm_cuda
