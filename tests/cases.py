@@ -87,7 +87,7 @@ CASES = [
     # (N, C): along C, one row per sample
     Case((6, 3), "fewer channels than lanes of a window"),
     Case((2, 2048), "the smallest batch, many channels"),
-    Case((300, 1), "one channel: a window spans many rows"),
+    Case((300, 1), "one channel: all samples are one run"),
     Case((33, 10), "C no multiple of a window, odd N"),
     Case((21, 257), "a prime C just past 256"),
     Case((19, 96), "C = 96, where other libraries' grids skip channels", odd_offset),
@@ -106,6 +106,7 @@ CASES = [
     Case((16, 3, 7, 7), "samples that are whole windows only together"),
     Case((19, 11, 7, 7), "samples of whole windows in no number that a block is wide"),
     Case((3, 1, 9, 11), "one channel, odd everywhere"),
+    Case((5, 1, 7), "one channel, odd everywhere, unaligned start", odd_offset),
     Case((2, 2048, 1, 1), "one position: along C though there are four dimensions"),
     Case((1, 2, 131, 77), "one sample, a long odd run"),
     Case((1, 1, 256, 256), "the largest count, one channel"),
