@@ -13,15 +13,21 @@ namespace batchnorm_cuda {
 template <typename Cursor>
 inline constexpr int kPairs = Cursor::kChannels > 1 ? Cursor::kChannels / 2 : 1;
 
+// What is known of the windows of a batch.
+enum class Batched {
+  kFull,     // all are there, and whole
+  kPresent,  // they are whole or absent
+  kMasked,   // some lanes of them are not valid, and zero
+};
+
 // Calls f(window, lane) for the first lanes of pair p in a batch: a pair at a time, so that the
-// batch's own sums of one pair are in registers. In exact tilings a window is there or not, and all
-// values of those that are there are valid; kFull: all are there.
-template <typename Cursor, bool kFull, int kWindows, typename F>
+// batch's own sums of one pair are in registers.
+template <typename Cursor, Batched kBatched, int kWindows, typename F>
 __device__ __forceinline__ void for_each_of_pair(
     int p, const Window<typename Cursor::index_t> (&windows)[kWindows], F&& f) {
 #pragma unroll
   for (int u = 0; u < kWindows; ++u) {
-    if (!kFull && Cursor::kExact && windows[u].hi <= 0) continue;
+    if (kBatched == Batched::kPresent && windows[u].hi <= 0) continue;
 #pragma unroll
     for (int l = 0; l < Cursor::kVecSize; l += 2) {
       if (Cursor::channel_of(l) / 2 == p) f(u, l);
@@ -31,32 +37,38 @@ __device__ __forceinline__ void for_each_of_pair(
 
 // Statistics of the windows that a thread has at hand, in two sweeps over them: the mean, then the
 // squared deviations from it, corrected by the residual that the rounded mean leaves (Chan, Golub
-// and LeVeque 1983, eq. 1.7). One division serves them all. Masked lanes hold zeros. Both sweeps
-// take the same windows, in batches of any size; kFull: all of a batch's windows are there, whole;
-// kOneBatch: each sweep is one batch, whose sums then start no others.
-template <typename Cursor, typename acc_t, bool kOneBatch = false>
+// and LeVeque 1983, eq. 1.7). One division serves them all. Both sweeps take the same windows, in
+// batches of any size. kOneBatch: each sweep is one batch, whose sums then start no others; kApart:
+// the thread's channels may have different numbers of values.
+template <typename Cursor, typename acc_t, bool kOneBatch = false, bool kApart = false>
 class TwoSweeps {
  public:
   using Values = Vec<typename Cursor::scalar_t>;
   using Mask = Window<typename Cursor::index_t>;
 
-  template <bool kFull, int kWindows>
+  template <Batched kBatched, int kWindows>
   __device__ __forceinline__ void add_values(const Values (&vec)[kWindows],
                                              const Mask (&windows)[kWindows]) {
 #pragma unroll
     for (int p = 0; p < kPairs<Cursor>; ++p) {
       Pair<acc_t> batch = {};
-      for_each_of_pair<Cursor, kFull>(p, windows, [&](int u, int l) {
+      for_each_of_pair<Cursor, kBatched>(p, windows, [&](int u, int l) {
         batch = lanes_plus(vec[u], l, batch);
-        if (Cursor::kExact) return;
-        count_[count_of(l)] += windows[u].valid(l);
-        count_[count_of(l + 1)] += windows[u].valid(l + 1);
+        if (!kApart) return;
+        count_[l] += windows[u].valid(l);
+        count_[l + 1] += windows[u].valid(l + 1);
       });
       sum_[p] = plus(sum_[p], batch);
     }
 #pragma unroll
     for (int u = 0; u < kWindows; ++u) {
-      if (Cursor::kExact) count_[0] += (kFull || windows[u].hi > 0) * kLanes;
+      if (kApart) continue;
+      if (kBatched == Batched::kMasked) {
+        const int lanes = windows[u].hi - windows[u].lo;
+        count_[0] += lanes > 0 ? lanes : 0;
+      } else {
+        count_[0] += (kBatched == Batched::kFull || windows[u].hi > 0) * kLanes;
+      }
     }
   }
 
@@ -70,7 +82,7 @@ class TwoSweeps {
     }
   }
 
-  template <bool kFull, int kWindows>
+  template <Batched kBatched, int kWindows>
   __device__ __forceinline__ void add_deviations(const Values (&vec)[kWindows],
                                                  const Mask (&windows)[kWindows]) {
 #pragma unroll
@@ -80,9 +92,9 @@ class TwoSweeps {
         residual = sum_[p];
         squares = m2_[p];
       }
-      for_each_of_pair<Cursor, kFull>(p, windows, [&](int u, int l) {
+      for_each_of_pair<Cursor, kBatched>(p, windows, [&](int u, int l) {
         Pair<acc_t> deviation = lanes_plus(vec[u], l, -shift_[p]);
-        if (!kFull && !Cursor::kExact) {
+        if (kBatched == Batched::kMasked) {
           if (!windows[u].valid(l)) deviation.x = 0;
           if (!windows[u].valid(l + 1)) deviation.y = 0;
         }
@@ -97,7 +109,7 @@ class TwoSweeps {
   __device__ __forceinline__ void merge_into(Welford<acc_t> (&stats)[Cursor::kChannels]) const {
     if constexpr (Cursor::kChannels == 1) {
       stats[0].merge(channel({sum_[0].x + sum_[0].y, shift_[0].x, m2_[0].x + m2_[0].y}, 0));
-    } else if constexpr (Cursor::kExact) {
+    } else if constexpr (!kApart) {
       merge_pairs(stats);
     } else {
 #pragma unroll
@@ -126,8 +138,7 @@ class TwoSweeps {
     return batch;
   }
 
-  // Welford::merge of two channels at once, in exact tilings, where a thread's channels have the
-  // same count throughout.
+  // Welford::merge of two channels at once: a thread's channels have the same count throughout.
   __device__ __forceinline__ void merge_pairs(Welford<acc_t> (&stats)[Cursor::kChannels]) const {
     const MergeWeights<acc_t> weights(stats[0].count, static_cast<acc_t>(count_[0]));
 #pragma unroll
@@ -150,10 +161,7 @@ class TwoSweeps {
     return kOneBatch ? batch : sum + batch;
   }
 
-  // In exact tilings every channel of a thread has as many values.
-  __device__ __forceinline__ static constexpr int count_of(int lane) {
-    return Cursor::kExact ? 0 : Cursor::channel_of(lane);
-  }
+  __device__ __forceinline__ static constexpr int count_of(int lane) { return kApart ? lane : 0; }
   __device__ __forceinline__ Pair<acc_t> per_value(int p) const {
     return {per_value_of(2 * p), per_value_of(2 * p + 1)};
   }
@@ -162,20 +170,20 @@ class TwoSweeps {
     return reciprocal(count > 0 ? static_cast<acc_t>(count) : acc_t(1));
   }
 
-  int count_[Cursor::kExact ? 1 : Cursor::kChannels] = {};
+  int count_[kApart ? Cursor::kChannels : 1] = {};
   Pair<acc_t> sum_[kPairs<Cursor>] = {}, shift_[kPairs<Cursor>] = {}, m2_[kPairs<Cursor>] = {};
 };
 
-// Merges a batch into the statistics of each of the thread's channels.
-template <typename Cursor, bool kFull, typename acc_t, int kWindows>
+// Merges a batch into the statistics of each of the thread's channels. Masked batches come last.
+template <typename Cursor, Batched kBatched, typename acc_t, int kWindows>
 __device__ __forceinline__ void add_statistics(
     Welford<acc_t> (&stats)[Cursor::kChannels],
     const Vec<typename Cursor::scalar_t> (&vec)[kWindows],
     const Window<typename Cursor::index_t> (&windows)[kWindows]) {
-  TwoSweeps<Cursor, acc_t, true> batch;
-  batch.template add_values<kFull>(vec, windows);
+  TwoSweeps<Cursor, acc_t, true, kBatched == Batched::kMasked && (Cursor::kChannels > 1)> batch;
+  batch.template add_values<kBatched>(vec, windows);
   batch.end_values();
-  batch.template add_deviations<kFull>(vec, windows);
+  batch.template add_deviations<kBatched>(vec, windows);
   batch.merge_into(stats);
 }
 

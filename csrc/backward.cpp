@@ -18,8 +18,6 @@ LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) 
   const Workspace workspace = allocate_workspace(plan, b.input);
   TeamBackwardParams<scalar_t> params{};
   params.team = plan.team;
-  params.grad_output_aligned = b.problem.grad_output_shift == b.problem.output_shift;
-  params.input_aligned = b.problem.input_shift == b.problem.output_shift;
   params.training = b.training();
   params.count = b.problem.n * b.problem.s;
   params.grad_output = pointer_to<scalar_t>(b.grad_output);

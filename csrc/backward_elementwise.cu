@@ -20,6 +20,20 @@ __device__ __forceinline__ auto load_channel(const Params& p, const Cursor& curs
                                 load_global(p.sum_dy_xhat + c), count);
 }
 
+template <typename Cursor, bool kTraining, Lanes kLanes, typename Params>
+__device__ __forceinline__ void store_grad_input(
+    const Params& p, const Window<typename Cursor::index_t>& window,
+    const Vec<typename Cursor::scalar_t>& dy, const Vec<typename Cursor::scalar_t>& x,
+    const GradInput<typename Params::acc_t> (&channel)[Cursor::kChannels]) {
+  Vec<typename Cursor::scalar_t> dx;
+#pragma unroll
+  for (int l = 0; l < Cursor::kVecSize; l += 2) {
+    const auto &a = channel[Cursor::channel_of(l)], &b = channel[Cursor::channel_of(l + 1)];
+    round_into(dx, l, kTraining ? grad_input(a, b, dy, x, l) : grad_input(a, b, dy, l));
+  }
+  store_window<kLanes>(p.grad_input, window, dx);
+}
+
 template <typename Cursor, bool kTraining>
 __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
     backward_elementwise_kernel(const BackwardElementwiseParams<typename Cursor::scalar_t> p) {
@@ -27,6 +41,8 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
   using acc_t = acc_type<scalar_t>;
   constexpr int kUnrollPairs = kTraining ? kUnroll / 2 : kUnroll;
   const int64_t numel = p.traversal.numel;
+  const bool dy_aligned = Cursor::kExact || p.grad_output_aligned;
+  const bool x_aligned = Cursor::kExact || p.input_aligned;
   const acc_t total = static_cast<acc_t>(p.total_count ? load_global(p.total_count) : p.count);
   // Backwards: what the reduce kernel read last may still be in the L2 cache.
   for (int64_t task = p.traversal.tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
@@ -42,25 +58,20 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
       for (int u = 0; u < kUnrollPairs; ++u) {
         windows[u] = {0, 0, 0};
         if (u < i) windows[u] = cursor.take_back();
-        dy[u] =
-            load_window<Cursor::kExact>(p.grad_output, windows[u], numel, p.grad_output_aligned);
-        if (kTraining) {
-          x[u] = load_window<Cursor::kExact>(p.input, windows[u], numel, p.input_aligned);
-        }
+        dy[u] = load_window<Cursor::kLanes>(p.grad_output, windows[u], numel, dy_aligned);
+        if (kTraining) x[u] = load_window<Cursor::kLanes>(p.input, windows[u], numel, x_aligned);
       }
 #pragma unroll
       for (int u = 0; u < kUnrollPairs; ++u) {
-        Vec<scalar_t> dx;
-#pragma unroll
-        for (int l = 0; l < Cursor::kVecSize; l += 2) {
-          const GradInput<acc_t>& a = channel[Cursor::channel_of(l)];
-          const GradInput<acc_t>& b = channel[Cursor::channel_of(l + 1)];
-          round_into(dx, l,
-                     kTraining ? grad_input(a, b, dy[u], x[u], l) : grad_input(a, b, dy[u], l));
-        }
-        store_window<Cursor::kExact>(p.grad_input, windows[u], dx);
+        store_grad_input<Cursor, kTraining, Cursor::kLanes>(p, windows[u], dy[u], x[u], channel);
       }
     }
+    for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
+      const auto dy = load_window<Lanes::kMasked>(p.grad_output, edge, numel, dy_aligned);
+      Vec<scalar_t> x;
+      if (kTraining) x = load_window<Lanes::kMasked>(p.input, edge, numel, x_aligned);
+      store_grad_input<Cursor, kTraining, Lanes::kMasked>(p, edge, dy, x, channel);
+    });
   }
 }
 

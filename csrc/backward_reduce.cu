@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   constexpr int kUnrollPairs = kUnroll / 2;  // dy and x: as many loads in flight as the forward
   acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared());
   const int64_t numel = p.traversal.numel;
+  const bool dy_aligned = Cursor::kExact || p.grad_output_aligned;
   for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
     Cursor cursor(p.traversal, task);
     GradSums<acc_t> sums[kChannels];
@@ -27,17 +28,21 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     }
     while (cursor.left > 0) {
       Vec<scalar_t> dy[kUnrollPairs], x[kUnrollPairs];
-      Window<typename Cursor::index_t> windows[kUnrollPairs];
 #pragma unroll
       for (int u = 0; u < kUnrollPairs; ++u) {
-        windows[u] = {0, 0, 0};
-        if (cursor.left > 0) windows[u] = cursor.take();
-        x[u] = load_window<Cursor::kExact>(p.input, windows[u], numel, true);
-        dy[u] =
-            load_window<Cursor::kExact>(p.grad_output, windows[u], numel, p.grad_output_aligned);
+        Window<typename Cursor::index_t> window = {0, 0, 0};
+        if (cursor.left > 0) window = cursor.take();
+        x[u] = load_window<Cursor::kLanes>(p.input, window, numel, true);
+        dy[u] = load_window<Cursor::kLanes>(p.grad_output, window, numel, dy_aligned);
       }
       add_gradients<Cursor>(sums, dy, x, mean);
     }
+    for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
+      const Vec<scalar_t> dy[1] = {
+          load_window<Lanes::kMasked>(p.grad_output, edge, numel, dy_aligned)};
+      const Vec<scalar_t> x[1] = {load_window<Lanes::kMasked>(p.input, edge, numel, true)};
+      add_gradients<Cursor>(sums, dy, x, mean);
+    });
     reduce_members<Cursor>(sums, shared);
     if (Cursor::member() == 0 && cursor.channel_valid(0)) {
 #pragma unroll

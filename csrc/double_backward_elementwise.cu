@@ -24,54 +24,76 @@ __device__ __forceinline__ auto load_channel(const Params& p, const Cursor& curs
   return make_double_grad(weight, mean, invstd, ggw, ggb, sums, static_cast<acc_t>(p.count));
 }
 
+// The three windows at one position.
+template <typename scalar_t>
+struct Inputs {
+  Vec<scalar_t> dy, ggx, x;
+};
+
+template <Lanes kLanes, bool kExact, typename scalar_t, typename index_t>
+__device__ __forceinline__ Inputs<scalar_t> load_inputs(
+    const DoubleBackwardElementwiseParams<scalar_t>& p, const Window<index_t>& window) {
+  const int64_t numel = p.traversal.numel;
+  return {
+      load_window_or_zero<kLanes>(p.grad_output, window, numel, kExact || p.grad_output_aligned),
+      load_window_or_zero<kLanes>(p.grad_grad_input, window, numel,
+                                  kExact || p.grad_grad_input_aligned),
+      load_window_or_zero<kLanes>(p.input, window, numel, kExact || p.input_aligned)};
+}
+
+template <Lanes kLanes, bool kTraining, typename scalar_t, typename index_t, int kChannels>
+__device__ __forceinline__ void store_outputs(
+    const DoubleBackwardElementwiseParams<scalar_t>& p, const Window<index_t>& window,
+    const Inputs<scalar_t>& in, const DoubleGrad<acc_type<scalar_t>> (&channel)[kChannels]) {
+  constexpr int kVecSize = kVec<scalar_t>;
+  acc_type<scalar_t> ddy[kVecSize], dx[kVecSize];
+#pragma unroll
+  for (int l = 0; l < kVecSize; ++l) {
+    const auto& formula = channel[l * kChannels / kVecSize];
+    const auto dy = to_acc(in.dy.lane[l]), ggx = to_acc(in.ggx.lane[l]), x = to_acc(in.x.lane[l]);
+    ddy[l] = formula.grad_grad_output(ggx, x);
+    dx[l] = kTraining ? formula.grad_input(dy, ggx, x) : formula.grad_input(dy);
+  }
+  if (p.grad_grad_output) {
+    store_window<kLanes>(p.grad_grad_output, window, round_to<scalar_t>(ddy));
+  }
+  if (p.grad_input) store_window<kLanes>(p.grad_input, window, round_to<scalar_t>(dx));
+}
+
 template <typename Cursor, bool kTraining>
 __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     double_backward_elementwise_kernel(
         const DoubleBackwardElementwiseParams<typename Cursor::scalar_t> p) {
   using scalar_t = typename Cursor::scalar_t;
-  using acc_t = acc_type<scalar_t>;
   constexpr bool kExact = Cursor::kExact;
   // Along C, seven constants for every lane leave registers for the three windows of one position.
   constexpr int kUnrollTriples = Cursor::kChannels == 1 ? 2 : 1;
-  const int64_t numel = p.traversal.numel;
   // Forwards: backwards, the compiler splits the accesses of the one position in flight along C.
   for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
     Cursor cursor(p.traversal, task);
-    DoubleGrad<acc_t> channel[Cursor::kChannels];
+    DoubleGrad<acc_type<scalar_t>> channel[Cursor::kChannels];
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) {
       channel[c] = load_channel<kTraining>(p, cursor, c);
     }
     while (cursor.left > 0) {
       Window<typename Cursor::index_t> windows[kUnrollTriples];
-      Vec<scalar_t> dy[kUnrollTriples], ggx[kUnrollTriples], x[kUnrollTriples];
+      Inputs<scalar_t> inputs[kUnrollTriples];
 #pragma unroll
       for (int u = 0; u < kUnrollTriples; ++u) {
         windows[u] = {0, 0, 0};
         if (cursor.left > 0) windows[u] = cursor.take();
-        dy[u] =
-            load_window_or_zero<kExact>(p.grad_output, windows[u], numel, p.grad_output_aligned);
-        ggx[u] = load_window_or_zero<kExact>(p.grad_grad_input, windows[u], numel,
-                                             p.grad_grad_input_aligned);
-        x[u] = load_window_or_zero<kExact>(p.input, windows[u], numel, p.input_aligned);
+        inputs[u] = load_inputs<Cursor::kLanes, kExact>(p, windows[u]);
       }
 #pragma unroll
       for (int u = 0; u < kUnrollTriples; ++u) {
-        acc_t ddy[Cursor::kVecSize], dx[Cursor::kVecSize];
-#pragma unroll
-        for (int l = 0; l < Cursor::kVecSize; ++l) {
-          const DoubleGrad<acc_t>& formula = channel[l * Cursor::kChannels / Cursor::kVecSize];
-          const acc_t grad = to_acc(dy[u].lane[l]), grad_grad = to_acc(ggx[u].lane[l]);
-          const acc_t value = to_acc(x[u].lane[l]);
-          ddy[l] = formula.grad_grad_output(grad_grad, value);
-          dx[l] = kTraining ? formula.grad_input(grad, grad_grad, value) : formula.grad_input(grad);
-        }
-        if (p.grad_grad_output) {
-          store_window<kExact>(p.grad_grad_output, windows[u], round_to<scalar_t>(ddy));
-        }
-        if (p.grad_input) store_window<kExact>(p.grad_input, windows[u], round_to<scalar_t>(dx));
+        store_outputs<Cursor::kLanes, kTraining>(p, windows[u], inputs[u], channel);
       }
     }
+    for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
+      const auto inputs = load_inputs<Lanes::kMasked, kExact>(p, edge);
+      store_outputs<Lanes::kMasked, kTraining>(p, edge, inputs, channel);
+    });
   }
 }
 

@@ -14,12 +14,17 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     double_backward_reduce_kernel(const DoubleBackwardReduceParams<typename Cursor::scalar_t> p) {
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
-  constexpr bool kExact = Cursor::kExact;
   constexpr int kChannels = Cursor::kChannels;
   // Along C, five sums for every lane leave registers for the three windows of one position.
   constexpr int kUnrollTriples = kChannels == 1 ? 2 : 1;
   acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared());
-  const int64_t numel = p.traversal.numel;
+  const auto load = [&](auto lanes, const scalar_t* tensor,
+                        const Window<typename Cursor::index_t>& window, bool aligned) {
+    return load_window_or_zero<decltype(lanes)::value>(tensor, window, p.traversal.numel,
+                                                       Cursor::kExact || aligned);
+  };
+  constexpr std::integral_constant<Lanes, Cursor::kLanes> whole;
+  constexpr std::integral_constant<Lanes, Lanes::kMasked> masked;
   for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
     Cursor cursor(p.traversal, task);
     DoubleGradSums<acc_t> sums[kChannels];
@@ -34,13 +39,19 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
       for (int u = 0; u < kUnrollTriples; ++u) {
         Window<typename Cursor::index_t> window = {0, 0, 0};
         if (cursor.left > 0) window = cursor.take();
-        x[u] = load_window_or_zero<kExact>(p.input, window, numel, true);
-        dy[u] = load_window_or_zero<kExact>(p.grad_output, window, numel, p.grad_output_aligned);
-        ggx[u] = load_window_or_zero<kExact>(p.grad_grad_input, window, numel,
-                                             p.grad_grad_input_aligned);
+        x[u] = load(whole, p.input, window, true);
+        dy[u] = load(whole, p.grad_output, window, p.grad_output_aligned);
+        ggx[u] = load(whole, p.grad_grad_input, window, p.grad_grad_input_aligned);
       }
       add_double_gradients<Cursor>(sums, dy, ggx, x, mean);
     }
+    for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
+      const Vec<scalar_t> x[1] = {load(masked, p.input, edge, true)};
+      const Vec<scalar_t> dy[1] = {load(masked, p.grad_output, edge, p.grad_output_aligned)};
+      const Vec<scalar_t> ggx[1] = {
+          load(masked, p.grad_grad_input, edge, p.grad_grad_input_aligned)};
+      add_double_gradients<Cursor>(sums, dy, ggx, x, mean);
+    });
     reduce_members<Cursor>(sums, shared);
     if (Cursor::member() == 0 && cursor.channel_valid(0)) {
 #pragma unroll

@@ -17,7 +17,6 @@ LaunchStatus run_team(const Forward& f, const Plan& plan, cudaStream_t stream) {
   const Workspace workspace = allocate_workspace(plan, f.input);
   TeamForwardParams<scalar_t> params{};
   params.team = plan.team;
-  params.input_aligned = f.problem.input_shift == f.problem.output_shift;
   params.input = static_cast<const scalar_t*>(f.input.const_data_ptr());
   params.output = static_cast<scalar_t*>(f.output.data_ptr());
   params.weight = param_pointer(f.weight);

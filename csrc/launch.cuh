@@ -86,9 +86,9 @@ struct CursorTag {
 template <typename scalar_t, typename Launch>
 inline LaunchStatus with_cursor(Pattern pattern, const Traversal& t, Launch&& launch) {
   if (pattern == Pattern::kAlongS) {
-    if (!t.exact) return launch(CursorTag<AlongS<scalar_t, int64_t, false>>{});
-    if (t.index_bits == 64) return launch(CursorTag<AlongFarS<scalar_t>>{});
-    return launch(CursorTag<AlongS<scalar_t, int32_t, true>>{});
+    if (!t.exact) return launch(CursorTag<AlongRuns<scalar_t, int64_t, false>>{});
+    if (t.index_bits == 64) return launch(CursorTag<AlongRuns<scalar_t, int64_t, true>>{});
+    return launch(CursorTag<AlongS<scalar_t, int32_t>>{});
   }
   if (!t.exact) return launch(CursorTag<AlongC<scalar_t, int64_t, false>>{});
   if (t.index_bits == 64) return launch(CursorTag<AlongC<scalar_t, int64_t, true>>{});

@@ -31,11 +31,27 @@ __device__ __forceinline__ auto load_channel(const Params& p, const Cursor& curs
   return channel;
 }
 
+template <typename Cursor, Lanes kLanes, typename Params>
+__device__ __forceinline__ void store_normalized(
+    const Params& p, const Window<typename Cursor::index_t>& window,
+    const Vec<typename Cursor::scalar_t>& x,
+    const Normalize<typename Params::acc_t> (&channel)[Cursor::kChannels]) {
+  Vec<typename Cursor::scalar_t> y;
+#pragma unroll
+  for (int l = 0; l < Cursor::kVecSize; l += 2) {
+    round_into(y, l,
+               normalize(channel[Cursor::channel_of(l)], channel[Cursor::channel_of(l + 1)], x, l));
+  }
+  store_window<kLanes>(p.output, window, y);
+}
+
 template <typename Cursor>
 __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
     transform_input_kernel(const NormalizeParams<typename Cursor::scalar_t> p) {
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
+  const int64_t numel = p.traversal.numel;
+  const bool aligned = Cursor::kExact || p.input_aligned;
   // Backwards: what the reduce kernel read last may still be in the L2 cache.
   for (int64_t task = p.traversal.tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
     Cursor cursor(p.traversal, task);
@@ -50,20 +66,17 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
       for (int u = 0; u < kUnroll; ++u) {
         windows[u] = {0, 0, 0};
         if (u < i) windows[u] = cursor.take_back();
-        x[u] = load_window<Cursor::kExact>(p.input, windows[u], p.traversal.numel, p.input_aligned);
+        x[u] = load_window<Cursor::kLanes>(p.input, windows[u], numel, aligned);
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        Vec<scalar_t> y;
-#pragma unroll
-        for (int l = 0; l < Cursor::kVecSize; l += 2) {
-          round_into(y, l,
-                     normalize(channel[Cursor::channel_of(l)], channel[Cursor::channel_of(l + 1)],
-                               x[u], l));
-        }
-        store_window<Cursor::kExact>(p.output, windows[u], y);
+        store_normalized<Cursor, Cursor::kLanes>(p, windows[u], x[u], channel);
       }
     }
+    for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
+      const auto x = load_window<Lanes::kMasked>(p.input, edge, numel, aligned);
+      store_normalized<Cursor, Lanes::kMasked>(p, edge, x, channel);
+    });
   }
 }
 

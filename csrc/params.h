@@ -322,7 +322,6 @@ struct TeamForwardParams {
   using scalar_t = scalar_type;
   using acc_t = acc_type<scalar_t>;
   Team team;
-  bool input_aligned;         // the input shares the output's 16-byte boundaries
   const scalar_t* input;      // [N, C, S]
   scalar_t* output;           // [N, C, S]
   ParamPointer weight, bias;  // [C] or absent
@@ -346,14 +345,13 @@ struct TeamBackwardParams {
   using scalar_t = scalar_type;
   using acc_t = acc_type<scalar_t>;
   Team team;
-  bool grad_output_aligned, input_aligned;  // share grad_input's 16-byte boundaries
-  bool training;                            // the statistics depend on the input
-  int64_t count;                            // values per channel
-  const scalar_t *grad_output, *input;      // [N, C, S]
-  scalar_t* grad_input;                     // [N, C, S]
-  ParamPointer weight;                      // [C] or absent
-  const acc_t *mean, *invstd;               // [C]
-  ParamPointer grad_weight, grad_bias;      // [C] or absent
+  bool training;                        // the statistics depend on the input
+  int64_t count;                        // values per channel
+  const scalar_t *grad_output, *input;  // [N, C, S]
+  scalar_t* grad_input;                 // [N, C, S]
+  ParamPointer weight;                  // [C] or absent
+  const acc_t *mean, *invstd;           // [C]
+  ParamPointer grad_weight, grad_bias;  // [C] or absent
   acc_t* slots;
   uint64_t* sync;
   template <typename F>

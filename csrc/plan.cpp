@@ -64,10 +64,9 @@ void split_work(Traversal& t, int64_t work, int64_t work_per_block, const Device
 // one.
 void plan_along_s(Traversal& t, int vec, const DeviceInfo& device, const PlanOptions& options) {
   t.exact = t.exact && t.s % vec == 0;
-  // A run that starts anywhere in a window touches at most this many windows.
-  t.row_windows = t.exact ? t.s / vec : ceil_div(t.s + vec - 1, vec);
+  t.row_windows = t.exact ? t.s / vec : whole_windows(t.s, vec);
   t.rows = t.n;
-  const int64_t windows = t.rows * t.row_windows;
+  const int64_t windows = t.rows * std::max<int64_t>(t.row_windows, 1);  // or runs, all edges
   const int64_t threads =
       std::max<int64_t>(std::min<int64_t>(windows, kWarpSize), ceil_div(windows, kUnroll));
   t.threads_x = static_cast<int>(
@@ -75,6 +74,7 @@ void plan_along_s(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
   t.threads_y = kStageThreads / t.threads_x;
   t.channel_blocks = ceil_div(t.c, t.threads_y);
   split_work(t, windows, int64_t{t.threads_x} * kUnroll, device, options);
+  if (!t.exact) t.edge_runs = ceil_div(t.rows, t.splits);
 }
 
 // The width of even column blocks of at most a warp's, so that the last one is not nearly empty;
@@ -127,6 +127,7 @@ RowLayout elementwise_rows(const Problem& p, int vec) {
 
 // Index arithmetic reaches at most one step past the last window of a thread.
 bool fits_32_bits(const Traversal& t, int vec) {
+  if (!t.exact) return false;  // one 64-bit form serves all such sizes and halves what is compiled
   const int64_t step = t.pattern == Pattern::kAlongS ? (t.threads_x / t.row_windows + 2) * t.c * t.s
                                                      : int64_t{t.threads_y} * t.row_windows * vec;
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
@@ -153,8 +154,7 @@ Traversal plan_traversal(const Problem& p, Pattern pattern, int shift,
   } else {
     plan_along_c(t, vec, device, options);
   }
-  // Masked windows are rare sizes: one 64-bit form serves them all and halves what is compiled.
-  t.index_bits = t.exact && options.index_bits != 64 && fits_32_bits(t, vec) ? 32 : 64;
+  t.index_bits = options.index_bits != 64 && fits_32_bits(t, vec) ? 32 : 64;
   return t;
 }
 

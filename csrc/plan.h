@@ -87,13 +87,15 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr bool team_is_pipelined(Depth depth) {
 // up to 184 of a deep kernel's 255 registers.
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exact, Depth depth,
                                                       int value_bytes, int tensors) {
+  const bool along_c = pattern == Pattern::kAlongC;
   if (depth == Depth::kDeep) {
-    if (pattern == Pattern::kAlongRow || !exact) return 0;
-    return pattern == Pattern::kAlongC && value_bytes == 2 && tensors == 1 ? 45 : 46;
+    if (pattern == Pattern::kAlongRow) return 0;
+    if (!exact && tensors == 2) return 44;
+    return along_c && value_bytes == 2 && tensors == 1 ? 45 : 46;
   }
   const bool middle = depth == Depth::kMiddle;
   if (pattern == Pattern::kAlongRow) return !middle ? 0 : exact ? 6 : 4;
-  if (pattern == Pattern::kAlongC || !exact) return middle ? 8 : 4;
+  if (along_c) return middle ? 8 : 4;
   return !middle ? 12 : value_bytes == 8 ? 12 : 16;
 }
 
@@ -113,6 +115,9 @@ inline int64_t column_scratch_values(int columns, int rows, int lanes, int field
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whole windows that a run of s elements has, wherever in a window it begins.
+inline int64_t whole_windows(int64_t s, int vec) { return s < vec - 1 ? 0 : (s - (vec - 1)) / vec; }
 
 struct DeviceInfo {
   std::string name = "unknown";
@@ -158,17 +163,18 @@ struct Traversal {
   Pattern pattern = Pattern::kAlongS;
   int64_t n = 0, c = 0, s = 0, numel = 0;
   int shift = 0;      // of the tensor whose 16-byte boundaries define the windows
-  bool exact = true;  // every window is full: no masks, no heads, no tails
+  bool exact = true;  // every window is full and aligned: there are no edges (traversal.cuh)
   int index_bits = 32;
   int threads_x = 1;        // along S: threads per channel; along C: windows of a row
   int threads_y = 1;        // along S: channels per block;  along C: rows at a time
-  int64_t row_windows = 1;  // along S: windows of a run;    along C: windows of a row group
+  int64_t row_windows = 1;  // along S: whole windows of a run; along C: windows of a row group
   int64_t rows = 1;         // along S: N runs per channel;  along C: row groups
   int64_t row_repeat = 1;   // along C and along rows: rows of C*S elements in a row group, else 1
   int64_t channel_blocks = 1;
   int64_t segments = 0;  // along a row: channels of a channel block
   int64_t splits = 1;
   int64_t per_split = 1;  // along S: windows of the channel; along C: row groups
+  int64_t edge_runs = 0;  // along S, not exact: runs whose edges a split takes
   int64_t tasks = 0, grid = 0;
   int64_t shared_bytes = 0;
 };

@@ -78,7 +78,8 @@ py::dict to_dict(const Traversal& t) {
                   "threads_y"_a = t.threads_y, "row_windows"_a = t.row_windows, "rows"_a = t.rows,
                   "row_repeat"_a = t.row_repeat, "channel_blocks"_a = t.channel_blocks,
                   "segments"_a = t.segments, "splits"_a = t.splits, "per_split"_a = t.per_split,
-                  "tasks"_a = t.tasks, "grid"_a = t.grid, "shared_bytes"_a = t.shared_bytes);
+                  "edge_runs"_a = t.edge_runs, "tasks"_a = t.tasks, "grid"_a = t.grid,
+                  "shared_bytes"_a = t.shared_bytes);
 }
 
 const char* depth_name(Depth depth) {

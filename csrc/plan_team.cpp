@@ -38,6 +38,12 @@ bool all_aligned(const Problem& p) {
   return p.output_shift == 0 && p.input_shift <= 0 && p.grad_output_shift <= 0;
 }
 
+// Kernels of teams know one place of the 16-byte boundaries.
+bool aligned_alike(const Problem& p) {
+  return p.input_shift == p.output_shift &&
+         (p.grad_output_shift < 0 || p.grad_output_shift == p.output_shift);
+}
+
 bool along_c_is_exact(const Problem& p, int vec) { return all_aligned(p) && p.c % vec == 0; }
 
 TeamRequest make_request(const Problem& p, const DeviceInfo& device, const PlanOptions& options,
@@ -103,6 +109,7 @@ double idle_share(const TeamRequest& r, const Team& team) {
 }
 
 bool fits_32_bits(const TeamRequest& r, const Traversal& t) {
+  if (t.row_windows == 0) return false;
   const int64_t step = r.pattern == Pattern::kAlongS ? (t.threads_x / t.row_windows + 2) * t.c * t.s
                                                      : int64_t{t.threads_y} * t.row_windows * r.vec;
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
@@ -114,6 +121,7 @@ std::string unsuitable(const Problem& p, const PlanOptions& options) {
   if (p.output_shift < 0) return "no elementwise output is wanted";
   if (p.op == Op::kBackwardEval && !p.need_sums) return "no sums are wanted";
   if (options.index_bits == 64) return "64-bit indices are forced";
+  if (!aligned_alike(p)) return "misaligned tensors: their 16-byte boundaries differ";
   return "";
 }
 
@@ -163,7 +171,7 @@ std::vector<int> slab_widths(const TeamRequest& r) {
 // Offers all teams of one access pattern and slab width.
 void offer_teams(const TeamRequest& r, int slab, Choice& choice) {
   const Traversal base = team_traversal(r, slab);
-  if (r.exact && !fits_32_bits(r, base)) return;
+  if (base.index_bits == 32 && !fits_32_bits(r, base)) return;
   const bool shares_block = r.pattern == Pattern::kAlongS && base.threads_x < kTeamThreads;
   for (const Depth depth : kDepths) {
     if (windows_of(r, depth) == 0) continue;
@@ -200,7 +208,7 @@ Team plan_team(const Problem& problem, const DeviceInfo& device, const PlanOptio
   }
   if (choice.team.size == 0) {
     *reason = whole ? "no team fits, or the tensor needs 64-bit indices"
-                    : "channels last with misaligned tensors, or rows that make no whole windows";
+                    : "channels last whose rows make no whole windows, or begin off 16-byte boundaries";
     return choice.team;
   }
   const bool forced = options.strategy == Strategy::kTeam;

@@ -21,7 +21,7 @@ int64_t power_of_two_at_least(int64_t value) {
 int64_t round_up(int64_t value, int64_t unit) { return ceil_div(value, unit) * unit; }
 
 void lay_out_along_s(const TeamRequest& r, Traversal& t) {
-  t.row_windows = r.exact ? t.s / r.vec : ceil_div(t.s + r.vec - 1, r.vec);
+  t.row_windows = r.exact ? t.s / r.vec : whole_windows(t.s, r.vec);
   t.rows = t.n;
   const int64_t windows = t.rows * t.row_windows;
   const int64_t held = kUnroll / r.tensors;  // before a thread more is worth its while
@@ -159,7 +159,7 @@ Traversal team_traversal(const TeamRequest& r, int slab) {
   t.pattern = r.pattern;
   t.shift = p.output_shift;
   t.exact = r.exact;
-  t.index_bits = r.exact ? 32 : 64;
+  t.index_bits = r.exact || r.pattern == Pattern::kAlongS ? 32 : 64;
   if (r.pattern == Pattern::kAlongS) lay_out_along_s(r, t);
   if (r.pattern == Pattern::kAlongC) lay_out_along_c(r, slab, t);
   if (r.pattern == Pattern::kAlongRow) lay_out_rows(r.rows, r.vec, kTeamThreads, t);
@@ -189,6 +189,7 @@ bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, int64_
   t.per_split = part_of(work, size, r.pattern);
   t.splits = size;
   if ((size - 1) * t.per_split >= work) return false;  // a rank without work
+  if (r.pattern == Pattern::kAlongS && !r.exact) t.edge_runs = ceil_div(t.rows, size);
   team.size = static_cast<int>(size);
   lay_out_shared(r, team);
   const int64_t members = team_members(t, r.pattern);

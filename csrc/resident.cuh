@@ -5,8 +5,10 @@
 // A thread's windows, in the order of its cursor: first those that do not fit (they are reduced now
 // and read again at the end, last first, while the L2 cache may still hold them), then those in
 // registers, then those in shared memory. No thread reads another's windows, so holding them takes
-// no barrier. With one block an SM, a place is loaded with the next group's window as soon as this
-// group's has left it, so that memory has work while the outputs are formed and stored.
+// no barrier. A thread's first edge (traversal.cuh) is held as well, others are read twice: they
+// are few, and what is read lies beside what is held. With one block an SM, a place is loaded with
+// the next group's window as soon as this group's has left it, so that memory has work while the
+// outputs are formed and stored.
 #pragma once
 
 #include "accumulate.cuh"
@@ -36,7 +38,7 @@ class Resident {
       Batch<kBatch> batch;
       for_each_present<kBatch>(streamed_ - i, [&](int u) { batch.windows[u] = cursor.take(); });
       load(batch);
-      operation.accumulate(acc, batch.vec, batch.windows);
+      operation.template accumulate<Batched::kPresent>(acc, batch.vec, batch.windows);
     }
   }
 
@@ -47,6 +49,7 @@ class Resident {
     for (int i = 0; i < kRegisters; ++i) fetch_register(i, cursor, here_);
 #pragma unroll 1  // of four at once, the addresses would not fit beside what registers hold
     for (int i = 0; i < here_.shared; ++i) fetch_shared(i, cursor);
+    fetch_edge(cursor);
   }
 
   // To be called when a cursor has been made anew, at the windows that fetch() loaded.
@@ -58,14 +61,20 @@ class Resident {
   __device__ __forceinline__ void accumulate(const Operation& operation, const Cursor& cursor,
                                              Acc& acc) {
     if constexpr (kDepth == Depth::kStream) {
-      visit(cursor, [&](const auto& b) { operation.accumulate(acc, b.vec, b.windows); });
+      visit(cursor, [&](auto batched, const auto& b) {
+        operation.template accumulate<decltype(batched)::value>(acc, b.vec, b.windows);
+      });
     } else {
       typename Operation::Sweeps sweeps(operation);
-      visit(cursor, [&](const auto& b) { sweeps.first(b.vec, b.windows); });
+      visit(cursor, [&](auto batched, const auto& b) {
+        sweeps.template first<decltype(batched)::value>(b.vec, b.windows);
+      });
       if constexpr (Operation::Sweeps::kCount > 1) {
         sweeps.end_first();
         drop_conversions();
-        visit(cursor, [&](const auto& b) { sweeps.second(b.vec, b.windows); });
+        visit(cursor, [&](auto batched, const auto& b) {
+          sweeps.template second<decltype(batched)::value>(b.vec, b.windows);
+        });
       }
       sweeps.merge_into(acc);
     }
@@ -97,7 +106,13 @@ class Resident {
       write_shared(i, operation, cursor.take(), epilogue);
     }
     for (int i = both; i < there.shared; ++i) fetch_shared(i, next);
-    if (kPipelined) here_ = there;
+    visit_edges(cursor, [&](const Window<index_t>& window, const auto& vec) {
+      emit<Lanes::kMasked>(operation, window, vec, epilogue);
+    });
+    if (kPipelined) {
+      here_ = there;
+      fetch_edge(next);
+    }
     for (index_t i = 0; i < streamed_; i += kBatch) {
       Batch<kBatch> batch;
       for_each_present<kBatch>(streamed_ - i, [&](int u) { batch.windows[u] = back.take_back(); });
@@ -106,7 +121,7 @@ class Resident {
         Vec<scalar_t> vec[kTensors];
 #pragma unroll
         for (int k = 0; k < kTensors; ++k) vec[k] = batch.vec[k][u];
-        emit(operation, batch.windows[u], vec, epilogue);
+        emit<Cursor::kLanes>(operation, batch.windows[u], vec, epilogue);
       });
     }
   }
@@ -144,7 +159,7 @@ class Resident {
     const Window<index_t> window = cursor.take();
 #pragma unroll
     for (int k = 0; k < kTensors; ++k) {
-      if (Cursor::kExact) {
+      if (Cursor::kLanes == Lanes::kAll) {
         copy_async(slot(i, k),
                    reinterpret_cast<const uint4*>(Operation::tensor(p_, k) + window.offset));
       } else {
@@ -160,7 +175,7 @@ class Resident {
     Vec<scalar_t> vec[kTensors];
 #pragma unroll
     for (int k = 0; k < kTensors; ++k) vec[k] = to_values(load_shared(slot(i, k)));
-    emit(operation, window, vec, epilogue);
+    emit<Cursor::kLanes>(operation, window, vec, epilogue);
   }
   template <typename Epilogue>
   __device__ __forceinline__ void write_register(int i, const Operation& operation,
@@ -169,7 +184,32 @@ class Resident {
     Vec<scalar_t> vec[kTensors];
 #pragma unroll
     for (int k = 0; k < kTensors; ++k) vec[k] = to_values(held_[k][i]);
-    emit(operation, window, vec, epilogue);
+    emit<Cursor::kLanes>(operation, window, vec, epilogue);
+  }
+
+  __device__ __forceinline__ void fetch_edge(const Cursor& cursor) {
+    if constexpr (Cursor::kEdges) {
+      auto edges = cursor.edges();
+      Window<index_t> window{0, 0, 0};
+      if (edges.any()) window = edges.take();
+#pragma unroll
+      for (int k = 0; k < kTensors; ++k) edge_[k] = to_bits(load<Lanes::kMasked>(k, window));
+    }
+  }
+
+  // Calls f(window, vec) for every edge, the first of which is held.
+  template <typename F>
+  __device__ __forceinline__ void visit_edges(const Cursor& cursor, F&& f) const {
+    bool held = true;
+    for_each_edge(cursor, [&](const Window<index_t>& window) {
+      Vec<scalar_t> vec[kTensors];
+#pragma unroll
+      for (int k = 0; k < kTensors; ++k) {
+        vec[k] = held ? to_values(edge_[k]) : load<Lanes::kMasked>(k, window);
+      }
+      held = false;
+      f(window, vec);
+    });
   }
 
   template <int kCount>
@@ -187,9 +227,9 @@ class Resident {
     }
   }
 
+  template <Lanes kLanes = Cursor::kLanes>
   __device__ __forceinline__ Vec<scalar_t> load(int k, const Window<index_t>& window) const {
-    return load_window<Cursor::kExact>(Operation::tensor(p_, k), window, p_.team.traversal.numel,
-                                       Operation::aligned(p_, k));
+    return load_window<kLanes>(Operation::tensor(p_, k), window, p_.team.traversal.numel, true);
   }
   template <int kCount>
   __device__ __forceinline__ void load(Batch<kCount>& batch) const {
@@ -214,9 +254,10 @@ class Resident {
     return vec;
   }
 
-  // Calls f(batch) for all that is on chip. Absent windows are zeros.
+  // Calls f(Batched, batch) for all that is on chip. Absent windows are zeros.
   template <typename F>
   __device__ __forceinline__ void visit(Cursor cursor, F&& f) const {
+    constexpr std::integral_constant<Batched, Batched::kPresent> whole;
     const Places here = here_at(cursor);
 #pragma unroll
     for (int i = 0; i < kRegisters; i += kBatch) {
@@ -230,8 +271,14 @@ class Resident {
           batch.vec[k][u] = last ? Vec<scalar_t>{} : to_values(held_[k][last ? 0 : i + u]);
         }
       }
-      f(batch);
+      f(whole, batch);
     }
+    visit_edges(cursor, [&](const Window<index_t>& window, const auto& vec) {
+      Batch<1> batch{{}, {window}};
+#pragma unroll
+      for (int k = 0; k < kTensors; ++k) batch.vec[k][0] = vec[k];
+      f(std::integral_constant<Batched, Batched::kMasked>{}, batch);
+    });
     if (here.shared == 0) return;
     wait_for_copies();
     for (int i = 0; i < here.shared; i += kBatch) {
@@ -245,7 +292,7 @@ class Resident {
           batch.vec[k][u] = to_values(present ? load_shared(slot(i + u, k)) : uint4{0, 0, 0, 0});
         }
       }
-      f(batch);
+      f(whole, batch);
     }
   }
 
@@ -258,7 +305,7 @@ class Resident {
     }
   }
 
-  template <typename Epilogue>
+  template <Lanes kLanes, typename Epilogue>
   __device__ __forceinline__ void emit(const Operation& operation, const Window<index_t>& window,
                                        const Vec<scalar_t> (&vec)[kTensors],
                                        const Epilogue& epilogue) const {
@@ -268,13 +315,14 @@ class Resident {
       const Pair<acc_type<scalar_t>> pair = operation.form(vec, l);
       round_into(output, l, {epilogue(pair.x), epilogue(pair.y)});
     }
-    store_window<Cursor::kExact>(Operation::output(p_), window, output);
+    store_window<kLanes>(Operation::output(p_), window, output);
   }
 
   const Params& p_;
   uint4* const shared_;
   // As bits: values of 16 bits would each be kept in a register of their own.
   uint4 held_[kTensors][kRegisters];
+  uint4 edge_[kTensors];
   index_t streamed_ = 0;
   Places here_;
 };

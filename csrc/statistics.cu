@@ -19,28 +19,32 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
     Cursor cursor(p.traversal, task);
     Welford<acc_t> stats[Cursor::kChannels];
-    // Masked windows take registers for the masks and for a count of each lane.
-    constexpr int kTail = Cursor::kExact || Cursor::kChannels == 1 ? kUnroll : kUnroll / 2;
-    while (Cursor::kExact && cursor.left >= kUnroll) {
+    while (cursor.left >= kUnroll) {
       Vec<scalar_t> vec[kUnroll];
       const Window<typename Cursor::index_t> windows[kUnroll] = {};  // whole, whatever they say
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        vec[u] = load_window<Cursor::kExact>(p.input, cursor.take(), p.traversal.numel, true);
+        vec[u] = load_window<Cursor::kLanes>(p.input, cursor.take(), p.traversal.numel, true);
       }
-      add_statistics<Cursor, true>(stats, vec, windows);
+      add_statistics<Cursor, Batched::kFull>(stats, vec, windows);
     }
     while (cursor.left > 0) {
-      Vec<scalar_t> vec[kTail];
-      Window<typename Cursor::index_t> windows[kTail];
+      Vec<scalar_t> vec[kUnroll];
+      Window<typename Cursor::index_t> windows[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kTail; ++u) {
+      for (int u = 0; u < kUnroll; ++u) {
         windows[u] = {0, 0, 0};
         if (cursor.left > 0) windows[u] = cursor.take();
-        vec[u] = load_window<Cursor::kExact>(p.input, windows[u], p.traversal.numel, true);
+        vec[u] = load_window<Cursor::kLanes>(p.input, windows[u], p.traversal.numel, true);
       }
-      add_statistics<Cursor, false>(stats, vec, windows);
+      add_statistics<Cursor, Batched::kPresent>(stats, vec, windows);
     }
+    for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
+      const Window<typename Cursor::index_t> windows[1] = {edge};
+      const Vec<scalar_t> vec[1] = {
+          load_window<Lanes::kMasked>(p.input, edge, p.traversal.numel, true)};
+      add_statistics<Cursor, Batched::kMasked>(stats, vec, windows);
+    });
     reduce_members<Cursor>(stats, shared);
     if (Cursor::member() == 0 && cursor.channel_valid(0)) {
       store_partials(p.partials, cursor, stats);

@@ -21,9 +21,6 @@ struct TeamBackward {
   __device__ __forceinline__ static const scalar_t* tensor(const Params& p, int k) {
     return k == 0 ? p.grad_output : p.input;
   }
-  __device__ __forceinline__ static bool aligned(const Params& p, int k) {
-    return k == 0 ? p.grad_output_aligned : p.input_aligned;
-  }
   __device__ __forceinline__ static scalar_t* output(const Params& p) { return p.grad_input; }
 
   __device__ __forceinline__ TeamBackward(const Params& p, const Cursor& cursor) {
@@ -41,7 +38,7 @@ struct TeamBackward {
     invstd[c] = load_global(p.invstd + cursor.channel(c));
   }
 
-  template <int kBatch>
+  template <Batched kBatched, int kBatch>
   __device__ __forceinline__ void accumulate(
       Acc (&acc)[kChannels], const Vec<scalar_t> (&vec)[kTensors][kBatch],
       const Window<typename Cursor::index_t> (&)[kBatch]) const {
@@ -54,11 +51,11 @@ struct TeamBackward {
     Acc sums[kChannels];
 
     __device__ __forceinline__ explicit Sweeps(const TeamBackward& of) : operation(of) {}
-    template <int kBatch>
+    template <Batched kBatched, int kBatch>
     __device__ __forceinline__ void first(
         const Vec<scalar_t> (&vec)[kTensors][kBatch],
         const Window<typename Cursor::index_t> (&windows)[kBatch]) {
-      operation.accumulate(sums, vec, windows);
+      operation.template accumulate<kBatched>(sums, vec, windows);
     }
     __device__ __forceinline__ void merge_into(Acc (&acc)[kChannels]) const {
 #pragma unroll

@@ -20,7 +20,6 @@ struct TeamForward {
   acc_t momentum;  // of the running statistics, in this round
 
   __device__ __forceinline__ static const scalar_t* tensor(const Params& p, int) { return p.input; }
-  __device__ __forceinline__ static bool aligned(const Params& p, int) { return p.input_aligned; }
   __device__ __forceinline__ static scalar_t* output(const Params& p) { return p.output; }
 
   __device__ __forceinline__ TeamForward(const Params&, const Cursor&) {}
@@ -32,11 +31,11 @@ struct TeamForward {
     channel[c].bias = load_param_or<acc_t>(p.bias, cursor.channel(c), 0);
   }
 
-  template <int kBatch>
+  template <Batched kBatched, int kBatch>
   __device__ __forceinline__ void accumulate(
       Acc (&acc)[kChannels], const Vec<scalar_t> (&vec)[kTensors][kBatch],
       const Window<typename Cursor::index_t> (&windows)[kBatch]) const {
-    add_statistics<Cursor, false>(acc, vec[0], windows);
+    add_statistics<Cursor, kBatched>(acc, vec[0], windows);
   }
 
   struct Sweeps {
@@ -44,18 +43,18 @@ struct TeamForward {
     TwoSweeps<Cursor, acc_t> statistics;
 
     __device__ __forceinline__ explicit Sweeps(const TeamForward&) {}
-    template <int kBatch>
+    template <Batched kBatched, int kBatch>
     __device__ __forceinline__ void first(
         const Vec<scalar_t> (&vec)[kTensors][kBatch],
         const Window<typename Cursor::index_t> (&windows)[kBatch]) {
-      statistics.template add_values<false>(vec[0], windows);
+      statistics.template add_values<kBatched>(vec[0], windows);
     }
     __device__ __forceinline__ void end_first() { statistics.end_values(); }
-    template <int kBatch>
+    template <Batched kBatched, int kBatch>
     __device__ __forceinline__ void second(
         const Vec<scalar_t> (&vec)[kTensors][kBatch],
         const Window<typename Cursor::index_t> (&windows)[kBatch]) {
-      statistics.template add_deviations<false>(vec[0], windows);
+      statistics.template add_deviations<kBatched>(vec[0], windows);
     }
     __device__ __forceinline__ void merge_into(Acc (&acc)[kChannels]) const {
       statistics.merge_into(acc);

@@ -4,12 +4,13 @@
 // backward) and depth, how much a thread holds; the scope of the team is an argument.
 //
 // An Operation says what is reduced and how the output is formed:
-//   kTensors, Acc, tensor(p, k), aligned(p, k)   what is loaded
+//   kTensors, Acc, tensor(p, k)                   what is loaded
 //   Operation(p, cursor)                          loads what accumulate() needs per channel
-//   accumulate(acc, vec, windows)                 a batch of windows into the accumulators
+//   accumulate<kBatched>(acc, vec, windows)       a batch of windows into the accumulators
 //   Sweeps                                        the same for what is on chip, which may be read
-//                                                 twice: first(), end_first(), second() for
-//                                                 kCount == 2, merge_into(acc)
+//                                                 twice: first<kBatched>(), end_first(),
+//                                                 second<kBatched>() for kCount == 2,
+//                                                 merge_into(acc)
 //   prefetch(p, cursor, c)                        loads what finish() needs for channel c of the
 //                                                 thread, ahead of the exchange where there is room
 //   begin_finish(p, cursor)                       what is done once a round, before
@@ -58,6 +59,12 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
     resident.stream(operation, cursor, acc);
     if (!Held::kPipelined) resident.fetch(cursor);
     resident.accumulate(operation, cursor, acc);
+    if constexpr (Cursor::kLanes == Lanes::kKept) {
+#pragma unroll
+      for (int c = 0; c < Cursor::kChannels; ++c) {
+        if (!cursor.channel_valid(c)) acc[c] = Acc();
+      }
+    }
     cursor.forget();
     // With a channel a lane there are no registers left to wait with what is loaded, nor are there
     // in a deep kernel, whose rounds are long enough not to mind.
@@ -124,9 +131,9 @@ LaunchStatus launch_team_pattern(const Params& params, cudaStream_t stream) {
       return launch_team_variant<AlongRow<scalar_t, int32_t>, OperationOf>(params, stream);
     default:
       if (params.team.traversal.exact) {
-        return launch_team_variant<AlongS<scalar_t, int32_t, true>, OperationOf>(params, stream);
+        return launch_team_variant<AlongS<scalar_t, int32_t>, OperationOf>(params, stream);
       }
-      return launch_team_variant<AlongS<scalar_t, int64_t, false>, OperationOf>(params, stream);
+      return launch_team_variant<AlongRuns<scalar_t, int32_t, false>, OperationOf>(params, stream);
   }
 }
 

@@ -1,6 +1,10 @@
-// How a thread walks over its windows of the tensor, for the two access patterns of plan.h. A
-// cursor is made per task, or per split and channel block; `left` windows remain, take() hands out
-// the next one. No division per window.
+// How a thread walks over its windows of the tensor, for the access patterns of plan.h. A cursor is
+// made per task, or per split and channel block; `left` windows remain, take() hands out the next
+// one. No division per window.
+//
+// The windows of a walk are whole. Where runs or tensors begin or end inside of a window (kExact is
+// false), those parts are the walk's edges: windows of which only some lanes are the caller's,
+// apart from the others, so that nothing is masked in the loops that move nearly all bytes.
 #pragma once
 
 #include "plan.h"
@@ -12,11 +16,13 @@ __device__ __forceinline__ int64_t min_of(int64_t a, int64_t b) { return a < b ?
 
 // Along S: the block's threads_y groups take one channel each; the windows of a channel, N runs of
 // row_windows, are numbered through, and a group's threads take every threads_x-th of them.
-template <typename scalar, typename index, bool exact>
+template <typename scalar, typename index>
 struct AlongS {
   using scalar_t = scalar;
   using index_t = index;
-  static constexpr bool kExact = exact;
+  static constexpr bool kExact = true;  // no edges, and every tensor on 16-byte boundaries
+  static constexpr bool kEdges = false;
+  static constexpr Lanes kLanes = Lanes::kAll;
   static constexpr int kVecSize = kVec<scalar_t>;
   static constexpr Pattern kPattern = Pattern::kAlongS;
   static constexpr int kChannels = 1;  // channels per thread: all lanes are of the same one
@@ -43,7 +49,7 @@ struct AlongS {
   }
 
   __device__ __forceinline__ Window<index_t> take() {
-    const Window<index_t> window = current();
+    const Window<index_t> window{place(), 0, kVecSize};
     column_ += step_columns_;
     run_start_ += step_elements_;
     if (column_ >= static_cast<index_t>(t_.row_windows)) {
@@ -63,12 +69,13 @@ struct AlongS {
       run_start_ -= static_cast<index_t>(t_.c * t_.s);
     }
     ++left;
-    return current();
+    return {place(), 0, kVecSize};
   }
 
   // Goes behind the last window, for a walk by take_back(). Returns how many there are.
   __device__ __forceinline__ index_t seek_end() {
     const index_t windows = left;
+    if (windows == 0) return 0;
     const int64_t end = int64_t{split_} * t_.per_split + threadIdx.x + int64_t{left} * blockDim.x;
     const int64_t run = end / t_.row_windows;
     column_ = static_cast<index_t>(end - run * t_.row_windows);
@@ -97,71 +104,121 @@ struct AlongS {
   }
 
  protected:
-  __device__ __forceinline__ Window<index_t> current() const {
-    Window<index_t> window{run_start_ + column_ * kVecSize, 0, kVecSize};
-    if (!kExact) {
-      // Windows lie on the reference tensor's 16-byte boundaries: step back to the one before.
-      window.offset -= (run_start_ + t_.shift) & (kVecSize - 1);
-      const index_t before = run_start_ - window.offset;
-      const index_t until = before + static_cast<index_t>(t_.s);
-      window.lo = before > 0 ? static_cast<int>(before) : 0;
-      window.hi = until < kVecSize ? static_cast<int>(until) : kVecSize;
-    }
-    return window;
-  }
+  // Of the next window, counted from the start of its run.
+  __device__ __forceinline__ index_t place() const { return run_start_ + column_ * kVecSize; }
 
   const Traversal& t_;
   int split_;
   index_t channel_, column_ = 0, run_start_ = 0, step_columns_ = 0, step_elements_ = 0;
 };
 
-// Along S with 64-bit indices, of which every operation takes two instructions: the place of the
-// next window is kept instead of its run's, and the columns behind it, whose sign tells a run's
-// end.
-template <typename scalar>
-struct AlongFarS : AlongS<scalar, int64_t, true> {
-  using Base = AlongS<scalar, int64_t, true>;
+// Along S, where indices have 64 bits, of which every operation takes two instructions: the place
+// of the next window is kept instead of its run's, and the columns behind it, whose sign tells a
+// run's end. And where runs are no whole windows, or begin anywhere (`exact` is false): a run then
+// gives the row_windows whole windows that every run has, from its first boundary on.
+template <typename scalar, typename index, bool exact>
+struct AlongRuns : AlongS<scalar, index> {
+  using Base = AlongS<scalar, index>;
+  using typename Base::index_t;
+  static constexpr bool kExact = exact;
+  static constexpr bool kEdges = !exact;
 
-  __device__ __forceinline__ AlongFarS(const Traversal& t, int64_t task) : Base(t, task) {
+  __device__ __forceinline__ AlongRuns(const Traversal& t, int64_t task)
+      : AlongRuns(t, task / t.channel_blocks, task % t.channel_blocks) {}
+  __device__ __forceinline__ AlongRuns(const Traversal& t, int64_t split, int64_t channel_block)
+      : Base(t, split, channel_block) {
     begin();
     step_ = this->step_elements_ + this->step_columns_ * Base::kVecSize;
-    next_run_ = t.c * t.s - t.row_windows * Base::kVecSize;
+    next_run_ = static_cast<index_t>(t.c * t.s - t.row_windows * Base::kVecSize);
   }
 
-  __device__ __forceinline__ Window<int64_t> take() {
-    const Window<int64_t> window{offset_, 0, Base::kVecSize};
-    offset_ += step_;
+  __device__ __forceinline__ Window<index_t> take() {
+    const Window<index_t> window = current();
+    place_ += step_;
     behind_ -= this->step_columns_;
     if (behind_ < 0) {
-      behind_ += this->t_.row_windows;
-      offset_ += next_run_;
+      behind_ += row_windows();
+      place_ += next_run_;
     }
     --this->left;
     return window;
   }
-  __device__ __forceinline__ Window<int64_t> take_back() {
-    offset_ -= step_;
+  __device__ __forceinline__ Window<index_t> take_back() {
+    place_ -= step_;
     behind_ += this->step_columns_;
-    if (behind_ >= this->t_.row_windows) {
-      behind_ -= this->t_.row_windows;
-      offset_ -= next_run_;
+    if (behind_ >= row_windows()) {
+      behind_ -= row_windows();
+      place_ -= next_run_;
     }
     ++this->left;
-    return {offset_, 0, Base::kVecSize};
+    return current();
   }
-  __device__ __forceinline__ int64_t seek_end() {
-    const int64_t windows = Base::seek_end();
+  __device__ __forceinline__ index_t seek_end() {
+    const index_t windows = Base::seek_end();
     begin();
     return windows;
   }
+  __device__ __forceinline__ void forget() { forget_derived(place_); }
+
+  // What the whole windows leave of the runs: a head up to the first boundary, and a tail, which
+  // may reach into a second window. A split takes all heads of edge_runs runs, then all tails.
+  class Edges {
+   public:
+    __device__ __forceinline__ explicit Edges(const AlongRuns& cursor) : cursor_(cursor) {
+      const Traversal& t = cursor.t_;
+      const int64_t first = cursor.split_ * t.edge_runs;
+      if (cursor.channel_valid(0))
+        runs_ = static_cast<index_t>(min_of(t.edge_runs, t.rows - first));
+      start_ = static_cast<index_t>((first * t.c + cursor.channel_) * t.s);
+      next_parts();
+    }
+    __device__ __forceinline__ bool any() const { return run_ < runs_; }
+    __device__ __forceinline__ Window<index_t> take() {
+      const Traversal& t = cursor_.t_;
+      const index_t start = start_ + run_ * static_cast<index_t>(t.c * t.s);
+      const index_t before = (start + t.shift) & kLanesMask;
+      const bool head = part_ == 0 && before > 0;
+      const index_t column = part_ + (head ? 0 : cursor_.row_windows());
+      const index_t from = column * Base::kVecSize - before;  // the start of the run
+      const int64_t until = t.s - from;
+      const int lo = column == 0 ? static_cast<int>(before) : 0;
+      const Window<index_t> window{start + from, lo,
+                                   static_cast<int>(min_of(until, Base::kVecSize))};
+      run_ += Base::members();
+      next_parts();
+      return window;
+    }
+
+   private:
+    static constexpr int kParts = 3;  // of a run: its head and two windows of its tail
+    __device__ __forceinline__ void next_parts() {
+      for (; part_ < kParts - 1 && run_ >= runs_; ++part_) run_ -= runs_ > 0 ? runs_ : 0;
+    }
+
+    const AlongRuns& cursor_;
+    index_t runs_ = 0, run_ = Base::member(), start_;
+    int part_ = 0;
+  };
+  __device__ __forceinline__ Edges edges() const { return Edges(*this); }
 
  private:
+  // `place_` is past the boundary that it is rounded down to, by what leads to the next one.
+  static constexpr index_t kLanesMask = Base::kVecSize - 1;
+
+  __device__ __forceinline__ index_t row_windows() const {
+    return static_cast<index_t>(this->t_.row_windows);
+  }
+  __device__ __forceinline__ Window<index_t> current() const {
+    if (exact) return {place_, 0, Base::kVecSize};
+    return {(place_ & ~kLanesMask) - this->t_.shift, 0, Base::kVecSize};
+  }
   __device__ __forceinline__ void begin() {
-    offset_ = this->current().offset;
+    place_ = this->place();
+    if (!exact) place_ += this->t_.shift + kLanesMask;
     behind_ = this->t_.row_windows - 1 - this->column_;
   }
 
-  int64_t offset_, behind_, step_, next_run_;
+  index_t place_, behind_, step_, next_run_;
 };
 
 // A walk in equal steps, with a channel a lane: what the walks along C and along rows share. `Self`
@@ -170,6 +227,7 @@ template <typename Self, typename scalar, typename index>
 struct Strided {
   using scalar_t = scalar;
   using index_t = index;
+  static constexpr Lanes kLanes = Lanes::kAll;
   static constexpr int kVecSize = kVec<scalar_t>;
   static constexpr int kChannels = kVecSize;
   __device__ __forceinline__ static constexpr int channel_of(int lane) { return lane; }
@@ -208,13 +266,14 @@ struct Strided {
 
 // Along C: threadIdx.x is a window column of the row group, whose lanes are fixed channels;
 // threadIdx.y walks over the row groups. A row group is row_repeat rows of C, a multiple of a
-// window.
+// window. Edges are the windows in which the tensor itself begins or ends.
 template <typename scalar, typename index, bool exact>
 struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
   using Walk = Strided<AlongC, scalar, index>;
   using typename Walk::index_t;
   using Walk::kVecSize;
   static constexpr bool kExact = exact;
+  static constexpr bool kEdges = !exact;
   static constexpr Pattern kPattern = Pattern::kAlongC;
 
   using Walk::left;
@@ -224,13 +283,45 @@ struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
   __device__ __forceinline__ AlongC(const Traversal& t, int64_t split, int64_t channel_block)
       : t_(t), split_(static_cast<int>(split)) {
     column_ = static_cast<index_t>(channel_block * blockDim.x + threadIdx.x);
-    const int64_t first = split * t.per_split + threadIdx.y;
-    const int64_t end = min_of((split + 1) * t.per_split, t.rows);
-    if (column_ >= t.row_windows || first >= end) return;
-    left = static_cast<index_t>((end - first + blockDim.y - 1) / blockDim.y);
-    offset_ = static_cast<index_t>((first * t.row_windows + column_) * kVecSize - t.shift);
-    step_ = static_cast<index_t>(blockDim.y * t.row_windows * kVecSize);
+    begin();
+    if (kExact || left == 0) return;
+    const bool head = offset_ < 0;
+    const bool tail = last_begin() + kVecSize > t.numel;
+    if (head) offset_ += step_;
+    left = left > index_t{head} + tail ? left - head - tail : 0;
   }
+
+  class Edges {
+   public:
+    __device__ __forceinline__ explicit Edges(AlongC cursor) {
+      cursor.begin();
+      if (cursor.left == 0) return;
+      const index_t last = cursor.last_begin();
+      if (cursor.offset_ < 0) add(cursor.offset_, cursor.t_.numel);
+      if (last + kVecSize > cursor.t_.numel && !(count_ > 0 && cursor.left == 1)) {
+        add(last, cursor.t_.numel);
+      }
+    }
+    __device__ __forceinline__ bool any() const { return count_ > 0; }
+    __device__ __forceinline__ Window<index_t> take() {
+      const Window<index_t> window = windows_[0];
+      windows_[0] = windows_[1];
+      --count_;
+      return window;
+    }
+
+   private:
+    __device__ __forceinline__ void add(index_t offset, int64_t numel) {
+      const int64_t until = min_of(numel - offset, kVecSize);
+      windows_[count_] = {offset, offset < 0 ? static_cast<int>(-offset) : 0,
+                          until > 0 ? static_cast<int>(until) : 0};
+      ++count_;
+    }
+
+    Window<index_t> windows_[2] = {};
+    int count_ = 0;
+  };
+  __device__ __forceinline__ Edges edges() const { return Edges(*this); }
 
   // The threads that share a channel, and this one among them.
   __device__ __forceinline__ static int member() { return threadIdx.y; }
@@ -252,17 +343,21 @@ struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
            int64_t{column_} * kVecSize + lane < t_.c;
   }
 
-  __device__ __forceinline__ Window<index_t> current() const {
-    Window<index_t> window{offset_, 0, kVecSize};
-    if (!kExact) {
-      const int64_t until = t_.numel - offset_;
-      window.lo = offset_ < 0 ? static_cast<int>(-offset_) : 0;
-      window.hi = until < kVecSize ? static_cast<int>(until) : kVecSize;
-    }
-    return window;
-  }
+  __device__ __forceinline__ Window<index_t> current() const { return {offset_, 0, kVecSize}; }
 
  protected:
+  // At the first of all windows, edges too.
+  __device__ __forceinline__ void begin() {
+    const int64_t first = split_ * t_.per_split + threadIdx.y;
+    const int64_t end = min_of((split_ + 1) * t_.per_split, t_.rows);
+    left = 0;
+    if (column_ >= t_.row_windows || first >= end) return;
+    left = static_cast<index_t>((end - first + blockDim.y - 1) / blockDim.y);
+    offset_ = static_cast<index_t>((first * t_.row_windows + column_) * kVecSize - t_.shift);
+    step_ = static_cast<index_t>(blockDim.y * t_.row_windows * kVecSize);
+  }
+  __device__ __forceinline__ index_t last_begin() const { return offset_ + (left - 1) * step_; }
+
   const Traversal& t_;
   int split_;
   index_t column_;
@@ -273,8 +368,8 @@ struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
 
 // Along a row: columns as along C, but several of them are one channel (plan.h). For runs too short
 // or too odd for whole windows along S, and for channels-last rows that are no whole windows: a row
-// of all channels, or a few rows together, always is. The masked form, where the tensor is no whole
-// number of rows, is for elementwise kernels.
+// of all channels, or a few rows together, always is. Edges, where the tensor is no whole number of
+// rows, are for elementwise kernels.
 template <typename scalar, typename index, bool exact = true>
 struct AlongRow : AlongC<scalar, index, exact> {
   using Base = AlongC<scalar, index, exact>;
@@ -309,9 +404,10 @@ struct AlongRow : AlongC<scalar, index, exact> {
   }
 };
 
-// Along a row, in teams, masked: a channel block is `segments` whole channels of a sample,
-// threadIdx.x a window of it, threadIdx.y walks over the samples. Those that a thread takes start
-// at the same place in a window, so that its lanes keep their channels and their masks.
+// Along a row, in teams: a channel block is `segments` whole channels of a sample, threadIdx.x a
+// window of it, threadIdx.y walks over the samples. Those that a thread takes start at the same
+// place in a window, so that its lanes keep their channels. The first and the last window of a
+// block have lanes that are not the block's.
 template <typename scalar, typename index>
 struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
   using Walk = Strided<AlongSamples, scalar, index>;
@@ -319,6 +415,8 @@ struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
   using Walk::kVecSize;
   using Walk::left;
   static constexpr bool kExact = false;
+  static constexpr bool kEdges = false;
+  static constexpr Lanes kLanes = Lanes::kKept;
   static constexpr Pattern kPattern = Pattern::kAlongRow;
 
   __device__ __forceinline__ AlongSamples(const Traversal& t, int64_t task)
@@ -372,5 +470,14 @@ struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
   using Walk::offset_;
   using Walk::step_;
 };
+
+// Calls f(window) for every edge of the thread's walk.
+template <typename Cursor, typename F>
+__device__ __forceinline__ void for_each_edge(const Cursor& cursor, F&& f) {
+  if constexpr (Cursor::kEdges) {
+#pragma unroll 1
+    for (auto edges = cursor.edges(); edges.any();) f(edges.take());
+  }
+}
 
 }  // namespace batchnorm_cuda

@@ -2,8 +2,8 @@
 //
 // A window is 16 bytes of a tensor, kVec elements, of which lanes [lo, hi) belong to the caller.
 // Full windows move as one 16-byte access. At the head and tail of a run a load still takes the
-// whole window (the foreign lanes are real elements of neighbours, and are dropped), a store writes
-// its own lanes only, because the neighbours' lanes belong to other threads.
+// whole window (the foreign lanes are real elements of neighbours), a store writes its own lanes
+// only, because the neighbours' lanes belong to other threads.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -75,24 +75,33 @@ struct Window {
   __device__ bool valid(int lane) const { return lane >= lo && lane < hi; }
 };
 
-// Lanes that are not valid are zero. kExact: the window is full or empty, and on the boundaries of
-// this tensor too; otherwise `aligned` says so.
-template <bool kExact, typename scalar_t, typename index_t>
+// What is known of the lanes of a window.
+enum class Lanes {
+  kAll,     // it is whole, or absent: hi is 0
+  kMasked,  // a load leaves zeros where they are not valid
+  kKept,    // a load may leave anything where they are not valid: nothing comes of it
+};
+
+// `aligned`: the windows are on 16-byte boundaries of this tensor; else a lane is read at a time.
+template <Lanes kLanes, typename scalar_t, typename index_t>
 __device__ __forceinline__ Vec<scalar_t> load_window(const scalar_t* base,
                                                      const Window<index_t>& window, int64_t numel,
                                                      bool aligned, Site site = Site::current()) {
   mark_step(site);
+  constexpr int kVecSize = kVec<scalar_t>;
   Vec<scalar_t> vec;
   uint4 bits = {0, 0, 0, 0};
-  const bool whole = kExact ? window.hi > 0
-                            : aligned && window.lo < window.hi && window.offset >= 0 &&
-                                  window.offset + kVec<scalar_t> <= numel;
+  const bool present = kLanes == Lanes::kAll ? window.hi > 0 : window.lo < window.hi;
+  const bool inside =
+      kLanes == Lanes::kAll || (window.offset >= 0 && window.offset + kVecSize <= numel);
+  const bool whole = present && inside && aligned;
   if (whole) bits = load_global(reinterpret_cast<const uint4*>(base + window.offset), site);
   memcpy(&vec, &bits, sizeof(bits));
-  if (kExact) return vec;
+  if (kLanes != Lanes::kMasked && (whole || !present)) return vec;
 #pragma unroll
-  for (int l = 0; l < kVec<scalar_t>; ++l) {
-    if (!window.valid(l)) {
+  for (int l = 0; l < kVecSize; ++l) {
+    const bool valid = kLanes == Lanes::kAll || window.valid(l);
+    if (!valid) {
       vec.lane[l] = from_acc<scalar_t>(0);
     } else if (!whole) {
       vec.lane[l] = load_global(base + window.offset + l, site);
@@ -106,25 +115,25 @@ __device__ __forceinline__ Vec<scalar_t> load_window(const scalar_t* base,
 }
 
 // Zeros where there is no such tensor: as of an empty window, so that 16 bytes stay one value.
-template <bool kExact, typename scalar_t, typename index_t>
+template <Lanes kLanes, typename scalar_t, typename index_t>
 __device__ __forceinline__ Vec<scalar_t> load_window_or_zero(const scalar_t* base,
                                                              Window<index_t> window, int64_t numel,
                                                              bool aligned,
                                                              Site site = Site::current()) {
   if (!base) window.hi = window.lo = 0;
-  return load_window<kExact>(base, window, numel, aligned, site);
+  return load_window<kLanes>(base, window, numel, aligned, site);
 }
 
-template <bool kExact, typename scalar_t, typename index_t>
+template <Lanes kLanes, typename scalar_t, typename index_t>
 __device__ __forceinline__ void store_window(scalar_t* base, const Window<index_t>& window,
                                              const Vec<scalar_t>& vec,
                                              Site site = Site::current()) {
   mark_step(site);
-  if (kExact ? window.hi > 0 : window.lo <= 0 && window.hi >= kVec<scalar_t>) {
+  if (kLanes == Lanes::kAll ? window.hi > 0 : window.lo <= 0 && window.hi >= kVec<scalar_t>) {
     uint4 bits;
     memcpy(&bits, &vec, sizeof(bits));
     store_global(reinterpret_cast<uint4*>(base + window.offset), bits, site);
-  } else if (!kExact) {
+  } else if (kLanes != Lanes::kAll) {
 #pragma unroll
     for (int l = 0; l < kVec<scalar_t>; ++l) {
       if (window.valid(l)) store_global(base + window.offset + l, vec.lane[l], site);

@@ -31,9 +31,10 @@ def elements_of(
         start = (run * c + channels) * s
         offset = start + column * vec
         if not t["exact"]:
-            offset -= (start + t["shift"]) % vec
+            offset += -(start + t["shift"]) % vec  # to the first boundary
         elements = offset[..., None] + lanes
-        return elements[(elements >= start[..., None]) & (elements < start[..., None] + s)]
+        assert ((elements >= start[..., None]) & (elements < start[..., None] + s)).all()
+        return np.concatenate([elements.ravel(), edges(t, vec, channels, c, s, split)])
     if pattern == "along_row" and not t["exact"] and t["segments"] > 0:
         # Whole channels of a sample; a unit is row_repeat samples.
         samples = (units[:, None] * t["row_repeat"] + np.arange(t["row_repeat"])).ravel()
@@ -48,6 +49,18 @@ def elements_of(
     valid = (elements >= 0) & (elements < numel)
     assert valid.all() or not t["exact"]
     return elements[valid]
+
+
+def edges(
+    t: dict[str, Any], vec: int, channels: np.ndarray, c: int, s: int, split: int
+) -> np.ndarray:
+    """What the whole windows of a split's share of the runs leave at their ends."""
+    runs = np.arange(split * t["edge_runs"], min((split + 1) * t["edge_runs"], t["rows"]))
+    start = (runs * c + channels)[..., None] * s
+    first = start + -(start + t["shift"]) % vec
+    elements = start + np.arange(s)
+    whole = (elements >= first) & (elements < first + t["row_windows"] * vec)
+    return elements[~whole]
 
 
 def covered(plan: dict[str, Any], t: dict[str, Any], c: int, s: int, numel: int) -> np.ndarray:

@@ -47,7 +47,8 @@ def check_limits(plan, c, dtype, device):
         assert 1 <= t["grid"] <= min(t["tasks"], device.get("max_grid", 2**31 - 1))
         assert t["shared_bytes"] <= 48 * 1024
         assert t["tasks"] == t["channel_blocks"] * t["splits"]
-        work = t["rows"] * (t["row_windows"] if t["pattern"] == "along_s" else 1)
+        # Runs too short for a whole window are split by themselves: they are all edges.
+        work = t["rows"] * (max(t["row_windows"], 1) if t["pattern"] == "along_s" else 1)
         assert (t["splits"] - 1) * t["per_split"] < work <= t["splits"] * t["per_split"]
         if t["pattern"] == "along_s":
             # Shuffles and the warp partials need whole warps and power-of-two groups.
@@ -114,8 +115,12 @@ def test_limits_hold_at_any_size(make_plan, n, c, s, dtype, op, device, shift):
                 step = t["threads_y"] * t["row_windows"] * vec
             assert numel + step + vec < 2**31
         covered_windows = t["rows"] * t["row_windows"]
-        per_channel = c if t["pattern"] == "along_s" else 1
-        assert covered_windows * per_channel * vec >= numel + t["shift"] * (per_channel == 1)
+        if t["pattern"] == "along_s":
+            at_ends = 0 if t["exact"] else 2 * (vec - 1)  # of a run, at most
+            assert t["edge_runs"] * t["splits"] >= (0 if t["exact"] else t["rows"])
+            assert (covered_windows * vec + t["rows"] * at_ends) * c >= numel
+        else:
+            assert covered_windows * vec >= numel + t["shift"]
 
 
 @pytest.mark.parametrize("numel_log2, bits", [(24, 32), (29, 32), (31, 64), (33, 64), (40, 64)])

@@ -47,7 +47,7 @@ from batchnorm_cuda import ops
 # is what several blocks share.
 LAYOUTS = {
     "along S": ((8, 18, 20, 28), contiguous),
-    "along S, masked": ((8, 18, 21, 25), contiguous),
+    "along S, masked": ((8, 18, 21, 27), contiguous),
     "along C": ((4, 24, 15, 15), channels_last),
     "runs along a row": ((18, 24, 7, 7), contiguous),
     "runs along a row, masked": ((18, 18, 7, 7), contiguous),

@@ -86,7 +86,8 @@ class Kernel:
     @property
     def exact(self) -> bool:
         """True if its cursor walks over full windows only, so that nothing may be narrow."""
-        return re.search(r"\bAlong(S|C|Row)<[^<>]*, true>|\bAlongFarS<", self.name) is not None
+        cursor = r"\bAlong(C|Row|Runs)<[^<>]*, true>|\bAlongS<"
+        return re.search(cursor, self.name) is not None
 
     @property
     def held_windows(self) -> int | None:

@@ -61,7 +61,6 @@ batchnorm_cuda::LaunchStatus launch_forward_team(const Call<scalar_t>& call,
                                                  const batchnorm_cuda::Plan& plan) {
   batchnorm_cuda::TeamForwardParams<scalar_t> params{};
   params.team = plan.team;
-  params.input_aligned = true;
   params.input = call.input;
   params.output = call.output;
   params.weight = call.param(call.weight);
@@ -112,8 +111,6 @@ batchnorm_cuda::LaunchStatus launch_backward_team(const Call<scalar_t>& call,
                                                   const batchnorm_cuda::Plan& plan) {
   batchnorm_cuda::TeamBackwardParams<scalar_t> params{};
   params.team = plan.team;
-  params.grad_output_aligned = true;
-  params.input_aligned = true;
   params.training = true;
   params.count = call.problem.n * call.problem.s;
   params.grad_output = call.grad_output;

@@ -131,7 +131,6 @@ std::string launch(const batchnorm_cuda::Team& team, const HostCase<float>& host
   DeviceBuffer<float> output(host.x.size()), mean(channels), invstd(channels);
   batchnorm_cuda::TeamForwardParams<float> params{};
   params.team = team;
-  params.input_aligned = true;
   params.input = input.data();
   params.output = output.data();
   params.weight = {weight.data(), Dtype::kFloat};
