@@ -52,13 +52,13 @@ RowLayout rows_of_samples(const Problem& p, int vec, int max_windows) {
 
 // Samples that start at different places in a window: as many channels as fit a block beside all
 // those places. One channel alone is a run, which the walk along S takes as well.
-RowLayout masked_rows(const Problem& p, int vec, int max_windows) {
+RowLayout masked_rows(const Problem& p, int vec, int max_windows, int64_t least) {
   const int64_t sample = p.c * p.s;
   const int64_t elements = std::lcm(sample, static_cast<int64_t>(vec));
   const int64_t starts = elements / sample;
   if (p.n < starts) return {};
   const int64_t most = std::min(p.c, (max_windows / starts * vec - (vec - 1)) / p.s);
-  if (most < 2) return {};
+  if (most < least) return {};
   const int64_t channels = ceil_div(p.c, ceil_div(p.c, most));
   return {elements, ceil_div(channels * p.s + vec - 1, vec), channels};
 }
@@ -68,9 +68,12 @@ RowLayout masked_rows(const Problem& p, int vec, int max_windows) {
 RowLayout choose_rows(const Problem& p, int vec, int max_windows) {
   const int64_t sector = kSectorWindows * vec, run = p.s > 1 ? p.s : p.c;
   if (run % sector == 0) return {};
-  if (p.s > 1 && p.c * p.s % vec == 0) return rows_of_runs(p, vec, max_windows);
-  const RowLayout rows = rows_of_samples(p, vec, max_windows);
-  return p.s > 1 && rows.elements == 0 ? masked_rows(p, vec, max_windows) : rows;
+  const bool whole_samples = p.c * p.s % vec == 0;
+  const RowLayout rows = p.s > 1 && whole_samples ? rows_of_runs(p, vec, max_windows)
+                                                  : rows_of_samples(p, vec, max_windows);
+  if (p.s == 1 || p.s % vec == 0 || rows.elements > 0) return rows;
+  // Where samples are whole windows, only the ends of runs cost sectors: of long ones, few.
+  return masked_rows(p, vec, max_windows, whole_samples ? 4 : 2);
 }
 
 void lay_out_rows(const RowLayout& rows, int vec, int threads, Traversal& t) {

@@ -124,6 +124,26 @@ __device__ __forceinline__ Vec<scalar_t> load_window_or_zero(const scalar_t* bas
   return load_window<kLanes>(base, window, numel, aligned, site);
 }
 
+// Lanes [lo, hi) of a window, in the fewest accesses: every aligned group of 8, 4 or 2 bytes and
+// more that is valid as a whole, and of which no larger group is.
+template <int kGroup, typename scalar_t>
+__device__ __forceinline__ void store_lanes(scalar_t* window, int lo, int hi,
+                                            const Vec<scalar_t>& vec, Site site) {
+  using Group =
+      std::conditional_t<kGroup * sizeof(scalar_t) == 8, uint2,
+                         std::conditional_t<kGroup * sizeof(scalar_t) == 4, uint32_t, uint16_t>>;
+#pragma unroll
+  for (int l = 0; l < kVec<scalar_t>; l += kGroup) {
+    const int larger = l / (2 * kGroup) * 2 * kGroup;
+    const bool whole = 4 * kGroup <= kVec<scalar_t> && lo <= larger && larger + 2 * kGroup <= hi;
+    if (whole || l < lo || l + kGroup > hi) continue;
+    Group bits;
+    memcpy(&bits, &vec.lane[l], sizeof(bits));
+    store_global(reinterpret_cast<Group*>(window + l), bits, site);
+  }
+  if constexpr (kGroup > 1) store_lanes<kGroup / 2>(window, lo, hi, vec, site);
+}
+
 template <Lanes kLanes, typename scalar_t, typename index_t>
 __device__ __forceinline__ void store_window(scalar_t* base, const Window<index_t>& window,
                                              const Vec<scalar_t>& vec,
@@ -134,10 +154,7 @@ __device__ __forceinline__ void store_window(scalar_t* base, const Window<index_
     memcpy(&bits, &vec, sizeof(bits));
     store_global(reinterpret_cast<uint4*>(base + window.offset), bits, site);
   } else if (kLanes != Lanes::kAll) {
-#pragma unroll
-    for (int l = 0; l < kVec<scalar_t>; ++l) {
-      if (window.valid(l)) store_global(base + window.offset + l, vec.lane[l], site);
-    }
+    store_lanes<kVec<scalar_t> / 2>(base + window.offset, window.lo, window.hi, vec, site);
   }
 }
 
