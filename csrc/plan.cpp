@@ -50,7 +50,7 @@ int64_t choose_splits(int64_t channel_blocks, int64_t work, int64_t work_per_blo
 void split_work(Traversal& t, int64_t work, int64_t work_per_block, const DeviceInfo& device,
                 const PlanOptions& options) {
   const int64_t wanted = choose_splits(t.channel_blocks, work, work_per_block, device, options);
-  t.per_split = ceil_div(work, wanted);
+  t.per_split = std::min(ceil_div(work, wanted), kMaxPerSplit);
   t.splits = ceil_div(work, t.per_split);  // no split without work
   if (options.splits == 0 && t.splits * t.channel_blocks < device.sm_count && t.splits < wanted) {
     t.per_split = work / wanted;  // rounding up the parts has left an SM without one

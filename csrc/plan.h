@@ -119,6 +119,10 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Whole windows that a run of s elements has, wherever in a window it begins.
 inline int64_t whole_windows(int64_t s, int vec) { return s < vec - 1 ? 0 : (s - (vec - 1)) / vec; }
 
+// Units of work that a split may have; far more than any memory holds, but counters of a walk may
+// rely on it.
+constexpr int64_t kMaxPerSplit = int64_t{1} << 29;
+
 struct DeviceInfo {
   std::string name = "unknown";
   int compute_major = 8, compute_minor = 0;

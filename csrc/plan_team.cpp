@@ -171,7 +171,7 @@ std::vector<int> slab_widths(const TeamRequest& r) {
 // Offers all teams of one access pattern and slab width.
 void offer_teams(const TeamRequest& r, int slab, Choice& choice) {
   const Traversal base = team_traversal(r, slab);
-  if (base.index_bits == 32 && !fits_32_bits(r, base)) return;
+  if (!fits_32_bits(r, base)) return;
   const bool shares_block = r.pattern == Pattern::kAlongS && base.threads_x < kTeamThreads;
   for (const Depth depth : kDepths) {
     if (windows_of(r, depth) == 0) continue;
@@ -207,8 +207,9 @@ Team plan_team(const Problem& problem, const DeviceInfo& device, const PlanOptio
     }
   }
   if (choice.team.size == 0) {
-    *reason = whole ? "no team fits, or the tensor needs 64-bit indices"
-                    : "channels last whose rows make no whole windows, or begin off 16-byte boundaries";
+    *reason =
+        whole ? "no team fits, or the tensor needs 64-bit indices"
+              : "channels last whose rows make no whole windows, or begin off 16-byte boundaries";
     return choice.team;
   }
   const bool forced = options.strategy == Strategy::kTeam;

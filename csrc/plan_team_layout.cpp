@@ -159,7 +159,7 @@ Traversal team_traversal(const TeamRequest& r, int slab) {
   t.pattern = r.pattern;
   t.shift = p.output_shift;
   t.exact = r.exact;
-  t.index_bits = r.exact || r.pattern == Pattern::kAlongS ? 32 : 64;
+  t.index_bits = 32;
   if (r.pattern == Pattern::kAlongS) lay_out_along_s(r, t);
   if (r.pattern == Pattern::kAlongC) lay_out_along_c(r, slab, t);
   if (r.pattern == Pattern::kAlongRow) lay_out_rows(r.rows, r.vec, kTeamThreads, t);

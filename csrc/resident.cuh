@@ -47,7 +47,9 @@ class Resident {
     here_ = places_for(cursor);
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) fetch_register(i, cursor, here_);
-#pragma unroll 1  // of four at once, the addresses would not fit beside what registers hold
+    // Of more, the addresses would not fit beside what registers hold.
+    constexpr int kAtOnce = Cursor::kLanes == Lanes::kKept ? 2 : 1;
+#pragma unroll kAtOnce
     for (int i = 0; i < here_.shared; ++i) fetch_shared(i, cursor);
     fetch_edge(cursor);
   }
@@ -159,7 +161,7 @@ class Resident {
     const Window<index_t> window = cursor.take();
 #pragma unroll
     for (int k = 0; k < kTensors; ++k) {
-      if (Cursor::kLanes == Lanes::kAll) {
+      if (inside<Cursor::kLanes, scalar_t>(window, p_.team.traversal.numel)) {
         copy_async(slot(i, k),
                    reinterpret_cast<const uint4*>(Operation::tensor(p_, k) + window.offset));
       } else {

@@ -126,7 +126,7 @@ LaunchStatus launch_team_pattern(const Params& params, cudaStream_t stream) {
       return launch_team_variant<AlongC<scalar_t, int32_t, true>, OperationOf>(params, stream);
     case Pattern::kAlongRow:
       if (!params.team.traversal.exact) {
-        return launch_team_variant<AlongSamples<scalar_t, int64_t>, OperationOf>(params, stream);
+        return launch_team_variant<AlongSamples<scalar_t, int32_t>, OperationOf>(params, stream);
       }
       return launch_team_variant<AlongRow<scalar_t, int32_t>, OperationOf>(params, stream);
     default:

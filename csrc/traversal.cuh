@@ -127,7 +127,7 @@ struct AlongRuns : AlongS<scalar, index> {
       : AlongRuns(t, task / t.channel_blocks, task % t.channel_blocks) {}
   __device__ __forceinline__ AlongRuns(const Traversal& t, int64_t split, int64_t channel_block)
       : Base(t, split, channel_block) {
-    begin();
+    begin(false);
     step_ = this->step_elements_ + this->step_columns_ * Base::kVecSize;
     next_run_ = static_cast<index_t>(t.c * t.s - t.row_windows * Base::kVecSize);
   }
@@ -135,7 +135,7 @@ struct AlongRuns : AlongS<scalar, index> {
   __device__ __forceinline__ Window<index_t> take() {
     const Window<index_t> window = current();
     place_ += step_;
-    behind_ -= this->step_columns_;
+    behind_ -= static_cast<int32_t>(this->step_columns_);
     if (behind_ < 0) {
       behind_ += row_windows();
       place_ += next_run_;
@@ -145,7 +145,7 @@ struct AlongRuns : AlongS<scalar, index> {
   }
   __device__ __forceinline__ Window<index_t> take_back() {
     place_ -= step_;
-    behind_ += this->step_columns_;
+    behind_ += static_cast<int32_t>(this->step_columns_);
     if (behind_ >= row_windows()) {
       behind_ -= row_windows();
       place_ -= next_run_;
@@ -155,7 +155,7 @@ struct AlongRuns : AlongS<scalar, index> {
   }
   __device__ __forceinline__ index_t seek_end() {
     const index_t windows = Base::seek_end();
-    begin();
+    begin(true);
     return windows;
   }
   __device__ __forceinline__ void forget() { forget_derived(place_); }
@@ -178,7 +178,7 @@ struct AlongRuns : AlongS<scalar, index> {
       const index_t start = start_ + run_ * static_cast<index_t>(t.c * t.s);
       const index_t before = (start + t.shift) & kLanesMask;
       const bool head = part_ == 0 && before > 0;
-      const index_t column = part_ + (head ? 0 : cursor_.row_windows());
+      const index_t column = part_ + (head ? 0 : static_cast<index_t>(t.row_windows));
       const index_t from = column * Base::kVecSize - before;  // the start of the run
       const int64_t until = t.s - from;
       const int lo = column == 0 ? static_cast<int>(before) : 0;
@@ -205,20 +205,25 @@ struct AlongRuns : AlongS<scalar, index> {
   // `place_` is past the boundary that it is rounded down to, by what leads to the next one.
   static constexpr index_t kLanesMask = Base::kVecSize - 1;
 
-  __device__ __forceinline__ index_t row_windows() const {
-    return static_cast<index_t>(this->t_.row_windows);
+  // Columns as far as a walk can tell them: it ends within kMaxPerSplit windows.
+  __device__ __forceinline__ static int32_t columns(int64_t count) {
+    return static_cast<int32_t>(min_of(count, 2 * kMaxPerSplit));
   }
+  __device__ __forceinline__ int32_t row_windows() const { return columns(this->t_.row_windows); }
   __device__ __forceinline__ Window<index_t> current() const {
     if (exact) return {place_, 0, Base::kVecSize};
     return {(place_ & ~kLanesMask) - this->t_.shift, 0, Base::kVecSize};
   }
-  __device__ __forceinline__ void begin() {
+  // For a walk by take(), or from the end by take_back().
+  __device__ __forceinline__ void begin(bool back) {
     place_ = this->place();
     if (!exact) place_ += this->t_.shift + kLanesMask;
-    behind_ = this->t_.row_windows - 1 - this->column_;
+    behind_ = back ? row_windows() - 1 - columns(this->column_)
+                   : columns(this->t_.row_windows - 1 - this->column_);
   }
 
-  index_t place_, behind_, step_, next_run_;
+  index_t place_, step_, next_run_;
+  int32_t behind_;
 };
 
 // A walk in equal steps, with a channel a lane: what the walks along C and along rows share. `Self`
@@ -429,9 +434,10 @@ struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
     const int before = window_start(sample) - threadIdx.x * kVecSize;  // of the first channel
     lo_ = before > 0 ? before : 0;
     hi_ = static_cast<int>(min_of(before + run, kVecSize));
-    offset_ = (sample * t.c + first_) * t.s - before;
-    step_ = int64_t{blockDim.y} * t.c * t.s;
-    if (lo_ < hi_ && sample < end) left = (end - sample + blockDim.y - 1) / blockDim.y;
+    offset_ = static_cast<index_t>((sample * t.c + first_) * t.s - before);
+    step_ = static_cast<index_t>(blockDim.y * t.c * t.s);
+    if (lo_ >= hi_ || sample >= end) return;
+    left = static_cast<index_t>((end - sample + blockDim.y - 1) / blockDim.y);
   }
 
   __device__ __forceinline__ Window<index_t> current() const { return {offset_, lo_, hi_}; }

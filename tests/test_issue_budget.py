@@ -42,7 +42,7 @@ def loop(
 
 
 STAGE = Kernel(
-    name="transform_input_kernel<AlongS<__half, int, true>>",
+    name="transform_input_kernel<AlongS<__half, int>>",
     arch="8.0",
     source="normalize.cu",
     bounds=LaunchBounds(256, 2),
@@ -59,7 +59,7 @@ STAGE = Kernel(
 
 def team(operation: str, held: int, kinds: dict[str, int], loops: list[MainLoop]) -> Kernel:
     depth = f"(Depth){int(held > 4)}, {held}"
-    name = f"team_kernel<AlongS<float, int, true>, {operation}, {depth}, Identity<float>>"
+    name = f"team_kernel<AlongS<float, int>, {operation}, {depth}, Identity<float>>"
     whole = loop(kinds, held, held, nested=len(loops))
     most = max([whole, *loops], key=lambda each: each.windows)
     return replace(STAGE, name=name, main_loop=most, loops=(whole, *loops))
@@ -123,8 +123,11 @@ def test_what_is_held_to_the_share() -> None:
     )
     assert over_budget(budgets([STAGE]), KNOWN) == []  # 56 %
     assert over_budget(budgets([replace(slow, arch="7.5")]), KNOWN) == []  # no such device
+    edges = replace(
+        slow, name=slow.name.replace("AlongS<__half, int>", "AlongC<__half, long, false>")
+    )
+    assert len(over_budget(budgets([edges]), KNOWN)) == 1
     for name in (
-        slow.name.replace("true", "false"),  # masked
         slow.name.replace("__half", "double"),
         "merge_kernel<Welford<float>>",
     ):
@@ -140,8 +143,15 @@ def test_tables() -> None:
     header, _, limits, row = budget_markdown(found, KNOWN).splitlines()
     assert header.endswith("| made up |") and limits.endswith("| 16 |")
     assert row == "| transform input, along S | loop | half | 1.1-1.2 | **62%** |"
-    name = "team_kernel<AlongRow<float, int, true>, TeamForward, (Depth)0, 4, Identity<float>>"
-    assert short_name(name) == "team forward, along a row"
+    for cursor, along in (
+        ("AlongRow<float, int, true>", "a row"),
+        ("AlongRow<float, long, false>", "a row, with edges"),
+        ("AlongRuns<float, long, true>", "S"),
+        ("AlongRuns<float, int, false>", "S, with edges"),
+        ("AlongSamples<float, int>", "samples"),
+    ):
+        name = f"team_kernel<{cursor}, TeamForward, (Depth)0, 4, Identity<float>>"
+        assert short_name(name) == f"team forward, along {along}"
 
 
 @pytest.mark.parametrize(

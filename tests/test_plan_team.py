@@ -269,7 +269,7 @@ def test_misaligned_tensor_gets_no_team(make_plan, shifted, dtype, shape):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("s", [1225, 75 * 75, 147 * 147, 149 * 149])
 def test_odd_runs_are_held_like_others(make_plan, s, dtype):
-    """Inception's sizes: whole windows apart from the runs' ends, of which a thread holds as many."""
+    """Inception's sizes: but for the runs' ends they are whole windows, held as any others."""
     odd = make_plan("backward_training", (32, 64, s), dtype, described("h100"))["team"]
     even = make_plan("backward_training", (32, 64, s // 8 * 8), dtype, described("h100"))["team"]
     assert not odd["traversal"]["exact"]

@@ -172,6 +172,22 @@ def test_loops_nest_and_rare_paths_belong_to_their_loop() -> None:
     assert [i.address for i in inner.own] == [*range(0x30, 0xA0, 16), 0xE0, 0xF0]
 
 
+def test_the_way_of_whole_windows_makes_no_narrow_access() -> None:
+    """Through a loop whose detour moves a lane, and through one that has no other way."""
+    detour = SASS.replace("FADD R8, R8, R8", "LDG.E.U16 R8, [R4.64]")
+    _, inner = find_loops(parse_listing(detour)["_Z4walkPf"].own)
+    assert [i.address for i in inner.whole] == [*range(0x30, 0xA0, 16)]
+    whole, every = describe_loop(inner, exact=False), describe_loop(inner)
+    assert (whole.instructions, whole.narrow) == (7, {})
+    assert (every.instructions, every.narrow) == (9, {16: 1})
+    _, inner = find_loops(parse_listing(detour.replace("STG.E.128", "STG.E.32"))["_Z4walkPf"].own)
+    assert inner.whole == ()
+    assert describe_loop(inner, exact=False).instructions == 9
+    wider = SASS.replace("FADD R8, R8, R8", "LDG.E.128 R8, [R4.64]")  # the longer way moves more
+    _, inner = find_loops(parse_listing(wider)["_Z4walkPf"].own)
+    assert describe_loop(inner, exact=False).windows == 3
+
+
 def test_the_main_loop_moves_the_most() -> None:
     loops = find_loops(parse_listing(SASS)["_Z4walkPf"].own)
     loop = choose_main_loop([describe_loop(loop) for loop in loops])
@@ -190,9 +206,9 @@ def test_of_equal_loops_the_shorter_is_the_main_loop() -> None:
 
 def test_names_are_shortened() -> None:
     space = "batchnorm_cuda::(anonymous namespace)::"
-    cursor = "batchnorm_cuda::AlongS<__half, int, true>"
+    cursor = "batchnorm_cuda::AlongS<__half, int>"
     name = f"void {space}k<{cursor} >(batchnorm_cuda::Params<{cursor}::scalar_t>)"
-    assert shorten(name) == "k<AlongS<__half, int, true>>"
+    assert shorten(name) == "k<AlongS<__half, int>>"
     assert shorten("batchnorm_cuda::_GLOBAL__N__34ec_9_a_cu_f7::k(int)") == "k"
 
 
@@ -215,7 +231,7 @@ def test_resident_blocks(registers: int, threads: int, arch: str, blocks: int) -
 # ------------------------------------------------------------------------------- rules
 
 CLEAN = Kernel(
-    name="transform_input_kernel<AlongS<__half, int, true>>",
+    name="transform_input_kernel<AlongS<__half, int>>",
     arch="8.0",
     source="normalize.cu",
     bounds=LaunchBounds(256, 2),
@@ -234,7 +250,7 @@ TEAM = replace(
     main_loop=MainLoop(0x100, 900, {128: 14, 32: 8}, {128: 7, 32: 8}, 3),
 )
 NARROW = MainLoop(0x100, 80, {128: 4}, {128: 3, 16: 8}, 0)
-MASKED = "transform_input_kernel<AlongS<__half, int, false>>"
+MASKED = "transform_input_kernel<AlongRuns<__half, int, false>>"
 
 
 @pytest.mark.parametrize(
@@ -271,12 +287,12 @@ def test_the_round_of_a_team_moves_whole_windows() -> None:
 @pytest.mark.parametrize(
     ("cursor", "exact"),
     [
-        ("AlongS<__half, int, true>", True),
+        ("AlongS<__half, int>", True),
         ("AlongC<float, long, false>", False),
-        ("AlongFarS<float>", True),
+        ("AlongRuns<float, long, true>", True),
         ("AlongRow<double, int, true>", True),
         ("AlongRow<double, long, false>", False),
-        ("AlongSamples<double, long>", False),
+        ("AlongSamples<double, int>", False),
     ],
 )
 def test_exact_tiling_is_told_by_the_cursor(cursor: str, exact: bool) -> None:
@@ -295,21 +311,21 @@ def test_launch_bounds_are_required() -> None:
 # ------------------------------------------------------------------------------- with nvcc
 
 PLANTED = """
-template <typename scalar_t, typename index_t, bool exact> struct AlongS {};
+template <typename scalar_t, typename index_t> struct AlongS {};
 
 template <typename Cursor>
 __global__ void __launch_bounds__(256, 2) wide_kernel(const uint4* x, uint4* y, int n) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < n; i += 256) y[i] = x[i];
 }
-template __global__ void wide_kernel<AlongS<float, int, true>>(const uint4*, uint4*, int);
+template __global__ void wide_kernel<AlongS<float, int>>(const uint4*, uint4*, int);
 
 template <typename Cursor>
 __global__ void __launch_bounds__(256, 2) narrow_kernel(const uint4* x, float* y, int n) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < n; i += 256) y[i] = x[i].x + x[i].y + x[i].z + x[i].w;
 }
-template __global__ void narrow_kernel<AlongS<float, int, true>>(const uint4*, float*, int);
+template __global__ void narrow_kernel<AlongS<float, int>>(const uint4*, float*, int);
 
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 2) crowded_kernel(const float* x, float* y) {
@@ -351,9 +367,9 @@ def test_planted_faults_are_found(kit: Toolkit, tmp_path: Path) -> None:
     job = Job(source, "8.0")
     texts = compile_one(job, kit, find_nvdisasm(kit.home), build_dir=tmp_path)
     found = {kernel.name: " ".join(problems(kernel)) for kernel in describe(job, texts)}
-    assert found.pop("wide_kernel<AlongS<float, int, true>>") == ""
+    assert found.pop("wide_kernel<AlongS<float, int>>") == ""
     assert found.pop("crowded_kernel<256>") == ""
-    narrow = found.pop("narrow_kernel<AlongS<float, int, true>>")
+    narrow = found.pop("narrow_kernel<AlongS<float, int>>")
     assert narrow == "makes 1 accesses of 32 bits in its main loop"
     spilling = found.pop("crowded_kernel<1024>")
     assert "spills" in spilling and "accesses to local memory" in spilling

@@ -70,12 +70,12 @@ class Budget:
 
     @property
     def held_to_share(self) -> bool:
-        """Masked kernels are rare and reported only.
+        """A round is an upper bound and reported only.
 
         So is double: most devices issue its arithmetic at 1/32 or 1/64 of the rate, so that its own
         pipe bounds it, which no count of issue slots shows.
         """
-        return self.kernel.exact and self.scalar != "double" and self.part != "round"
+        return self.scalar != "double" and self.part != "round"
 
     def share(self, device: Mapping[str, Any]) -> float:
         return self.instructions / slots_per_window(device)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .budget import ISSUE_SHARE, Budget, slots_per_window
+from .kernels import is_exact
 from .listing import KINDS
 from .table import align
 
@@ -44,8 +45,8 @@ def budget_table(found: list[Budget], known: Devices) -> str:
 
 
 def budget_markdown(found: list[Budget], known: Devices) -> str:
-    """The exact kernels: one line per kernel, access pattern, part and dtype; the most of its
-    instances (index widths, variants) and, for instructions, of the architectures."""
+    """One line per kernel, access pattern, part and dtype; the most of its instances (index widths,
+    variants) and, for instructions, of the architectures."""
     archs = {budget.kernel.arch for budget in found}
     shown = {
         name: device for arch in sorted(archs) for name, device in devices_of(arch, known).items()
@@ -58,13 +59,12 @@ def budget_markdown(found: list[Budget], known: Devices) -> str:
     ]
     groups: dict[tuple[str, str, str], list[Budget]] = {}
     for budget in found:
-        if budget.kernel.exact:
-            key = (
-                short_name(budget.kernel.name),
-                budget.part,
-                budget.scalar.removeprefix("__nv_").removeprefix("__"),
-            )
-            groups.setdefault(key, []).append(budget)
+        key = (
+            short_name(budget.kernel.name),
+            budget.part,
+            budget.scalar.removeprefix("__nv_").removeprefix("__"),
+        )
+        groups.setdefault(key, []).append(budget)
     for (name, part, scalar), group in sorted(groups.items()):
         counts = [budget.per_element for budget in group]
         shares = [_share(group, device) for device in shown.values()]
@@ -73,13 +73,17 @@ def budget_markdown(found: list[Budget], known: Devices) -> str:
     return "\n".join(lines)
 
 
+_PATTERNS = {"Row": "a row", "Runs": "S", "Samples": "samples"}
+
+
 def short_name(name: str) -> str:
     """ "team forward, along S" of a kernel's full name."""
     operation = re.search(r"Team(Forward|Backward)", name)
     kernel = f"team {operation.group(1).lower()}" if operation else name.split("_kernel")[0]
-    pattern = re.search(r"Along(?:Far)?(\w+)", name)
-    along = pattern.group(1).replace("Row", "a row") if pattern else ""
-    return f"{kernel.replace('_', ' ')}, along {along}"
+    pattern = re.search(r"Along(\w+)", name)
+    along = _PATTERNS.get(pattern.group(1), pattern.group(1)) if pattern else ""
+    edges = "" if is_exact(name) or along == "samples" else ", with edges"
+    return f"{kernel.replace('_', ' ')}, along {along}{edges}"
 
 
 def _share(group: list[Budget], device: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from .listing import (
     parse_listing,
     parse_resources,
 )
-from .loops import Loop, find_loops
+from .loops import WINDOW_BITS, Loop, find_loops
 
 # Of every architecture here, by the CUDA programming guide's table of technical specifications.
 REGISTERS_PER_SM = 65536
@@ -26,7 +26,6 @@ MAX_REGISTERS = 255
 THREADS_PER_SM = {"7.5": 1024, "8.0": 2048, "9.0": 2048, "10.0": 2048, "10.3": 2048}
 THREADS_PER_SM_ELSEWHERE = 1536
 
-WINDOW_BITS = 128
 WARP = 32
 
 
@@ -85,9 +84,7 @@ class Kernel:
 
     @property
     def exact(self) -> bool:
-        """True if its cursor walks over full windows only, so that nothing may be narrow."""
-        cursor = r"\bAlong(C|Row|Runs)<[^<>]*, true>|\bAlongS<"
-        return re.search(cursor, self.name) is not None
+        return is_exact(self.name)
 
     @property
     def held_windows(self) -> int | None:
@@ -114,6 +111,11 @@ class Kernel:
         Shared memory is the launch's and not known here.
         """
         return resident_blocks(self.resources.registers, self.bounds.threads or 1024, self.arch)
+
+
+def is_exact(name: str) -> bool:
+    """True if the kernel's cursor walks over full windows only, so that nothing may be narrow."""
+    return re.search(r"\bAlong(C|Row|Runs)<[^<>]*, true>|\bAlongS<", name) is not None
 
 
 def resident_blocks(registers: int, threads: int, arch: str) -> int:
@@ -198,7 +200,8 @@ def _kernel(
 ) -> Kernel:
     code = [*listing.own, *listing.helpers]
     accesses = [i.access for i in code if i.access is not None]
-    loops = [describe_loop(loop) for loop in find_loops(listing.own)]
+    exact = is_exact(name)
+    loops = [describe_loop(loop, exact) for loop in find_loops(listing.own)]
     return Kernel(
         name=name,
         arch=job.arch,
@@ -222,18 +225,21 @@ def choose_main_loop(loops: list[MainLoop]) -> MainLoop | None:
     return max(moving, key=lambda loop: (loop.windows, -loop.instructions), default=None)
 
 
-def describe_loop(loop: Loop) -> MainLoop:
-    accesses = [i.access for i in loop.own if i.access is not None and not i.access.ordered]
+def describe_loop(loop: Loop, exact: bool = True) -> MainLoop:
+    """Of kernels that are not exact the way that whole windows take: nearly all of them do, and of
+    the others the walk is apart, or they are the first and last of a block."""
+    own = loop.own if exact or not loop.whole else loop.whole
+    accesses = [i.access for i in own if i.access is not None and not i.access.ordered]
     return MainLoop(
         loop.header,
-        len(loop.own),
+        len(own),
         _widths(accesses, store=False),
         _widths(accesses, store=True),
         loop.nested,
-        dict(Counter(i.kind for i in loop.own)),
-        sum(i.shared_window == "load" for i in loop.own),
+        dict(Counter(i.kind for i in own)),
+        sum(i.shared_window == "load" for i in own),
         # Before 8.0 through registers: a load from global, a store to shared memory.
-        sum(i.mnemonic == "LDGSTS" or i.shared_window == "store" for i in loop.own),
+        sum(i.mnemonic == "LDGSTS" or i.shared_window == "store" for i in own),
     )
 
 

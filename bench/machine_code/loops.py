@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .listing import Instruction
+from .listing import Access, Instruction
 
+WINDOW_BITS = 128
 _ENDS = {"EXIT", "RET", "BRA", "BRX", "BRXU", "JMP", "JMX", "KILL", "BPT"}
 
 
@@ -20,6 +21,8 @@ class Loop:
     header: int  # address of its first instruction
     own: tuple[Instruction, ...]
     nested: int  # loops inside it
+    # Of an innermost loop, what a pass runs through that moves the most windows, no single lanes.
+    whole: tuple[Instruction, ...] = ()
 
 
 def find_loops(code: list[Instruction]) -> list[Loop]:
@@ -32,8 +35,57 @@ def find_loops(code: list[Instruction]) -> list[Loop]:
         inner = [other for head, other in bodies.items() if head != header and head in body]
         own = sorted(body.difference(*inner))
         instructions = tuple(i for block in own for i in blocks[block])
-        loops.append(Loop(blocks[header][0].address, instructions, len(inner)))
+        path = [] if inner else _whole_path(header, set(own), blocks, successors)
+        whole = tuple(i for block in path for i in blocks[block])
+        loops.append(Loop(blocks[header][0].address, instructions, len(inner), whole))
     return sorted(loops, key=lambda loop: loop.header)
+
+
+def _whole_path(
+    header: int,
+    own: set[int],
+    blocks: list[list[Instruction]],
+    successors: list[list[int]],
+) -> list[int]:
+    """Of the ways from the header back to it that make no narrow access to global memory: of those
+    that move the most windows, the shortest. Empty: there is none."""
+    best: dict[int, tuple[int, int, int] | None] = {}  # windows, -instructions, next block
+
+    def explore(block: int) -> tuple[int, int, int] | None:
+        if block in best:
+            return best[block]
+        best[block] = None  # a way back to here without the header: a loop of several entries
+        code = blocks[block]
+        if any(a.bits < WINDOW_BITS for a in _moves(code)):
+            return None
+        ahead = []
+        for following in successors[block]:
+            if following == header:
+                ahead.append((0, 0, header))
+            elif following in own and (rest := explore(following)) is not None:
+                ahead.append((rest[0], rest[1], following))
+        if ahead:
+            windows, length, following = max(ahead)
+            best[block] = (windows + _windows(code), length - len(code), following)
+        return best[block]
+
+    if explore(header) is None:
+        return []
+    path = [header]
+    while (following := best[path[-1]][2]) != header:
+        path.append(following)
+    return path
+
+
+def _windows(code: list[Instruction]) -> int:
+    in_shared = sum(i.shared_window is not None for i in code)
+    return in_shared + sum(access.bits // WINDOW_BITS for access in _moves(code))
+
+
+def _moves(code: list[Instruction]) -> list[Access]:
+    """Accesses to data in global memory."""
+    accesses = (i.access for i in code if i.access is not None)
+    return [a for a in accesses if a.space == "global" and not a.ordered]
 
 
 def _falls_through(last: Instruction) -> bool:
