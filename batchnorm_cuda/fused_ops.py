@@ -45,7 +45,8 @@ def fused_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`ops.forward` with what follows it, and the mask of the ReLU or None where not needed."""
-    if ops._is_plain(input) and (residual is None or type(residual) is Tensor):
+    # What is no tensor at all, the extension refuses by a TypeError.
+    if ops._is_plain(input) and (type(residual) is Tensor or not isinstance(residual, Tensor)):
         call = ops.extension_for(input).fused_forward
     else:
         call = torch.ops.batchnorm_cuda.fused_forward
