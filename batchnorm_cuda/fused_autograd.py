@@ -17,6 +17,7 @@ from torch.autograd import Function
 
 from . import _mask, fused_ops, ops
 from ._composite import check_residual
+from ._transforms import refused_update
 from .derivatives import (
     BatchNormBackward,
     TransformableBatchNorm,
@@ -226,14 +227,41 @@ def _unfused_operator_backward(*arguments: Any) -> list[Tensor]:
     return [grad for grad in unfused_backward(*arguments) if grad is not None]
 
 
-def _batched(unfused: Callable) -> Callable:
-    """The rule for torch.func.vmap: that of the parts."""
+def _one_by_one(
+    operator: Callable, size: int, in_dims: tuple[int | None, ...], arguments: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """Results under torch.func.vmap: a mask is one example's, so channels cannot be examples."""
+    results = []
+    for index in range(size):
+        example = [
+            value if dim is None else value.select(dim, index)
+            for value, dim in zip(arguments, in_dims, strict=True)
+        ]
+        results.append(operator(*example))
+    kind = type(results[0])
+    stacked = kind(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, kind([0] * len(stacked))
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        results = torch.vmap(unfused, in_dims)(*arguments)
-        return results, type(results)([0] * len(results))
 
-    return rule
+def _vmapped_forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple:
+    operator = torch.ops.batchnorm_cuda.fused_forward
+    *_, running_mean, _, counter = arguments[:6]
+    *_, training, _, _ = arguments
+    if training and running_mean is not None and None in in_dims[3:5]:
+        raise refused_update()
+    if counter is None or in_dims[5] is not None:
+        return _one_by_one(operator, info.batch_size, in_dims, arguments)
+    counters = counter.repeat(info.batch_size)  # all examples are one batch
+    arguments = (*arguments[:5], counters, *arguments[6:])
+    in_dims = (*in_dims[:5], 0, *in_dims[6:])
+    results = _one_by_one(operator, info.batch_size, in_dims, arguments)
+    counter.copy_(counters[0])
+    return results
+
+
+def _vmapped_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple:
+    operator = torch.ops.batchnorm_cuda.fused_backward
+    return _one_by_one(operator, info.batch_size, in_dims, arguments)
 
 
 def _differentiable(name: str, apply: Callable, unfused: Callable) -> Callable:
@@ -252,14 +280,16 @@ def _differentiable(name: str, apply: Callable, unfused: Callable) -> Callable:
     return rule
 
 
-def _register(name: str, apply: Callable, unfused: Callable) -> None:
+def _register(name: str, vmapped: Callable, apply: Callable, unfused: Callable) -> None:
     library = fused_ops._library
-    torch.library.register_vmap(f"batchnorm_cuda::{name}", _batched(unfused), lib=library)
+    torch.library.register_vmap(f"batchnorm_cuda::{name}", vmapped, lib=library)
     rule = _differentiable(name, apply, unfused)
     library.impl(name, rule, "Autograd", with_keyset=True)
 
 
-_register("fused_forward", _FusedOperator.apply, _unfused_operator_forward)
-_register("fused_backward", _unfused_operator_backward, _unfused_operator_backward)
+_register("fused_forward", _vmapped_forward, _FusedOperator.apply, _unfused_operator_forward)
+_register(
+    "fused_backward", _vmapped_backward, _unfused_operator_backward, _unfused_operator_backward
+)
 # torch.autograd.grad(..., is_grads_batched=True) is an older vmap than torch.func's.
 fused_ops._library.impl("fused_backward", _unfused_operator_backward, "Batched")
