@@ -306,7 +306,7 @@ def fused_data(case: SyncCase, part: int, form: str) -> tuple[Tensor, ...]:
     return (x, dy, x.flip(0).contiguous()) if FORMS[form][0] else (x, dy)
 
 
-def fused(rank: int, ranks: int) -> dict:
+def fused_cases(rank: int, ranks: int) -> dict:
     """Every case for this number of ranks in every form."""
     results = {}
     for backend in backends():
@@ -349,6 +349,24 @@ def fused_collectives(rank: int, ranks: int) -> dict:
             results[backend, of_input] = [
                 [event.name for event in p.events() if event.name.startswith("c10d::")]
                 for p in (forward, backward)
+            ]
+    return results
+
+
+def fused_recorded(rank: int, ranks: int) -> dict:
+    """The gradients of a backward that is recorded, and of one that is not."""
+    results = {}
+    case = next(case for case in CASES if case.name == "double")
+    for backend in backends():
+        for form in FORMS:
+            x, dy, *residual = fused_data(case, rank, form)
+            module = fused_module(case, form)
+            inputs = [t.requires_grad_() for t in (x, *residual)]
+            wanted = [*inputs, *module.parameters()]
+            output = module(*inputs)
+            results[backend, form] = [
+                torch.autograd.grad(output, wanted, dy, create_graph=recorded, retain_graph=True)
+                for recorded in (False, True)
             ]
     return results
 

@@ -8,7 +8,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import fused
 import pytest
@@ -135,7 +135,7 @@ def test_opcheck_synchronised(backend: Backend, operator: str) -> None:
     count = torch.tensor([60]).to(backend.device)
     before = (x, w, b, *running, None, rows, x.clone())
     *_, mask = sync_ops.sync_fused_forward(*before, True, True, 0.1, 1e-5)
-    elementwise = (x, x, w, mean, var, sums, count, mask)
+    elementwise = (x.contiguous(), x, w, mean, var, sums, count, mask)
     calls = {
         "forward": [
             (operators.sync_fused_forward, (*before, True, True, 0.1, 1e-5)),
@@ -335,6 +335,30 @@ def test_fx_keeps_the_function(backend: Backend, form: str) -> None:
     assert batch_norm in [n.target for n in traced.graph.nodes if n.op == "call_function"]
     inputs = data(backend, 3)
     torch.testing.assert_close(step(traced, traced, *inputs), step(net, net, *inputs))
+
+
+class Seen(Tensor):
+    """Records the functions that are called with it."""
+
+    calls: ClassVar[list[Callable]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None):
+        cls.calls.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("place", ["input", "residual"])
+def test_torch_function(backend: Backend, place: str) -> None:
+    """Tensor subclasses see the function with all of its arguments, wherever they come."""
+    given = dict(zip(("input", "residual"), data(backend, 3), strict=True))
+    settings = {"running_mean": None, "running_var": None, "training": True, "activation": "relu"}
+    expected = batch_norm(**given, **settings)
+    given[place] = given[place].as_subclass(Seen)
+    Seen.calls.clear()
+    output = batch_norm(**given, **settings)
+    assert batch_norm in Seen.calls
+    assert torch.equal(output.as_subclass(Tensor), expected)
 
 
 @both_modes

@@ -21,8 +21,8 @@ CASES_OF_TWO = [case for case in CASES if case.ranks == 2]
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    jobs = ("fused", "fused_compiled", "fused_collectives", "fused_double_backward")
-    return launch(tmp_path_factory.mktemp("fused"), 2, *jobs)
+    jobs = ("cases", "compiled", "collectives", "recorded", "double_backward")
+    return launch(tmp_path_factory.mktemp("fused"), 2, *(f"fused_{job}" for job in jobs))
 
 
 @every_backend
@@ -30,7 +30,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.mark.parametrize("case", CASES_OF_TWO, ids=lambda case: case.name)
 def test_matches_one_process(two: dict, name: str, form: str, case: SyncCase) -> None:
     """Every result of every rank against the float64 reference over the whole batch."""
-    results = [of_rank[name, case.name, form] for of_rank in two["fused"]]
+    results = [of_rank[name, case.name, form] for of_rank in two["fused_cases"]]
     data = [fused_data(case, part, form) for part in range(case.ranks)]
     p = Parameters(*case.parameters())
     if not case.affine:
@@ -60,7 +60,8 @@ def test_matches_one_process(two: dict, name: str, form: str, case: SyncCase) ->
         assert_within(key, total, getattr(backward, key), backward.scales[key], case.dtype)
     for part, result in zip(data, results, strict=True):
         strides = ops.as_dense(part[0]).stride()
-        assert result["output"].stride() == result["grad_input"].stride() == strides
+        kept = ["output", "grad_input", *(["grad_residual"] if all(FORMS[form]) else [])]
+        assert [result[key].stride() for key in kept] == [strides] * len(kept)
 
 
 @every_backend
@@ -83,6 +84,15 @@ def test_one_collective_a_pass(two: dict, name: str) -> None:
             forward, backward = results[name, of_input]
             assert len(forward) == 1 and "allgather" in forward[0]
             assert len(backward) == of_input
+
+
+@every_backend
+@every_form
+def test_recorded_gradients_are_the_same(two: dict, name: str, form: str) -> None:
+    """A backward that is recorded goes in parts, and gives what the fused kernels give."""
+    for results in two["fused_recorded"]:
+        plain, recorded = results[name, form]
+        torch.testing.assert_close(recorded, plain, rtol=1e-11, atol=1e-12)
 
 
 @every_backend
