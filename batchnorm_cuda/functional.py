@@ -46,6 +46,9 @@ def batch_norm(
     but the second. In evaluation mode they are the running statistics. docs/math.md derives the
     gradients.
 
+    With `residual` and `activation` the result is :math:`\mathrm{relu}(y + \mathrm{residual})`, or
+    what either of the two makes of :math:`y`: in the same pass over memory, and rounded once.
+
     Args:
         input: (N, C) or (N, C, \*), of two or more dimensions; float16, bfloat16, float32 or
             float64. Contiguous and channels-last inputs are read in place, any other strides are
@@ -176,7 +179,8 @@ def normalize(
         if backend_for(input) == "aten":
             return _composite.batch_norm(*arguments, residual, relu)
         in_parts = transformed or (not compiling and forward_mode_active())
-        recorded = torch.is_grad_enabled() and not traced  # a trace would hold both
+        # What torch.jit traces would hold the Function beside the operator.
+        recorded = torch.is_grad_enabled() and not traced
         if fused:
             return _fused(arguments, residual, relu, in_parts, recorded)
         if in_parts:
