@@ -32,11 +32,14 @@ def batch_norm(
     training: bool,
     momentum: float | None,
     eps: float,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """`functional.normalize` for tensors that no kernel takes; checks what ops.cpp checks there."""
     traced = is_traced_by_jit()
     if not traced:
         check_arguments(input, weight, bias, running_mean, running_var, training, eps)
+        check_residual(residual, input)
         check_counter(num_batches_tracked, input)
     acc = ACCUMULATE[input.dtype]
     dense = input if traced else as_dense(input)
@@ -57,7 +60,7 @@ def batch_norm(
     else:
         centred = x - per_channel(running_mean.to(acc), x)
         var = running_var.to(acc)
-    output = transform(dense, centred, (var + eps).rsqrt(), weight, bias)
+    output = transform(dense, centred, (var + eps).rsqrt(), weight, bias, residual, relu)
     if output.requires_grad and not torch.compiler.is_compiling():
         # grad_input then has the input's strides, too, whatever those of grad_output. A compiler
         # chooses strides by itself, and traces no hook that looks at them.
@@ -66,16 +69,29 @@ def batch_norm(
 
 
 def transform(
-    dense: Tensor, centred: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
+    dense: Tensor,
+    centred: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
-    """centred * invstd * weight + bias, in the dtype and strides of the dense input."""
+    """centred * invstd * weight + bias + residual, rounded once to the dtype of the dense input.
+
+    The result has its strides, too. ReLU comes last: what is rounded to zero has no gradient.
+    """
     scale = per_channel(invstd, dense)
     if weight is not None:
         scale = scale * per_channel(weight.to(invstd.dtype), dense)
     output = centred * scale
     if bias is not None:
         output = output + per_channel(bias.to(invstd.dtype), dense)
+    if residual is not None:
+        output = output + residual.to(invstd.dtype)
     output = output.to(dense.dtype)
+    if relu:
+        output = output.relu()
     return output if is_traced_by_jit() else with_strides_of(dense, output)
 
 
@@ -139,6 +155,22 @@ def check_input(input: Tensor) -> None:
         )
 
 
+def check_residual(residual: Tensor | None, input: Tensor) -> None:
+    if residual is None:
+        return
+    _check_place("residual", residual, input)
+    if residual.dtype != input.dtype:
+        raise TypeError(
+            f"batch_norm: expected residual to have dtype {input.dtype}, the dtype of input, "
+            f"got {residual.dtype}"
+        )
+    if residual.shape != input.shape:
+        raise ValueError(
+            f"batch_norm: expected residual to have shape {list(input.shape)}, "
+            f"got {list(residual.shape)}"
+        )
+
+
 def check_counter(counter: Tensor | None, input: Tensor) -> None:
     if counter is None:
         return
@@ -162,13 +194,7 @@ def check_counter(counter: Tensor | None, input: Tensor) -> None:
 def _check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
     if vector is None:
         return
-    if vector.layout is not torch.strided:
-        raise TypeError(f"batch_norm: expected {name} to be a strided tensor, got {vector.layout}")
-    if vector.device != input.device:
-        raise RuntimeError(
-            f"batch_norm: expected {name} to be on {input.device}, the device of input, "
-            f"got {vector.device}"
-        )
+    _check_place(name, vector, input)
     if vector.dtype not in (input.dtype, torch.float32):
         allowed = str(input.dtype)
         if input.dtype != torch.float32:
@@ -178,6 +204,16 @@ def _check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
         raise ValueError(
             f"batch_norm: expected {name} to have shape [{input.shape[1]}], "
             f"got {list(vector.shape)}"
+        )
+
+
+def _check_place(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"batch_norm: expected {name} to be a strided tensor, got {tensor.layout}")
+    if tensor.device != input.device:
+        raise RuntimeError(
+            f"batch_norm: expected {name} to be on {input.device}, the device of input, "
+            f"got {tensor.device}"
         )
 
 

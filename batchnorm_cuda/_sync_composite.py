@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _composite
+from . import _composite, _mask
 from .ops import as_dense
 
 _SUM_BITS = 62  # of a term and of the sum; as in csrc/merge_ranks.cu
@@ -38,7 +38,39 @@ def sync_forward(
     momentum: float | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *results, _ = sync_fused_forward(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        gathered,
+        None,
+        False,
+        False,
+        momentum,
+        eps,
+    )
+    return tuple(results)
+
+
+def sync_fused_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    gathered: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    need_mask: bool,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     _composite.check_arguments(input, weight, bias, running_mean, running_var, True, eps)
+    _composite.check_residual(residual, input)
     _composite.check_counter(num_batches_tracked, input)
     acc = _composite.ACCUMULATE[input.dtype]
     _check_gathered(gathered, 2 * input.shape[1] + torch.int64.itemsize // acc.itemsize, acc)
@@ -55,8 +87,9 @@ def sync_forward(
     mean, invstd = mean.to(acc), (var.to(acc) + eps).rsqrt()
     dense = as_dense(input)
     centred = dense.to(acc) - _composite.per_channel(mean, dense)
-    output = _composite.transform(dense, centred, invstd, weight, bias)
-    return output, mean, invstd, count
+    output = _composite.transform(dense, centred, invstd, weight, bias, residual, relu)
+    mask = _mask.pack(output > 0, input) if need_mask else None
+    return output, mean, invstd, count, mask
 
 
 def sync_backward_reduce(
@@ -95,6 +128,41 @@ def sync_backward_elementwise(
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
     grad_input = (grad - mean_dy - xhat * mean_dy_xhat) * _composite.per_channel(scale, input)
     return _composite.with_strides_of(as_dense(input), grad_input.to(input.dtype))
+
+
+def sync_fused_backward_reduce(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    grad = _mask.masked(grad_output, mask, input)
+    return sync_backward_reduce(grad, input, weight, bias, mean, invstd, need_weight, need_bias)
+
+
+def sync_fused_backward_elementwise(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sums: Tensor,
+    count: Tensor,
+    mask: Tensor,
+    need_input: bool,
+    need_residual: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    grad = _mask.masked(grad_output, mask, input)
+    grad_input = None
+    if need_input:
+        grad_input = sync_backward_elementwise(grad, input, weight, mean, invstd, sums, count)
+    grad_residual = _composite.with_strides_of(as_dense(input), grad) if need_residual else None
+    return grad_input, grad_residual
 
 
 def _check_gathered(gathered: Tensor, values: int, dtype: torch.dtype) -> None:

@@ -35,10 +35,10 @@ def check_update(input: Tensor, running: Tensor) -> None:
     else:
         needed = True
     if needed and _functorch.maybe_get_level(running) != level:
-        raise _refused_update()
+        raise refused_update()
 
 
-def _refused_update() -> RuntimeError:
+def refused_update() -> RuntimeError:
     return RuntimeError(
         "batch_norm: expected running_mean and running_var to be None, or training to be False, "
         "under a transform of torch.func, got running statistics that the transform does not own "
@@ -97,7 +97,7 @@ def forward_over_channels(
     updates = args[_TRAINING] and args[_RUNNING_MEAN] is not None
     updated = (_RUNNING_MEAN, _RUNNING_VAR) if updates else ()
     if any(in_dims[place] is None for place in updated):
-        raise _refused_update()
+        raise refused_update()
     counters = None
     if in_dims[_NUM_BATCHES_TRACKED] is not None:
         if args[_MOMENTUM] is None:

@@ -98,8 +98,11 @@ def revert(model: Model) -> Model:
 
     Raises:
         TypeError: `model` is not a module.
+        ValueError: a batch norm has an `activation`, which torch.nn's cannot apply. Nothing has
+            been changed then.
     """
     _check_model("revert", model)
+    _refuse_activations(model)
     for module in list(model.modules()):
         kind = parametrize.type_before_parametrizations(module)
         if kind in _TORCHS:
@@ -126,6 +129,17 @@ def _check_model(function: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         got = type(model).__name__
         raise TypeError(f"{function}: expected model to be a torch.nn.Module, got {got}")
+
+
+def _refuse_activations(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kind = parametrize.type_before_parametrizations(module)
+        ours = kind in _TORCHS or kind is SyncBatchNorm
+        if ours and module.activation is not None:
+            raise ValueError(
+                "revert: expected the batch norms of model to have no activation, got "
+                f"{kind.__name__} with activation={module.activation!r} at {name or 'its root'!r}"
+            )
 
 
 def _refuse_lazy(model: nn.Module) -> None:

@@ -14,7 +14,10 @@ from . import _composite, _extension, ops
 from ._transforms import check_update
 from .autograd import BatchNormFunction
 from .derivatives import TransformableBatchNorm, forward_mode_active, transforms_active
+from .fused_autograd import FusedBatchNormFunction, unfused_forward
+from .fused_ops import fused_forward
 
+Activation = Literal["relu"]
 Backend = Literal["cuda", "emulated", "aten"]
 
 _is_tracing = torch._C._is_tracing  # an alias: two look-ups less on every call
@@ -29,6 +32,9 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
     r"""Normalise each channel of `input`; a drop-in for :func:`torch.nn.functional.batch_norm`.
 
@@ -39,6 +45,9 @@ def batch_norm(
     :math:`\mu` and :math:`\sigma^2` are mean and biased variance of the batch, over all dimensions
     but the second. In evaluation mode they are the running statistics. docs/math.md derives the
     gradients.
+
+    With `residual` and `activation` the result is :math:`\mathrm{relu}(y + \mathrm{residual})`, or
+    what either of the two makes of :math:`y`: in the same pass over memory, and rounded once.
 
     Args:
         input: (N, C) or (N, C, \*), of two or more dimensions; float16, bfloat16, float32 or
@@ -57,6 +66,10 @@ def batch_norm(
         momentum: weight of the new batch in the running statistics.
         eps: added to the variance; not negative. Zero is allowed in training mode too, where
             torch refuses it; a constant channel then gives NaN.
+        residual: added to the result; shape, dtype and device of `input`, any strides, not
+            broadcast. Its gradient has the memory format of `input`.
+        activation: "relu", applied last, or None. As in torch, NaN stays NaN. For the backward,
+            one bit an element is kept, and neither residual nor output.
 
     Returns:
         A tensor with shape, dtype and memory format of `input`.
@@ -78,11 +91,27 @@ def batch_norm(
     function, batched like `input` under vmap. `backend_for` says what computes a given tensor.
     """
     tensors = (input, running_mean, running_var, weight, bias)
-    if has_torch_function_variadic(*tensors):  # tensor subclasses, and the proxies of torch.fx
-        return handle_torch_function(batch_norm, tensors, *tensors, training, momentum, eps)
+    # Tensor subclasses, and the proxies of torch.fx.
+    if has_torch_function_variadic(*tensors, residual):
+        settings = (training, momentum, eps)
+        extras = {"residual": residual, "activation": activation}
+        relevant = (*tensors, residual)
+        return handle_torch_function(batch_norm, relevant, *tensors, *settings, **extras)
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a number, got None")
-    return normalize(input, weight, bias, running_mean, running_var, None, training, momentum, eps)
+    return normalize(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        None,
+        training,
+        momentum,
+        eps,
+        residual,
+        activation,
+    )
 
 
 def backend_for(tensor: Tensor) -> Backend:
@@ -115,14 +144,19 @@ def normalize(
     training: bool,
     momentum: float | None,
     eps: float,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
     """`batch_norm` as the modules call it: in training mode num_batches_tracked counts the batch.
 
     momentum=None averages over all batches that it has counted, this one included.
     The backends check dtypes, shapes and devices. What is left is what torch checks in Python, too.
     """
+    fused = residual is not None or activation is not None
+    relu = fused and is_relu(activation)
     try:
         if input.dim() == 1 and input.numel() == 0:
+            _composite.check_residual(residual, input)
             return input.clone()  # the one shape of fewer than two dimensions that torch takes
         compiling = torch.compiler.is_compiling()
         traced = not compiling and _is_tracing()  # by torch.jit: sizes are tensors
@@ -143,10 +177,15 @@ def normalize(
         if transformed and training and running_mean is not None:
             check_update(input, running_mean)
         if backend_for(input) == "aten":
-            return _composite.batch_norm(*arguments)
-        if transformed or (not compiling and forward_mode_active()):
+            return _composite.batch_norm(*arguments, residual, relu)
+        in_parts = transformed or (not compiling and forward_mode_active())
+        # What torch.jit traces would hold the Function beside the operator.
+        recorded = torch.is_grad_enabled() and not traced
+        if fused:
+            return _fused(arguments, residual, relu, in_parts, recorded)
+        if in_parts:
             return TransformableBatchNorm.apply(*arguments)[0]
-        if torch.is_grad_enabled() and not traced:  # the trace would hold Function and operator
+        if recorded:
             return BatchNormFunction.apply(*arguments)
         return ops.forward(*arguments)[0]
     except (AttributeError, TypeError):
@@ -156,9 +195,31 @@ def normalize(
             "bias": bias,
             "running_mean": running_mean,
             "running_var": running_var,
+            "residual": residual,
         }
         _check_types(input, tensors, momentum, eps)
         raise
+
+
+def is_relu(activation: Activation | None) -> bool:
+    """Whether the activation is ReLU rather than none; refuses every other."""
+    if activation is None:
+        return False
+    if isinstance(activation, str) and activation == "relu":
+        return True
+    raise ValueError(f'batch_norm: expected activation to be None or "relu", got {activation!r}')
+
+
+def _fused(
+    arguments: tuple, residual: Tensor | None, relu: bool, in_parts: bool, recorded: bool
+) -> Tensor:
+    *tensors, training, momentum, eps = arguments
+    settings = (training, momentum, eps)
+    if in_parts:
+        return unfused_forward(*tensors, residual, relu, False, *settings)[0]
+    if recorded:
+        return FusedBatchNormFunction.apply(*tensors, residual, relu, *settings)
+    return fused_forward(*tensors, residual, relu, False, *settings)[0]
 
 
 def _check_count(shape: torch.Size) -> None:

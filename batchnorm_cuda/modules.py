@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from .functional import normalize
+from .functional import Activation, is_relu, normalize
+
+
+def _constructor(theirs: type[torch.nn.Module]) -> Callable:
+    """The constructor of torch's class and the keyword `activation`; its signature says so.
+
+    Made from the class because torch's arguments depend on its version.
+    """
+
+    def __init__(
+        self: Any, *arguments: Any, activation: Activation | None = None, **settings: Any
+    ) -> None:
+        is_relu(activation)
+        theirs.__init__(self, *arguments, **settings)
+        self.activation = activation
+
+    signature = inspect.signature(theirs.__init__)
+    added = inspect.signature(__init__).parameters["activation"]
+    parameters = [*signature.parameters.values(), added]
+    __init__.__signature__ = signature.replace(parameters=parameters)
+    return __init__
 
 
 class _KernelForward:
@@ -17,9 +41,13 @@ class _KernelForward:
     does not wait for it. And an input that is refused leaves every buffer as it was.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        if type(input) is not Tensor and isinstance(input, Proxy):  # a look at the type is cheaper
-            return self._as_leaf(input)
+    activation: Activation | None = None  # also of a module that `convert` has made
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if type(input) is not Tensor or residual is not None:  # a look at the type is cheaper
+            for value in (input, residual):
+                if isinstance(value, Proxy):
+                    return self._as_leaf(value.tracer, input, residual)
         self._check_input_dim(input)
         training = self.training
         weight, bias, running_mean, running_var = self._tensors()
@@ -44,17 +72,24 @@ class _KernelForward:
             training,
             momentum,
             self.eps,
+            residual,
+            self.activation,
         )
 
     _normalize = staticmethod(normalize)
 
-    def _as_leaf(self, input: Proxy) -> Proxy:
+    def extra_repr(self) -> str:
+        activation = "" if self.activation is None else f", activation={self.activation!r}"
+        return super().extra_repr() + activation
+
+    def _as_leaf(self, tracer: torch.fx.Tracer, *inputs: Tensor | Proxy | None) -> Proxy:
         """A call of this module in the graph that torch.fx traces, as of any module of torch.nn.
 
         torch.fx takes for leaves only what is defined in torch.nn; a module of ours has to say it.
         """
-        name = input.tracer.path_of_module(self)
-        return input.tracer.create_proxy("call_module", name, (input,), {})
+        name = tracer.path_of_module(self)
+        given = tuple(value for value in inputs if value is not None)
+        return tracer.create_proxy("call_module", name, given, {})
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """weight, bias, running_mean, running_var: half a microsecond each by attribute look-up."""
@@ -70,6 +105,13 @@ class _KernelForward:
             return self.weight, self.bias, self.running_mean, self.running_var
 
 
+class _LazyForward(_KernelForward):
+    """Of modules that look at their first input before they have parameters."""
+
+    def initialize_parameters(self, input: Tensor, residual: Tensor | None = None) -> None:
+        super().initialize_parameters(input)
+
+
 class BatchNorm1d(_KernelForward, torch.nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d`, computed by `batch_norm`: same arguments, state and errors.
 
@@ -81,6 +123,8 @@ class BatchNorm1d(_KernelForward, torch.nn.BatchNorm1d):
     Raises:
         ValueError: as `BatchNorm2d`; the input has neither two nor three dimensions.
     """
+
+    __init__ = _constructor(torch.nn.BatchNorm1d)
 
 
 class BatchNorm2d(_KernelForward, torch.nn.BatchNorm2d):
@@ -102,20 +146,25 @@ class BatchNorm2d(_KernelForward, torch.nn.BatchNorm2d):
         dtype: of parameters and running statistics. float32, the default, is right for float16 and
             bfloat16 inputs as well; otherwise it has to be that of the input.
         bias: False leaves out `bias` alone; where torch.nn has it, from torch 2.13 on.
+        activation: "relu" or None; applied to the result, and no part of the state.
 
     Shape:
         Input and output: (N, C, H, W), contiguous or channels-last; the output has the input's
-        dtype and memory format.
+        dtype and memory format. A second argument of the call, `residual`, of the input's shape and
+        dtype, is added before the activation.
 
     Raises:
-        ValueError: the input does not have four dimensions or C channels, eps is not positive, or
-            training mode meets one value per channel.
+        ValueError: the input does not have four dimensions or C channels, residual not the shape of
+            the input, eps is not positive, training mode meets one value per channel, or activation
+            is neither "relu" nor None.
         TypeError: a dtype is wrong, as for `batch_norm`.
         RuntimeError: input and parameters are on different devices, or the kernels cannot be built.
 
     What shows beside torch.nn's: an input that is refused leaves every buffer as it was,
     `num_batches_tracked` included.
     """
+
+    __init__ = _constructor(torch.nn.BatchNorm2d)
 
 
 class BatchNorm3d(_KernelForward, torch.nn.BatchNorm3d):
@@ -130,29 +179,34 @@ class BatchNorm3d(_KernelForward, torch.nn.BatchNorm3d):
         ValueError: as `BatchNorm2d`; the input does not have five dimensions.
     """
 
+    __init__ = _constructor(torch.nn.BatchNorm3d)
 
-class LazyBatchNorm1d(_KernelForward, torch.nn.LazyBatchNorm1d):
+
+class LazyBatchNorm1d(_LazyForward, torch.nn.LazyBatchNorm1d):
     """`torch.nn.LazyBatchNorm1d`: takes C from its first input, and then is a `BatchNorm1d`.
 
     Arguments as `BatchNorm1d`, without `num_features`. Shape, dtypes and errors are its own, too.
     """
 
     cls_to_become = BatchNorm1d
+    __init__ = _constructor(torch.nn.LazyBatchNorm1d)
 
 
-class LazyBatchNorm2d(_KernelForward, torch.nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(_LazyForward, torch.nn.LazyBatchNorm2d):
     """`torch.nn.LazyBatchNorm2d`: takes C from its first input, and then is a `BatchNorm2d`.
 
     Arguments as `BatchNorm2d`, without `num_features`. Shape, dtypes and errors are its own, too.
     """
 
     cls_to_become = BatchNorm2d
+    __init__ = _constructor(torch.nn.LazyBatchNorm2d)
 
 
-class LazyBatchNorm3d(_KernelForward, torch.nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(_LazyForward, torch.nn.LazyBatchNorm3d):
     """`torch.nn.LazyBatchNorm3d`: takes C from its first input, and then is a `BatchNorm3d`.
 
     Arguments as `BatchNorm3d`, without `num_features`. Shape, dtypes and errors are its own, too.
     """
 
     cls_to_become = BatchNorm3d
+    __init__ = _constructor(torch.nn.LazyBatchNorm3d)

@@ -164,6 +164,14 @@ def as_dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=_suggest_memory_format(tensor))
 
 
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of `as_dense`, without making the copy."""
+    if _is_dense(tensor):
+        return tensor.stride()
+    memory_format = _suggest_memory_format(tensor)
+    return torch.empty(tensor.shape, device="meta", memory_format=memory_format).stride()
+
+
 def _is_dense(tensor: Tensor) -> bool:
     if torch.compiler.is_dynamo_compiling():
         # Which sorts no symbols. empty_like keeps the strides of dense tensors, and of no others.

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import sync_autograd
-from .functional import normalize
-from .modules import _KernelForward
+from .functional import Activation, is_relu, normalize
+from .modules import _constructor, _KernelForward
 from .sync_autograd import SyncBatchNormFunction
 
 
@@ -46,11 +46,13 @@ class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
         device: of parameters and buffers.
         dtype: of parameters and running statistics.
         bias: False leaves out `bias` alone; where torch.nn has it, from torch 2.13 on.
+        activation: "relu" or None, as for `BatchNorm2d`.
 
     Shape:
         Input and output: (N, C) or (N, C, \*), on each rank with any N and \*. What is gathered is
         2 C + 2 numbers a rank in the forward pass and 2 C in the backward, float32 (float64 for
-        float64 inputs, and then 2 C + 1).
+        float64 inputs, and then 2 C + 1). `residual`, the second argument of the call, has the
+        input's shape and dtype and stays on its rank.
 
     Raises:
         TypeError: as `batch_norm`.
@@ -65,6 +67,8 @@ class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
     ``convert(model, sync=True)`` then.
     """
 
+    __init__ = _constructor(torch.nn.SyncBatchNorm)
+
     def _normalize(
         self,
         input: Tensor,
@@ -76,15 +80,18 @@ class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
         training: bool,
         momentum: float | None,
         eps: float,
+        residual: Tensor | None = None,
+        activation: Activation | None = None,
     ) -> Tensor:
         self._check_non_zero_input_channels(input)
         batch = (input, weight, bias, running_mean, running_var, num_batches_tracked)
         group = self._group() if self.training and dist.is_available() else None
         if group is None:
-            return normalize(*batch, training, momentum, eps)
+            return normalize(*batch, training, momentum, eps, residual, activation)
+        extras = (residual, is_relu(activation))
         if torch.is_grad_enabled():
-            return SyncBatchNormFunction.apply(*batch, momentum, eps, *group)
-        return sync_autograd.forward(*batch, momentum, eps, group)[0]
+            return SyncBatchNormFunction.apply(*batch, *extras, momentum, eps, *group)
+        return sync_autograd.forward(*batch, *extras, False, momentum, eps, group)[0]
 
     def _group(self) -> sync_autograd.Group | None:
         """The group to share statistics with, if there is another rank in it."""
@@ -122,6 +129,7 @@ class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
                 process_group=process_group,
             )
             converted.affine = module.affine
+            converted.activation = getattr(module, "activation", None)
             for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
                 setattr(converted, name, getattr(module, name))
             converted.train(module.training)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from . import ops, sync_ops
+from . import _mask, ops, sync_ops
 from ._composite import per_channel
 
 
@@ -31,6 +31,7 @@ class Needs(NamedTuple):
     input: bool
     weight: bool
     bias: bool
+    residual: bool
 
 
 def forward(
@@ -40,23 +41,19 @@ def forward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    need_mask: bool,
     momentum: float | None,
     eps: float,
     group: Group,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This rank's output, and mean [C], invstd [C] and count [1] of all ranks."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """This rank's output, mean [C], invstd [C] and count [1] of all ranks, and this rank's mask."""
     gathered = sync_ops.gather(sync_ops.sync_statistics(input), *group)
-    return sync_ops.sync_forward(
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        gathered,
-        momentum,
-        eps,
-    )
+    batch = (input, weight, bias, running_mean, running_var, num_batches_tracked, gathered)
+    if residual is None and not relu:
+        return *sync_ops.sync_forward(*batch, momentum, eps), None
+    return sync_ops.sync_fused_forward(*batch, residual, relu, need_mask, momentum, eps)
 
 
 class SyncBatchNormFunction(Function):
@@ -75,23 +72,28 @@ class SyncBatchNormFunction(Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
         momentum: float | None,
         eps: float,
         ranks: int,
         group_name: str,
     ) -> Tensor:
-        output, mean, invstd, count = forward(
+        output, mean, invstd, count, mask = forward(
             input,
             weight,
             bias,
             running_mean,
             running_var,
             num_batches_tracked,
+            residual,
+            relu,
+            relu and any(ctx.needs_input_grad),
             momentum,
             eps,
             Group(ranks, group_name),
         )
-        ctx.save_for_backward(input, weight, mean, invstd, count)
+        ctx.save_for_backward(input, weight, mean, invstd, count, mask)
         # Only the dtype of bias takes part in the backward, so it is not saved: an in-place update
         # of bias between forward and backward is no error.
         ctx.bias = bias.detach() if ctx.needs_input_grad[2] else None
@@ -101,16 +103,23 @@ class SyncBatchNormFunction(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         _check_one_by_one(grad_output)
-        input, weight, mean, invstd, count = ctx.saved_tensors
-        needs = Needs(*ctx.needs_input_grad[:3])
+        input, weight, mean, invstd, count, mask = ctx.saved_tensors
+        needs = Needs(*ctx.needs_input_grad[:3], ctx.needs_input_grad[6])
         group = Group(ctx.ranks, ctx.group_name)
-        arguments = (grad_output, input, weight, ctx.bias, mean, invstd, count, needs, group)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = SyncBatchNormBackward.apply(*arguments)
+        arguments = (input, weight, ctx.bias, mean, invstd, count, needs, group)
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if mask is not None and not recorded:
+            *grads, grad_residual = fused_backward(grad_output, mask, *arguments)
         else:
-            grads, _, _ = backward(*arguments)
-        not_differentiable = (None,) * 7  # the running statistics and the settings after them
-        return *grads, *not_differentiable
+            if mask is not None:
+                grad_output = _mask.masked(grad_output, mask, input)
+            grad_residual = grad_output if needs.residual else None
+            if recorded:
+                grads = SyncBatchNormBackward.apply(grad_output, *arguments)
+            else:
+                grads, _, _ = backward(grad_output, *arguments)
+        # The running statistics and their counter; relu and the settings after it.
+        return *grads, *(None,) * 3, grad_residual, *(None,) * 5
 
 
 def backward(
@@ -138,6 +147,41 @@ def backward(
         grad_output, input, weight, mean, invstd, totals, count
     )
     return (grad_input, grad_weight, grad_bias), sums, totals
+
+
+def fused_backward(
+    grad_output: Tensor,
+    mask: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    count: Tensor,
+    needs: Needs,
+    group: Group,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`backward` through a ReLU: the gradients that are needed, that of residual as the last."""
+    sums, grad_weight, grad_bias = sync_ops.sync_fused_backward_reduce(
+        grad_output, input, weight, bias, mean, invstd, mask, needs.weight, needs.bias
+    )
+    if needs.input:
+        sums = sync_ops.sync_sum(sync_ops.gather(sums, *group))
+    grad_input, grad_residual = None, None
+    if needs.input or needs.residual:
+        grad_input, grad_residual = sync_ops.sync_fused_backward_elementwise(
+            grad_output,
+            input,
+            weight,
+            mean,
+            invstd,
+            sums,
+            count,
+            mask,
+            needs.input,
+            needs.residual,
+        )
+    return grad_input, grad_weight, grad_bias, grad_residual
 
 
 class SyncBatchNormBackward(Function):

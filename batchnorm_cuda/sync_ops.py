@@ -8,13 +8,14 @@ torch.compile traces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _extension, _sync_composite, ops
+from .fused_ops import fake_mask
 
 _library = torch.library.Library("batchnorm_cuda", "FRAGMENT")
 _SCHEMAS = (
@@ -22,12 +23,28 @@ _SCHEMAS = (
     "sync_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor gathered, float? momentum, "
     "float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    # The sums, then the gradients that are needed: a schema has no optional results.
+    # The sums, then gradients.
     "sync_backward_reduce(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
     "Tensor mean, Tensor invstd, bool need_weight, bool need_bias) -> Tensor[]",
     "sync_sum(Tensor gathered) -> Tensor",
     "sync_backward_elementwise(Tensor grad_output, Tensor input, Tensor? weight, Tensor mean, "
     "Tensor invstd, Tensor sums, Tensor count) -> Tensor",
+    # Fused, as in fused_ops.
+    "sync_fused_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor gathered, Tensor? residual, "
+    "bool relu, bool need_mask, float? momentum, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "sync_fused_backward_reduce(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, "
+    "Tensor mean, Tensor invstd, Tensor mask, bool need_weight, bool need_bias) -> Tensor[]",
+    "sync_fused_backward_elementwise(Tensor grad_output, Tensor input, Tensor? weight, "
+    "Tensor mean, Tensor invstd, Tensor sums, Tensor count, Tensor mask, bool need_input, "
+    "bool need_residual) -> Tensor[]",
+)
+# These return the gradients that are needed: a schema has no optional results.
+_OF_NEEDED = (
+    "sync_backward_reduce",
+    "sync_fused_backward_reduce",
+    "sync_fused_backward_elementwise",
 )
 
 
@@ -94,7 +111,7 @@ def sync_backward_reduce(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """This rank's sums [2, C], of dy and of dy times xhat, and its grad_weight and grad_bias."""
-    sums, *needed = _call(
+    sums, *grads = _call(
         "sync_backward_reduce",
         grad_output,
         input,
@@ -105,10 +122,7 @@ def sync_backward_reduce(
         need_weight,
         need_bias,
     )
-    needed = [grad for grad in needed if grad is not None]
-    grad_weight = needed.pop(0) if need_weight else None
-    grad_bias = needed.pop(0) if need_bias else None
-    return sums, grad_weight, grad_bias
+    return sums, *_in_place(grads, need_weight, need_bias)
 
 
 def sync_sum(gathered: Tensor) -> Tensor:
@@ -129,6 +143,100 @@ def sync_backward_elementwise(
     return _call("sync_backward_elementwise", grad_output, input, weight, mean, invstd, sums, count)
 
 
+def sync_fused_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    gathered: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    need_mask: bool,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """`sync_forward` with what follows it, and the mask of the ReLU or None where not needed."""
+    *results, mask = _call(
+        "sync_fused_forward",
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        gathered,
+        residual,
+        relu,
+        need_mask,
+        momentum,
+        eps,
+    )
+    return *results, mask if need_mask else None
+
+
+def sync_fused_backward_reduce(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`sync_backward_reduce` of the gradient that the ReLU lets through."""
+    sums, *grads = _call(
+        "sync_fused_backward_reduce",
+        grad_output,
+        input,
+        weight,
+        bias,
+        mean,
+        invstd,
+        mask,
+        need_weight,
+        need_bias,
+    )
+    return sums, *_in_place(grads, need_weight, need_bias)
+
+
+def sync_fused_backward_elementwise(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sums: Tensor,
+    count: Tensor,
+    mask: Tensor,
+    need_input: bool,
+    need_residual: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """grad_input and grad_residual, None where not needed; sums and count serve grad_input only."""
+    grads = _call(
+        "sync_fused_backward_elementwise",
+        grad_output,
+        input,
+        weight,
+        mean,
+        invstd,
+        sums,
+        count,
+        mask,
+        need_input,
+        need_residual,
+    )
+    return _in_place(grads, need_input, need_residual)
+
+
+def _in_place(grads: Sequence[Tensor | None], *needed: bool) -> tuple[Tensor | None, ...]:
+    """Of a direct call or of an operator, which leaves out what is not needed."""
+    return ops._in_place_of_needed([grad for grad in grads if grad is not None], *needed)
+
+
 def _call(name: str, tensor: Tensor, *rest: Any) -> Any:
     if ops._is_plain(tensor):
         return _implementation(name, tensor)(tensor, *rest)
@@ -143,7 +251,10 @@ def _implementation(name: str, tensor: Tensor) -> Callable:
 def _kernel(name: str) -> Callable:
     def kernel(tensor: Tensor, *rest: Any) -> Any:
         results = _implementation(name, tensor)(tensor, *rest)
-        if name == "sync_backward_reduce":
+        if name == "sync_fused_forward":
+            *results, mask = results
+            return *results, fake_mask(tensor, False) if mask is None else mask
+        if name in _OF_NEEDED:
             return [result for result in results if result is not None]
         return results
 
@@ -185,8 +296,35 @@ def _fake_backward_elementwise(grad_output: Tensor, input: Tensor, *_: object) -
     return torch.empty_like(ops.as_dense(input))
 
 
-_FAKES = (_fake_statistics, _fake_forward, _fake_backward_reduce, _fake_sum)
-for _schema, _fake in zip(_SCHEMAS, (*_FAKES, _fake_backward_elementwise), strict=True):
+def _fake_fused_forward(input: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    *_, need_mask, _momentum, _eps = rest
+    return *_fake_forward(input), fake_mask(input, need_mask)
+
+
+def _fake_fused_backward_reduce(*arguments: object) -> list[Tensor]:
+    *tensors, _mask, need_weight, need_bias = arguments
+    return _fake_backward_reduce(*tensors, need_weight, need_bias)
+
+
+def _fake_fused_backward_elementwise(
+    grad_output: Tensor, input: Tensor, *rest: object
+) -> list[Tensor]:
+    *_, need_input, need_residual = rest
+    needed = [need for need in (need_input, need_residual) if need]
+    return [_fake_backward_elementwise(grad_output, input) for _ in needed]
+
+
+_FAKES = (
+    _fake_statistics,
+    _fake_forward,
+    _fake_backward_reduce,
+    _fake_sum,
+    _fake_backward_elementwise,
+    _fake_fused_forward,
+    _fake_fused_backward_reduce,
+    _fake_fused_backward_elementwise,
+)
+for _schema, _fake in zip(_SCHEMAS, _FAKES, strict=True):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _name = _schema.partition("(")[0]
     for _key in ("CUDA", "CPU"):

@@ -18,6 +18,7 @@ os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # no name server, no network
 
 import torch
 import torch.distributed as dist
+from fused import FORMS
 from sync_cases import BACKENDS, CASES, EPS, MOMENTUM, SyncCase
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -46,11 +47,14 @@ def module_for(case: SyncCase, **arguments: Any) -> SyncBatchNorm:
     return module
 
 
-def step(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+def step(
+    module: nn.Module, x: Tensor, dy: Tensor, residual: Tensor | None = None
+) -> dict[str, Tensor]:
     """Output, gradients and running statistics after a forward and a backward."""
-    leaf = x.detach().requires_grad_()
-    output = module(leaf)
-    wanted = {"grad_input": leaf}
+    wanted = {"grad_input": x.detach().requires_grad_()}
+    if residual is not None:
+        wanted["grad_residual"] = residual.detach().requires_grad_()
+    output = module(*wanted.values())
     wanted |= {f"grad_{name}": parameter for name, parameter in module.named_parameters()}
     gradients = torch.autograd.grad(output, wanted.values(), dy)
     results = {"output": output.detach()} | dict(zip(wanted, gradients, strict=True))
@@ -274,16 +278,115 @@ def double_backward(rank: int, ranks: int) -> dict:
     return results
 
 
-def whole_batch_norm(sizes: tuple[int, ...]) -> Callable[..., Tensor]:
+def whole_batch_norm(
+    sizes: tuple[int, ...], activation: str | None = None
+) -> Callable[..., Tensor]:
     """Synchronised batch norm as a function of tensors that all ranks have."""
 
-    def function(x: Tensor, *parameters: Tensor) -> Tensor:
-        module = SyncBatchNorm(2, 0.1, affine=bool(parameters), track_running_stats=False)
+    def function(x: Tensor, *rest: Tensor) -> Tensor:
+        parameters, residual = rest[:2], rest[2:]
+        module = SyncBatchNorm(
+            2, 0.1, affine=bool(parameters), track_running_stats=False, activation=activation
+        )
         state = zip(("weight", "bias"), map(Shared.apply, parameters), strict=False)
-        output = torch.func.functional_call(module, dict(state), (Part.apply(x, sizes),))
+        parts = tuple(Part.apply(whole, sizes) for whole in (x, *residual))
+        output = torch.func.functional_call(module, dict(state), parts)
         return Whole.apply(output, sizes)
 
     return function
+
+
+def fused_module(case: SyncCase, form: str) -> SyncBatchNorm:
+    return module_for(case, activation="relu" if FORMS[form][1] else None)
+
+
+def fused_data(case: SyncCase, part: int, form: str) -> tuple[Tensor, ...]:
+    """x, dy and where there is one the residual, of other strides than x in most cases."""
+    x, dy = case.parts()[part]
+    return (x, dy, x.flip(0).contiguous()) if FORMS[form][0] else (x, dy)
+
+
+def fused_cases(rank: int, ranks: int) -> dict:
+    """Every case for this number of ranks in every form."""
+    results = {}
+    for backend in backends():
+        for case in (case for case in CASES if case.ranks == ranks):
+            for form in FORMS:
+                module = fused_module(case, form)
+                results[backend, case.name, form] = step(module, *fused_data(case, rank, form))
+    return results
+
+
+def fused_compiled(rank: int, ranks: int) -> dict:
+    """Eager and compiled, and under no_grad; they must agree to the bit."""
+    results = {}
+    for backend in backends():
+        for form in FORMS:
+            data = fused_data(CASES[0], rank, form)
+            eager = fused_module(CASES[0], form)
+            graph = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+            got = {k.replace("_orig_mod.", ""): v for k, v in step(graph, *data).items()}
+            with torch.no_grad():
+                output = fused_module(CASES[0], form)(data[0], *data[2:])
+            results[backend, form] = step(eager, *data), got, output
+            torch.compiler.reset()
+    return results
+
+
+def fused_collectives(rank: int, ranks: int) -> dict:
+    """What of torch.distributed runs in a forward and in a backward, for each set of gradients."""
+    results = {}
+    settings = {"activities": [torch.profiler.ProfilerActivity.CPU]}
+    for backend in backends():
+        for of_input in (True, False):
+            module = SyncBatchNorm(16, activation="relu")
+            x = torch.randn(3, 16, 4, 3).requires_grad_(of_input)
+            residual = torch.randn(3, 16, 4, 3).requires_grad_()
+            with torch.profiler.profile(**settings) as forward:
+                output = module(x, residual)
+            with torch.profiler.profile(**settings) as backward:
+                output.sum().backward()
+            results[backend, of_input] = [
+                [event.name for event in p.events() if event.name.startswith("c10d::")]
+                for p in (forward, backward)
+            ]
+    return results
+
+
+def fused_recorded(rank: int, ranks: int) -> dict:
+    """The gradients of a backward that is recorded, and of one that is not."""
+    results = {}
+    case = next(case for case in CASES if case.name == "double")
+    for backend in backends():
+        for form in FORMS:
+            x, dy, *residual = fused_data(case, rank, form)
+            module = fused_module(case, form)
+            inputs = [t.requires_grad_() for t in (x, *residual)]
+            wanted = [*inputs, *module.parameters()]
+            output = module(*inputs)
+            results[backend, form] = [
+                torch.autograd.grad(output, wanted, dy, create_graph=recorded, retain_graph=True)
+                for recorded in (False, True)
+            ]
+    return results
+
+
+def fused_double_backward(rank: int, ranks: int) -> dict:
+    """gradcheck and gradgradcheck of the whole batch through the ranks, as in `double_backward`."""
+    results = {}
+    sizes = (3, 2)
+    for backend in backends():
+        for form, (added, relu) in FORMS.items():
+            generator = torch.Generator().manual_seed(0)
+            shapes = [(5, 2, 2), (2,), (2,), *([(5, 2, 2)] if added else [])]
+            inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+            function = whole_batch_norm(sizes, "relu" if relu else None)
+            torch.manual_seed(0)
+            results[backend, form] = all(
+                check(function, [t.requires_grad_() for t in inputs], raise_exception=False)
+                for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck)
+            )
+    return results
 
 
 def batched_gradients(rank: int, ranks: int) -> dict:

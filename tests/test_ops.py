@@ -238,9 +238,12 @@ def test_emulation_must_be_asked_for(monkeypatch: pytest.MonkeyPatch, value: str
 
 
 def test_signature_is_torchs() -> None:
-    ours = inspect.signature(batchnorm_cuda.batch_norm).parameters.values()
+    """What is added to it goes by keyword only, and is absent unless given."""
+    ours = list(inspect.signature(batchnorm_cuda.batch_norm).parameters.values())
     torchs = inspect.signature(F.batch_norm).parameters.values()
-    assert [(p.name, p.default, p.kind) for p in ours] == [
+    added = [p for p in ours if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert [(p.name, p.default) for p in added] == [("residual", None), ("activation", None)]
+    assert [(p.name, p.default, p.kind) for p in ours if p not in added] == [
         (p.name, p.default, p.kind) for p in torchs
     ]
 
