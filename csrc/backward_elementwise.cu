@@ -1,7 +1,9 @@
 // The elementwise half of the backward pass. Training:
 //   grad_input = weight*invstd * (dy - sum_dy/count - x̂ * sum_dy_xhat/count);
 // eval, where the statistics are constants and x is not read: grad_input = weight*invstd * dy.
+// dy may be that of a fused ReLU, and is then the gradient of a residual as well (fused.cuh).
 #include "formulas.cuh"
+#include "fused.cuh"
 #include "launch.cuh"
 
 namespace batchnorm_cuda {
@@ -20,12 +22,15 @@ __device__ __forceinline__ auto load_channel(const Params& p, const Cursor& curs
                                 load_global(p.sum_dy_xhat + c), count);
 }
 
-template <typename Cursor, bool kTraining>
+template <typename Cursor, bool kTraining, typename Epilogue>
 __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
-    backward_elementwise_kernel(const BackwardElementwiseParams<typename Cursor::scalar_t> p) {
+    backward_elementwise_kernel(const BackwardElementwiseParams<typename Cursor::scalar_t> p,
+                                const Epilogue epilogue) {
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
-  constexpr int kUnrollPairs = kTraining ? kUnroll / 2 : kUnroll;
+  // Masked windows and their bits of a fused mask take registers.
+  constexpr bool kFused = !std::is_same_v<Epilogue, Identity<acc_t>>;
+  constexpr int kUnrollPairs = (kTraining ? kUnroll / 2 : kUnroll) >> (kFused && !Cursor::kExact);
   const int64_t numel = p.traversal.numel;
   const acc_t total = static_cast<acc_t>(p.total_count ? load_global(p.total_count) : p.count);
   // Backwards: what the reduce kernel read last may still be in the L2 cache.
@@ -48,17 +53,14 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
           x[u] = load_window<Cursor::kExact>(p.input, windows[u], numel, p.input_aligned);
         }
       }
+      filter<Cursor::kExact>(epilogue, dy, windows);
 #pragma unroll
       for (int u = 0; u < kUnrollPairs; ++u) {
-        Vec<scalar_t> dx;
-#pragma unroll
-        for (int l = 0; l < Cursor::kVecSize; l += 2) {
+        store_output<Cursor::kExact>(epilogue, dy[u], p.grad_input, windows[u], [&](int l) {
           const GradInput<acc_t>& a = channel[Cursor::channel_of(l)];
           const GradInput<acc_t>& b = channel[Cursor::channel_of(l + 1)];
-          round_into(dx, l,
-                     kTraining ? grad_input(a, b, dy[u], x[u], l) : grad_input(a, b, dy[u], l));
-        }
-        store_window<Cursor::kExact>(p.grad_input, windows[u], dx);
+          return kTraining ? grad_input(a, b, dy[u], x[u], l) : grad_input(a, b, dy[u], l);
+        });
       }
     }
   }
@@ -68,16 +70,33 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
 
 // ---------------------------------------------------------------------------- launchers
 
+template <typename Cursor, typename Params, typename Epilogue>
+LaunchStatus launch_mode(const Params& params, const Epilogue& epilogue, cudaStream_t stream) {
+  const Traversal& t = params.traversal;
+  const auto kernel = params.input ? backward_elementwise_kernel<Cursor, true, Epilogue>
+                                   : backward_elementwise_kernel<Cursor, false, Epilogue>;
+  return launch_kernel(kernel, t.grid, block_of(t), 0, stream, params, epilogue);
+}
+
 template <typename scalar_t>
 LaunchStatus launch_backward_elementwise(Pattern pattern,
                                          const BackwardElementwiseParams<scalar_t>& params,
                                          cudaStream_t stream) {
   const Traversal& t = params.traversal;
   return with_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
-    using Cursor = typename decltype(tag)::type;
-    const auto kernel = params.input ? backward_elementwise_kernel<Cursor, true>
-                                     : backward_elementwise_kernel<Cursor, false>;
-    return launch_kernel(kernel, t.grid, block_of(t), 0, stream, params);
+    return launch_mode<typename decltype(tag)::type>(params, Identity<acc_type<scalar_t>>{},
+                                                     stream);
+  });
+}
+
+template <typename scalar_t>
+LaunchStatus launch_backward_elementwise(Pattern pattern,
+                                         const BackwardElementwiseParams<scalar_t>& params,
+                                         const FusedBackward<scalar_t>& fused,
+                                         cudaStream_t stream) {
+  const Traversal& t = params.traversal;
+  return with_fused_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
+    return launch_mode<typename decltype(tag)::type>(params, fused, stream);
   });
 }
 
@@ -90,5 +109,15 @@ template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElement
                                                   cudaStream_t);
 template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<double>&,
                                                   cudaStream_t);
+template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<__half>&,
+                                                  const FusedBackward<__half>&, cudaStream_t);
+template LaunchStatus launch_backward_elementwise(Pattern,
+                                                  const BackwardElementwiseParams<__nv_bfloat16>&,
+                                                  const FusedBackward<__nv_bfloat16>&,
+                                                  cudaStream_t);
+template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<float>&,
+                                                  const FusedBackward<float>&, cudaStream_t);
+template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<double>&,
+                                                  const FusedBackward<double>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

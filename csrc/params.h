@@ -181,6 +181,39 @@ struct NormalizeParams {
   }
 };
 
+// What is fused behind the normalisation, in one rounding with it (fused.cuh).
+template <typename scalar_t>
+struct FusedForward {
+  using acc_t = acc_type<scalar_t>;
+  int64_t numel;
+  bool exact;                // the tiling of the kernel that writes the mask
+  bool residual_aligned;     // the residual shares the output's 16-byte boundaries
+  const scalar_t* residual;  // [N, C, S] or null
+  acc_t lowest;              // what is below becomes this: 0 for a ReLU, else -infinity
+  uint8_t* mask;             // [mask_bytes] or null; zeroed before where the tiling is not exact
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    const int64_t lanes = kWindowBytes / sizeof(scalar_t);
+    f("residual", residual, sizeof(scalar_t) * numel, true, false);
+    f("mask", mask, static_cast<size_t>(exact ? numel / lanes : mask_bytes(numel, lanes)), !exact,
+      true);
+  }
+};
+
+// What is fused before the backward pass: dy is that of a ReLU.
+template <typename scalar_t>
+struct FusedBackward {
+  int64_t numel;
+  const uint8_t* mask;      // as FusedForward left it
+  scalar_t* grad_residual;  // [N, C, S] or null; shares grad_input's 16-byte boundaries
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    const int64_t lanes = kWindowBytes / sizeof(scalar_t);
+    f("mask", mask, static_cast<size_t>(ceil_div(numel, lanes)), true, false);
+    f("grad_residual", grad_residual, sizeof(scalar_t) * numel, false, true);
+  }
+};
+
 template <typename scalar_t>
 struct BackwardReduceParams {
   using acc_t = acc_type<scalar_t>;
