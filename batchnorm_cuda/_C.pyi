@@ -89,6 +89,81 @@ def sync_backward_elementwise(
 ) -> Tensor:
     """grad_input of this rank's part, from sums [2, C] and count [1] of all ranks."""
 
+def fused_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    need_mask: bool,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(output, save_mean, save_invstd, mask) of relu(bn(input) + residual)."""
+
+def fused_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    mask: Tensor,
+    training: bool,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+    need_residual: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(grad_input, grad_weight, grad_bias, grad_residual), None where not needed."""
+
+def sync_fused_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    gathered: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    need_mask: bool,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """(output, mean, invstd, count, mask): sync_forward of relu(bn(input) + residual)."""
+
+def sync_fused_backward_reduce(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(sums [2, C], grad_weight, grad_bias) of this rank; gradients None where not needed."""
+
+def sync_fused_backward_elementwise(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sums: Tensor,
+    count: Tensor,
+    mask: Tensor,
+    need_input: bool,
+    need_residual: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(grad_input, grad_residual) of this rank's part, None where not needed."""
+
 def make_plan(
     op: str,
     n: int,
