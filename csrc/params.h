@@ -5,6 +5,7 @@
 //   must_write, not readable   output: every byte is written, none is read before
 //   both                       updated in place
 //   neither                    scratch: read only where it was written before
+// A sixth argument `true`: in parts read and written at will, what is not written stays.
 // The host build checks it; a null pointer stands for an argument that is not there.
 #pragma once
 
@@ -195,8 +196,9 @@ struct FusedForward {
   void visit_buffers(F&& f) const {
     const int64_t lanes = kWindowBytes / sizeof(scalar_t);
     f("residual", residual, sizeof(scalar_t) * numel, true, false);
-    f("mask", mask, static_cast<size_t>(exact ? numel / lanes : mask_bytes(numel, lanes)), !exact,
-      true);
+    // Not exact: only the words in which a bit is set.
+    const int64_t bytes = exact ? numel / lanes : mask_bytes(numel, lanes);
+    f("mask", mask, static_cast<size_t>(bytes), !exact, exact, !exact);
   }
 };
 

@@ -94,7 +94,10 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exac
     return pattern == Pattern::kAlongC && value_bytes == 2 && tensors == 1 ? 45 : 46;
   }
   const bool middle = depth == Depth::kMiddle;
-  if (pattern == Pattern::kAlongRow) return !middle ? 0 : exact ? 6 : 4;
+  if (pattern == Pattern::kAlongRow) {
+    if (!middle) return 0;
+    return exact ? 6 : fused && tensors == 1 ? 3 : 4;
+  }
   if (pattern == Pattern::kAlongC || !exact) return middle ? 8 : 4;
   return !middle ? 12 : value_bytes == 8 ? 12 : 16;
 }
