@@ -79,7 +79,8 @@ def short_name(name: str) -> str:
     kernel = f"team {operation.group(1).lower()}" if operation else name.split("_kernel")[0]
     pattern = re.search(r"Along(?:Far)?(\w+)", name)
     along = pattern.group(1).replace("Row", "a row") if pattern else ""
-    return f"{kernel.replace('_', ' ')}, along {along}"
+    fused = ", fused" if re.search(r"\bFused(Forward|Backward)<", name) else ""
+    return f"{kernel.replace('_', ' ')}, along {along}{fused}"
 
 
 def _share(group: list[Budget], device: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ THREADS_PER_SM = {"7.5": 1024, "8.0": 2048, "9.0": 2048, "10.0": 2048, "10.3": 2
 THREADS_PER_SM_ELSEWHERE = 1536
 
 WINDOW_BITS = 128
+MASK_BITS = 8  # of the mask of a fused ReLU, for a window
 WARP = 32
 
 
@@ -87,6 +88,11 @@ class Kernel:
     def exact(self) -> bool:
         """True if its cursor walks over full windows only, so that nothing may be narrow."""
         return re.search(r"\bAlong(S|C|Row)<[^<>]*, true>|\bAlongFarS<", self.name) is not None
+
+    @property
+    def fused(self) -> bool:
+        """True if it adds a residual, takes a ReLU or filters by its mask (csrc/fused.cuh)."""
+        return re.search(r"\bFused(Forward|Backward)<", self.name) is not None
 
     @property
     def held_windows(self) -> int | None:
@@ -152,9 +158,14 @@ def _narrow_accesses(kernel: Kernel) -> list[str]:
         return ["is exact, but no loop moves 16 bytes at a time"]
     if loop.nested and kernel.held_windows:
         return _missing_windows(kernel, loop, kernel.held_windows)
+    narrow = loop.narrow
+    # The mask has a byte for each window that is stored (forward), or of dy (backward): beside
+    # each byte at least two windows move.
+    if kernel.fused and 2 * narrow.get(MASK_BITS, 0) <= loop.windows:
+        narrow.pop(MASK_BITS, None)
     return [
         f"makes {count} accesses of {bits} bits in its main loop"
-        for bits, count in sorted(loop.narrow.items())
+        for bits, count in sorted(narrow.items())
     ]
 
 
