@@ -42,6 +42,8 @@ def explain(
     strategy: str = "auto",
     scope: str = "auto",
     team_size: int = 0,
+    residual: bool = False,
+    activation: str | None = None,
 ) -> Explanation:
     """How `batch_norm` treats a tensor, or would treat a shape on a device that is not here.
 
@@ -65,6 +67,9 @@ def explain(
         scope: of a team: "auto", or force "block", "cluster" or "grid".
         team_size: blocks of a team, 0 for the planner's choice. A team that is forced but
             impossible is answered by two passes, with the reason.
+        residual: is a residual fused, like the input? In a backward pass, is its gradient wanted?
+        activation: what is fused behind: None or "relu". "forward" is taken to keep what its
+            backward pass needs, "eval" is not.
 
     Returns:
         An `Explanation`.
@@ -78,6 +83,8 @@ def explain(
     """
     if op not in _OPS:
         raise ValueError(f"explain: expected op to be one of {', '.join(_OPS)}, got {op!r}")
+    if activation not in (None, "relu"):
+        raise ValueError(f"explain: expected activation to be None or 'relu', got {activation!r}")
     model = _as_meta(input_or_shape, dtype, memory_format)
     module, properties = _planner(input_or_shape, device)
     n, c, s = _geometry(model)
@@ -87,6 +94,7 @@ def explain(
         problem["grad_output_shift"] = 0
     if op.endswith("double_backward"):
         problem |= {"grad_grad_input_shift": 0, "outputs": 2}
+    problem |= _fused(op, residual, activation == "relu")
     dtype_name = str(model.dtype).removeprefix("torch.")
     described = devices.planner_properties(properties)
     plan = module.make_plan(_OPS[op], n, c, s, dtype_name, described, problem)
@@ -110,6 +118,19 @@ def explain(
         workspace_bytes=plan["workspace_bytes"],
         latency_bytes=devices.bytes_to_cover_latency(properties),
     )
+
+
+def _fused(op: str, residual: bool, relu: bool) -> dict[str, Any]:
+    """What the planner is told of a residual and a ReLU."""
+    if op.endswith("double_backward") and (residual or relu):
+        raise ValueError(
+            f"explain: expected op to be without residual and activation for {op!r}, got "
+            f"residual={residual}, activation={'relu' if relu else None!r}"
+        )
+    if op.endswith("backward"):  # without a ReLU the residual's gradient is the output's
+        return {"fused": relu, "mask": relu, "outputs": 1 + (residual and relu)} if relu else {}
+    shift = 0 if residual else -1
+    return {"fused": residual or relu, "mask": relu and op == "forward", "residual_shift": shift}
 
 
 def _as_meta(

@@ -42,7 +42,9 @@ KERNEL_SOURCES = (
     "normalize.cu",
     "statistics.cu",
     "team_backward.cu",
+    "team_backward_fused.cu",
     "team_forward.cu",
+    "team_forward_fused.cu",
 )
 
 # Hidden symbols: `_C` and `_C_emulated` define the same functions and may share a process.

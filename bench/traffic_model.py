@@ -40,6 +40,7 @@ _MOMENTUM, _EPS = 0.1, 1e-5
 _KINDS = {
     "activation": {
         *("input", "output", "grad_output", "grad_input", "grad_grad_output", "grad_grad_input"),
+        *("residual", "mask", "grad_residual"),
     },
     "parameter": {
         *("weight", "bias", "running_mean", "running_var", "num_batches_tracked"),
@@ -54,13 +55,22 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One operation on one tensor. `shift`: elements past a 16-byte boundary where it starts."""
+    """One operation on one tensor. `shift`: elements past a 16-byte boundary where it starts.
+
+    With `residual` and `relu` it is the fused one: a training forward then leaves the ReLU's mask.
+    """
 
     shape: tuple[int, ...]  # (N, C, ...)
     layout: str = "nchw"  # or nhwc: channels last, whatever the rank
     dtype: str = "fp16"
     op: str = "forward"
     shift: int = 0
+    residual: bool = False
+    relu: bool = False
+
+    @property
+    def activation(self) -> str | None:
+        return "relu" if self.relu else None
 
     @property
     def numel(self) -> int:
@@ -172,7 +182,8 @@ def count(case: Case, device: dict[str, Any], strategy: str = "auto") -> Traffic
     model = module._host_model
     x = case.tensor()
     call = _operation(case, module, x)
-    plan = explain(x, device=device, op=case.op, strategy=strategy)
+    fused = {"residual": case.residual, "activation": case.activation}
+    plan = explain(x, device=device, op=case.op, strategy=strategy, **fused)
     model.set_device(devices.planner_properties(device))
     module.set_plan_options({"strategy": strategy})
     model.start_traffic()
@@ -200,9 +211,18 @@ def _operation(case: Case, module: ModuleType, x: Tensor) -> Callable[[], object
     training = not case.op.startswith("eval")
     if case.op.endswith("backward"):
         dy = torch.zeros_like(x)
-        saved = (x, weight, bias, mean, var, training)
-        return lambda: module.backward(dy, *saved, True, True, True)
-    return lambda: module.forward(x, weight, bias, mean, var, None, training, _MOMENTUM, _EPS)
+        saved = (x, weight, bias, mean, var)
+        if not case.relu:
+            return lambda: module.backward(dy, *saved, training, True, True, True)
+        lanes = WINDOW_BYTES // x.element_size()
+        mask = torch.zeros(math.ceil(x.numel() / lanes / 4) * 4, dtype=torch.uint8)
+        wanted = (True, True, True, case.residual)
+        return lambda: module.fused_backward(dy, *saved, mask, training, *wanted)
+    parameters = (x, weight, bias, mean, var, None)
+    if not (case.residual or case.relu):
+        return lambda: module.forward(*parameters, training, _MOMENTUM, _EPS)
+    fused = (torch.zeros_like(x) if case.residual else None, case.relu, training)
+    return lambda: module.fused_forward(*parameters, *fused, training, _MOMENTUM, _EPS)
 
 
 def _kind(name: str) -> str:

@@ -22,7 +22,7 @@ LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) 
   params.count = b.problem.n * b.problem.s;
   params.grad_output = pointer_to<scalar_t>(b.grad_output);
   params.input = pointer_to<scalar_t>(b.input);
-  params.grad_input = static_cast<scalar_t*>(b.grad_input->data_ptr());
+  if (b.grad_input) params.grad_input = static_cast<scalar_t*>(b.grad_input->data_ptr());
   params.weight = param_pointer(b.weight);
   params.mean = pointer_to<acc_t>(b.save_mean);
   params.invstd = pointer_to<acc_t>(b.save_invstd);
@@ -30,7 +30,8 @@ LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) 
   params.grad_bias = param_pointer(b.grad_bias);
   params.slots = workspace.data<acc_t>();
   params.sync = workspace.words();
-  return launch_team_backward(params, stream);
+  if (!b.problem.fused) return launch_team_backward(params, stream);
+  return launch_team_backward(params, fused_params<scalar_t>(b), stream);
 }
 
 template <typename scalar_t>
@@ -51,6 +52,43 @@ void run(const Backward& b) {
   if (plan->has_elementwise) run_elementwise<scalar_t>(b, *plan, sums, stream);
 }
 
+// What a caller wants of the pass.
+struct Wanted {
+  bool input, weight, bias, residual = false;
+};
+
+// The pass over arguments that are checked.
+Backward run_checked(const at::Tensor& grad_output, const at::Tensor& input,
+                     const OptionalTensor& weight, const OptionalTensor& bias,
+                     const at::Tensor& save_mean, const at::Tensor& save_invstd,
+                     const OptionalTensor& mask, bool training, const Wanted& need) {
+  const c10::DeviceGuard guard(input.device());
+  Backward b;
+  b.input = dense(input);
+  if (need.input) b.grad_input = at::empty_like(b.input);
+  if (need.residual) b.grad_residual = at::empty_like(b.input);
+  if (need.weight) b.grad_weight = at::empty({input.size(1)}, weight->options());
+  if (need.bias) b.grad_bias = at::empty({input.size(1)}, bias->options());
+  if (input.numel() == 0) {
+    if (need.weight) b.grad_weight->zero_();
+    if (need.bias) b.grad_bias->zero_();
+    return b;
+  }
+  b.grad_output = dense_like(grad_output, b.input);
+  b.weight = packed(weight);
+  b.save_mean = save_mean.contiguous();
+  b.save_invstd = save_invstd.contiguous();
+  b.mask = packed(mask);
+  // What the statistics depend on is nothing to the other gradients: a ReLU's alone are as in eval.
+  const bool statistics = training && (need.input || !mask);
+  b.problem = describe(statistics ? Op::kBackwardTraining : Op::kBackwardEval, b.input);
+  b.problem.grad_output_shift = shift_of(b.grad_output);
+  b.problem.need_sums = need.weight || need.bias;
+  b.describe_outputs();
+  dispatch_dtype(b.problem.dtype, [&](auto tag) { run<typename decltype(tag)::type>(b); });
+  return b;
+}
+
 }  // namespace
 
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> backward(
@@ -58,27 +96,21 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> backward(
     const OptionalTensor& bias, const at::Tensor& save_mean, const at::Tensor& save_invstd,
     bool training, bool need_input, bool need_weight, bool need_bias) {
   check_backward(grad_output, input, weight, bias, save_mean, save_invstd, need_weight, need_bias);
-  const c10::DeviceGuard guard(input.device());
-  Backward b;
-  b.input = dense(input);
-  if (need_input) b.grad_input = at::empty_like(b.input);
-  if (need_weight) b.grad_weight = at::empty({input.size(1)}, weight->options());
-  if (need_bias) b.grad_bias = at::empty({input.size(1)}, bias->options());
-  if (input.numel() == 0) {
-    if (need_weight) b.grad_weight->zero_();
-    if (need_bias) b.grad_bias->zero_();
-    return {b.grad_input, b.grad_weight, b.grad_bias};
-  }
-  b.grad_output = dense_like(grad_output, b.input);
-  b.weight = packed(weight);
-  b.save_mean = save_mean.contiguous();
-  b.save_invstd = save_invstd.contiguous();
-  b.problem = describe(training ? Op::kBackwardTraining : Op::kBackwardEval, b.input);
-  b.problem.grad_output_shift = shift_of(b.grad_output);
-  b.problem.output_shift = need_input ? shift_of(*b.grad_input) : -1;
-  b.problem.need_sums = need_weight || need_bias;
-  dispatch_dtype(b.problem.dtype, [&](auto tag) { run<typename decltype(tag)::type>(b); });
+  const Backward b = run_checked(grad_output, input, weight, bias, save_mean, save_invstd,
+                                 std::nullopt, training, {need_input, need_weight, need_bias});
   return {b.grad_input, b.grad_weight, b.grad_bias};
+}
+
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> fused_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const at::Tensor& save_mean, const at::Tensor& save_invstd,
+    const at::Tensor& mask, bool training, bool need_input, bool need_weight, bool need_bias,
+    bool need_residual) {
+  check_backward(grad_output, input, weight, bias, save_mean, save_invstd, need_weight, need_bias);
+  check_mask(mask, input);
+  const Backward b = run_checked(grad_output, input, weight, bias, save_mean, save_invstd, mask,
+                                 training, {need_input, need_weight, need_bias, need_residual});
+  return {b.grad_input, b.grad_weight, b.grad_bias, b.grad_residual};
 }
 
 }  // namespace batchnorm_cuda

@@ -1,7 +1,9 @@
 // The elementwise half of the backward pass. Training:
 //   grad_input = weight*invstd * (dy - sum_dy/count - x̂ * sum_dy_xhat/count);
 // eval, where the statistics are constants and x is not read: grad_input = weight*invstd * dy.
+// dy may be that of a fused ReLU, and is then the gradient of a residual as well (fused.cuh).
 #include "formulas.cuh"
+#include "fused.cuh"
 #include "launch.cuh"
 
 namespace batchnorm_cuda {
@@ -20,23 +22,21 @@ __device__ __forceinline__ auto load_channel(const Params& p, const Cursor& curs
                                 load_global(p.sum_dy_xhat + c), count);
 }
 
-template <typename Cursor, bool kTraining, Lanes kLanes, typename Params>
-__device__ __forceinline__ void store_grad_input(
-    const Params& p, const Window<typename Cursor::index_t>& window,
+template <typename Cursor, bool kTraining, Lanes kLanes, typename Params, typename Epilogue>
+__device__ __forceinline__ void store_gradients(
+    const Params& p, const Epilogue& epilogue, const Window<typename Cursor::index_t>& window,
     const Vec<typename Cursor::scalar_t>& dy, const Vec<typename Cursor::scalar_t>& x,
     const GradInput<typename Params::acc_t> (&channel)[Cursor::kChannels]) {
-  Vec<typename Cursor::scalar_t> dx;
-#pragma unroll
-  for (int l = 0; l < Cursor::kVecSize; l += 2) {
+  store_output<Cursor::kExact, kLanes>(epilogue, dy, p.grad_input, window, [&](int l) {
     const auto &a = channel[Cursor::channel_of(l)], &b = channel[Cursor::channel_of(l + 1)];
-    round_into(dx, l, kTraining ? grad_input(a, b, dy, x, l) : grad_input(a, b, dy, l));
-  }
-  store_window<kLanes>(p.grad_input, window, dx);
+    return kTraining ? grad_input(a, b, dy, x, l) : grad_input(a, b, dy, l);
+  });
 }
 
-template <typename Cursor, bool kTraining>
+template <typename Cursor, bool kTraining, typename Epilogue>
 __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
-    backward_elementwise_kernel(const BackwardElementwiseParams<typename Cursor::scalar_t> p) {
+    backward_elementwise_kernel(const BackwardElementwiseParams<typename Cursor::scalar_t> p,
+                                const Epilogue epilogue) {
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
   constexpr int kUnrollPairs = kTraining ? kUnroll / 2 : kUnroll;
@@ -61,16 +61,20 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
         dy[u] = load_window<Cursor::kLanes>(p.grad_output, windows[u], numel, dy_aligned);
         if (kTraining) x[u] = load_window<Cursor::kLanes>(p.input, windows[u], numel, x_aligned);
       }
+      filter<Cursor::kExact>(epilogue, dy, windows);
 #pragma unroll
       for (int u = 0; u < kUnrollPairs; ++u) {
-        store_grad_input<Cursor, kTraining, Cursor::kLanes>(p, windows[u], dy[u], x[u], channel);
+        store_gradients<Cursor, kTraining, Cursor::kLanes>(p, epilogue, windows[u], dy[u], x[u],
+                                                           channel);
       }
     }
     for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
-      const auto dy = load_window<Lanes::kMasked>(p.grad_output, edge, numel, dy_aligned);
+      const Window<typename Cursor::index_t> windows[1] = {edge};
+      Vec<scalar_t> dy[1] = {load_window<Lanes::kMasked>(p.grad_output, edge, numel, dy_aligned)};
       Vec<scalar_t> x;
       if (kTraining) x = load_window<Lanes::kMasked>(p.input, edge, numel, x_aligned);
-      store_grad_input<Cursor, kTraining, Lanes::kMasked>(p, edge, dy, x, channel);
+      filter<Cursor::kExact>(epilogue, dy, windows);
+      store_gradients<Cursor, kTraining, Lanes::kMasked>(p, epilogue, edge, dy[0], x, channel);
     });
   }
 }
@@ -79,16 +83,33 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
 
 // ---------------------------------------------------------------------------- launchers
 
+template <typename Cursor, typename Params, typename Epilogue>
+LaunchStatus launch_mode(const Params& params, const Epilogue& epilogue, cudaStream_t stream) {
+  const Traversal& t = params.traversal;
+  const auto kernel = params.input ? backward_elementwise_kernel<Cursor, true, Epilogue>
+                                   : backward_elementwise_kernel<Cursor, false, Epilogue>;
+  return launch_kernel(kernel, t.grid, block_of(t), 0, stream, params, epilogue);
+}
+
 template <typename scalar_t>
 LaunchStatus launch_backward_elementwise(Pattern pattern,
                                          const BackwardElementwiseParams<scalar_t>& params,
                                          cudaStream_t stream) {
   const Traversal& t = params.traversal;
   return with_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
-    using Cursor = typename decltype(tag)::type;
-    const auto kernel = params.input ? backward_elementwise_kernel<Cursor, true>
-                                     : backward_elementwise_kernel<Cursor, false>;
-    return launch_kernel(kernel, t.grid, block_of(t), 0, stream, params);
+    return launch_mode<typename decltype(tag)::type>(params, Identity<acc_type<scalar_t>>{},
+                                                     stream);
+  });
+}
+
+template <typename scalar_t>
+LaunchStatus launch_backward_elementwise(Pattern pattern,
+                                         const BackwardElementwiseParams<scalar_t>& params,
+                                         const FusedBackward<scalar_t>& fused,
+                                         cudaStream_t stream) {
+  const Traversal& t = params.traversal;
+  return with_fused_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
+    return launch_mode<typename decltype(tag)::type>(params, fused, stream);
   });
 }
 
@@ -101,5 +122,15 @@ template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElement
                                                   cudaStream_t);
 template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<double>&,
                                                   cudaStream_t);
+template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<__half>&,
+                                                  const FusedBackward<__half>&, cudaStream_t);
+template LaunchStatus launch_backward_elementwise(Pattern,
+                                                  const BackwardElementwiseParams<__nv_bfloat16>&,
+                                                  const FusedBackward<__nv_bfloat16>&,
+                                                  cudaStream_t);
+template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<float>&,
+                                                  const FusedBackward<float>&, cudaStream_t);
+template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<double>&,
+                                                  const FusedBackward<double>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

@@ -1,16 +1,19 @@
 // The two reductions of the backward pass over one split of a channel, in one read of dy and x:
 // sum_dy = Σ dy and sum_dy_xhat = Σ dy·x̂ with x̂ = (x - mean) * invstd. One partial result per
 // channel and split: [splits, C]. Products and sums are in acc_t, whatever the activation dtype.
+// dy may be that of a fused ReLU (fused.cuh).
 #include "accumulate.cuh"
+#include "fused.cuh"
 #include "launch.cuh"
 #include "partials.cuh"
 
 namespace batchnorm_cuda {
 namespace {
 
-template <typename Cursor>
+template <typename Cursor, typename Epilogue>
 __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
-    backward_reduce_kernel(const BackwardReduceParams<typename Cursor::scalar_t> p) {
+    backward_reduce_kernel(const BackwardReduceParams<typename Cursor::scalar_t> p,
+                           const Epilogue epilogue) {
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
   constexpr int kChannels = Cursor::kChannels;
@@ -28,19 +31,22 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     }
     while (cursor.left > 0) {
       Vec<scalar_t> dy[kUnrollPairs], x[kUnrollPairs];
+      Window<typename Cursor::index_t> windows[kUnrollPairs];
 #pragma unroll
       for (int u = 0; u < kUnrollPairs; ++u) {
-        Window<typename Cursor::index_t> window = {0, 0, 0};
-        if (cursor.left > 0) window = cursor.take();
-        x[u] = load_window<Cursor::kLanes>(p.input, window, numel, true);
-        dy[u] = load_window<Cursor::kLanes>(p.grad_output, window, numel, dy_aligned);
+        windows[u] = {0, 0, 0};
+        if (cursor.left > 0) windows[u] = cursor.take();
+        x[u] = load_window<Cursor::kLanes>(p.input, windows[u], numel, true);
+        dy[u] = load_window<Cursor::kLanes>(p.grad_output, windows[u], numel, dy_aligned);
       }
+      filter<Cursor::kExact>(epilogue, dy, windows);
       add_gradients<Cursor>(sums, dy, x, mean);
     }
     for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
-      const Vec<scalar_t> dy[1] = {
-          load_window<Lanes::kMasked>(p.grad_output, edge, numel, dy_aligned)};
+      const Window<typename Cursor::index_t> windows[1] = {edge};
+      Vec<scalar_t> dy[1] = {load_window<Lanes::kMasked>(p.grad_output, edge, numel, dy_aligned)};
       const Vec<scalar_t> x[1] = {load_window<Lanes::kMasked>(p.input, edge, numel, true)};
+      filter<Cursor::kExact>(epilogue, dy, windows);
       add_gradients<Cursor>(sums, dy, x, mean);
     });
     reduce_members<Cursor>(sums, shared);
@@ -61,11 +67,23 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
 template <typename scalar_t>
 LaunchStatus launch_backward_reduce(Pattern pattern, const BackwardReduceParams<scalar_t>& params,
                                     cudaStream_t stream) {
+  using Epilogue = Identity<acc_type<scalar_t>>;
   const Traversal& t = params.traversal;
   return with_cursor<scalar_t>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
-    return launch_kernel(backward_reduce_kernel<Cursor>, t.grid, block_of(t), t.shared_bytes,
-                         stream, params);
+    return launch_kernel(backward_reduce_kernel<Cursor, Epilogue>, t.grid, block_of(t),
+                         t.shared_bytes, stream, params, Epilogue{});
+  });
+}
+
+template <typename scalar_t>
+LaunchStatus launch_backward_reduce(Pattern pattern, const BackwardReduceParams<scalar_t>& params,
+                                    const FusedBackward<scalar_t>& fused, cudaStream_t stream) {
+  const Traversal& t = params.traversal;
+  return with_fused_cursor<scalar_t>(pattern, t, [&](auto tag) {
+    using Cursor = typename decltype(tag)::type;
+    return launch_kernel(backward_reduce_kernel<Cursor, FusedBackward<scalar_t>>, t.grid,
+                         block_of(t), t.shared_bytes, stream, params, fused);
   });
 }
 
@@ -77,5 +95,13 @@ template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams
                                              cudaStream_t);
 template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<double>&,
                                              cudaStream_t);
+template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<__half>&,
+                                             const FusedBackward<__half>&, cudaStream_t);
+template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<__nv_bfloat16>&,
+                                             const FusedBackward<__nv_bfloat16>&, cudaStream_t);
+template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<float>&,
+                                             const FusedBackward<float>&, cudaStream_t);
+template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<double>&,
+                                             const FusedBackward<double>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

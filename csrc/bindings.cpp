@@ -30,6 +30,34 @@ void bind_sync(py::module_& m) {
         py::arg("invstd"), py::arg("sums"), py::arg("count"), "grad_input of this rank's part");
 }
 
+void bind_fused(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> release;
+  m.def("fused_forward", &bn::fused_forward, release, py::arg("input"), py::arg("weight"),
+        py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
+        py::arg("num_batches_tracked"), py::arg("residual"), py::arg("relu"), py::arg("need_mask"),
+        py::arg("training"), py::arg("momentum"), py::arg("eps"),
+        "(output, save_mean, save_invstd, mask) of relu(bn(input) + residual)");
+  m.def("fused_backward", &bn::fused_backward, release, py::arg("grad_output"), py::arg("input"),
+        py::arg("weight"), py::arg("bias"), py::arg("save_mean"), py::arg("save_invstd"),
+        py::arg("mask"), py::arg("training"), py::arg("need_input"), py::arg("need_weight"),
+        py::arg("need_bias"), py::arg("need_residual"),
+        "(grad_input, grad_weight, grad_bias, grad_residual), None where not needed");
+  m.def("sync_fused_forward", &bn::sync_fused_forward, release, py::arg("input"), py::arg("weight"),
+        py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
+        py::arg("num_batches_tracked"), py::arg("gathered"), py::arg("residual"), py::arg("relu"),
+        py::arg("need_mask"), py::arg("momentum"), py::arg("eps"),
+        "(output, mean, invstd, count, mask): sync_forward of relu(bn(input) + residual)");
+  m.def("sync_fused_backward_reduce", &bn::sync_fused_backward_reduce, release,
+        py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("bias"),
+        py::arg("mean"), py::arg("invstd"), py::arg("mask"), py::arg("need_weight"),
+        py::arg("need_bias"), "(sums, grad_weight, grad_bias) of this rank");
+  m.def("sync_fused_backward_elementwise", &bn::sync_fused_backward_elementwise, release,
+        py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("mean"),
+        py::arg("invstd"), py::arg("sums"), py::arg("count"), py::arg("mask"),
+        py::arg("need_input"), py::arg("need_residual"),
+        "(grad_input, grad_residual) of this rank's part, None where not needed");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -50,6 +78,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("need_input"), py::arg("need_weight"),
         "(grad_grad_output, grad_input, grad_weight), None where not needed");
   bind_sync(m);
+  bind_fused(m);
   m.def(
       "make_plan",
       [](const std::string& op, int64_t n, int64_t c, int64_t s, const std::string& dtype,

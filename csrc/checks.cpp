@@ -87,14 +87,14 @@ void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef exp
                     expected, ", got ", tensor.sizes());
 }
 
-// A gradient of the output or of the input: like input.
-void check_gradient(const at::Tensor& gradient, const char* name, const at::Tensor& input) {
-  check_strided(gradient, name);
-  check_same_device(gradient, name, input);
-  TORCH_CHECK_TYPE(gradient.scalar_type() == input.scalar_type(), "batch_norm: expected ", name,
+// A gradient of the output or of the input, or a residual: like input.
+void check_activation(const at::Tensor& tensor, const char* name, const at::Tensor& input) {
+  check_strided(tensor, name);
+  check_same_device(tensor, name, input);
+  TORCH_CHECK_TYPE(tensor.scalar_type() == input.scalar_type(), "batch_norm: expected ", name,
                    " to have dtype ", dtype_name(input.scalar_type()), ", the dtype of input, got ",
-                   dtype_name(gradient.scalar_type()));
-  check_shape(gradient, name, input.sizes());
+                   dtype_name(tensor.scalar_type()));
+  check_shape(tensor, name, input.sizes());
 }
 
 // A per-channel vector in the input's dtype or in float32.
@@ -172,12 +172,25 @@ void check_forward(const at::Tensor& input, const OptionalTensor& weight,
                     "given, got None");
 }
 
+void check_residual(const OptionalTensor& residual, const at::Tensor& input) {
+  if (residual) check_activation(*residual, "residual", input);
+}
+
+void check_mask(const at::Tensor& mask, const at::Tensor& input) {
+  check_strided(mask, "mask");
+  check_same_device(mask, "mask", input);
+  TORCH_CHECK_TYPE(mask.scalar_type() == at::kByte,
+                   "batch_norm: expected mask to have dtype torch.uint8, got ",
+                   dtype_name(mask.scalar_type()));
+  check_shape(mask, "mask", {mask_bytes_of(input)});
+}
+
 void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
                     const OptionalTensor& weight, const OptionalTensor& bias,
                     const at::Tensor& save_mean, const at::Tensor& save_invstd, bool need_weight,
                     bool need_bias) {
   check_input(input);
-  check_gradient(grad_output, "grad_output", input);
+  check_activation(grad_output, "grad_output", input);
   check_param(weight, "weight", input);
   check_param(bias, "bias", input);
   check_saved(save_mean, "save_mean", input);
@@ -196,10 +209,10 @@ void check_double_backward(const OptionalTensor& grad_grad_input,
                            const at::Tensor& save_mean, const at::Tensor& save_invstd,
                            bool need_input, bool need_weight) {
   check_input(input);
-  if (grad_grad_input) check_gradient(*grad_grad_input, "grad_grad_input", input);
+  if (grad_grad_input) check_activation(*grad_grad_input, "grad_grad_input", input);
   check_param(grad_grad_weight, "grad_grad_weight", input);
   check_param(grad_grad_bias, "grad_grad_bias", input);
-  if (grad_output) check_gradient(*grad_output, "grad_output", input);
+  if (grad_output) check_activation(*grad_output, "grad_output", input);
   check_param(weight, "weight", input);
   check_saved(save_mean, "save_mean", input);
   check_saved(save_invstd, "save_invstd", input);

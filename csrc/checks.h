@@ -16,10 +16,16 @@ void check_forward(const at::Tensor& input, const OptionalTensor& weight,
                    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
                    bool training, std::optional<double> momentum, double eps);
 
+// The residual of a forward pass, if there is one.
+void check_residual(const OptionalTensor& residual, const at::Tensor& input);
+
 void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
                     const OptionalTensor& weight, const OptionalTensor& bias,
                     const at::Tensor& save_mean, const at::Tensor& save_invstd, bool need_weight,
                     bool need_bias);
+
+// The mask of a ReLU that a fused forward pass of the input wrote.
+void check_mask(const at::Tensor& mask, const at::Tensor& input);
 
 void check_double_backward(const OptionalTensor& grad_grad_input,
                            const OptionalTensor& grad_grad_weight,

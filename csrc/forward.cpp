@@ -24,7 +24,9 @@ LaunchStatus run_team(const Forward& f, const Plan& plan, cudaStream_t stream) {
   params.statistics = statistics_output<acc_t>(f);
   params.slots = workspace.data<acc_t>();
   params.sync = workspace.words();
-  return launch_team_forward(params, stream);
+  if (!f.problem.fused) return launch_team_forward(params, stream);
+  return launch_team_forward(params, fused_params<scalar_t>(f, plan.team.traversal, stream),
+                             stream);
 }
 
 template <typename scalar_t>
@@ -54,15 +56,12 @@ void run(const Forward& f) {
   run_normalize<scalar_t>(f, *plan, stream);
 }
 
-}  // namespace
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
-    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
-    double eps) {
-  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                momentum, eps);
+// The pass over arguments that are checked.
+Forward run_checked(const at::Tensor& input, const OptionalTensor& weight,
+                    const OptionalTensor& bias, const OptionalTensor& running_mean,
+                    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+                    const Fusion& fusion, bool training, std::optional<double> momentum,
+                    double eps) {
   const c10::DeviceGuard guard(input.device());
   Forward f;
   f.input = dense(input);
@@ -70,8 +69,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
   f.save_mean = channel_vector(input);
   f.save_invstd = channel_vector(input);
   if (input.numel() == 0) {
+    f.fuse(fusion);
     if (training && num_batches_tracked) num_batches_tracked->add_(1);
-    return {f.output, f.save_mean.zero_(), f.save_invstd.zero_()};
+    f.save_mean.zero_();
+    f.save_invstd.zero_();
+    return f;
   }
   const UpdatedInPlace mean(running_mean), var(running_var), counter(num_batches_tracked);
   f.weight = packed(weight);
@@ -84,13 +86,41 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
   f.eps = eps;
   f.problem = describe(training ? Op::kForwardTraining : Op::kForwardEval, f.input);
   f.problem.output_shift = shift_of(f.output);
+  f.fuse(fusion);
   dispatch_dtype(f.problem.dtype, [&](auto tag) { run<typename decltype(tag)::type>(f); });
   if (training) {
     mean.finish();
     var.finish();
     counter.finish();
   }
+  return f;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
+    double eps) {
+  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
+                momentum, eps);
+  const Forward f = run_checked(input, weight, bias, running_mean, running_var, num_batches_tracked,
+                                {}, training, momentum, eps);
   return {f.output, f.save_mean, f.save_invstd};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, OptionalTensor> fused_forward(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, const OptionalTensor& residual, bool relu,
+    bool need_mask, bool training, std::optional<double> momentum, double eps) {
+  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
+                momentum, eps);
+  check_residual(residual, input);
+  const Forward f = run_checked(input, weight, bias, running_mean, running_var, num_batches_tracked,
+                                {residual, relu, need_mask}, training, momentum, eps);
+  return {f.output, f.save_mean, f.save_invstd, f.mask};
 }
 
 }  // namespace batchnorm_cuda

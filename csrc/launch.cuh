@@ -14,15 +14,16 @@ inline dim3 block_of(const Traversal& t) {
   return dim3(static_cast<unsigned>(t.threads_x), static_cast<unsigned>(t.threads_y));
 }
 
-template <typename Params>
-inline LaunchStatus launch_kernel(void (*kernel)(Params), int64_t grid, dim3 block,
-                                  int64_t shared_bytes, cudaStream_t stream, const Params& params) {
+template <typename... Args>
+inline LaunchStatus launch_kernel(void (*kernel)(Args...), int64_t grid, dim3 block,
+                                  int64_t shared_bytes, cudaStream_t stream,
+                                  const std::remove_const_t<Args>&... args) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = block;
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
-  return static_cast<LaunchStatus>(cudaLaunchKernelEx(&config, kernel, params));
+  return static_cast<LaunchStatus>(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 // Lets launches of the kernel on the current device take this much dynamic shared memory. The limit
@@ -104,6 +105,27 @@ inline LaunchStatus with_elementwise_cursor(Pattern pattern, const Traversal& t,
     return launch(CursorTag<AlongRow<scalar_t, int32_t>>{});
   }
   return with_cursor<scalar_t>(pattern, t, launch);
+}
+
+// The same for the fused kernels, of which there are fewer: the plan gives tensors that need 64-bit
+// indices to the masked ones.
+template <typename scalar_t, typename Launch>
+inline LaunchStatus with_fused_cursor(Pattern pattern, const Traversal& t, Launch&& launch) {
+  if (pattern == Pattern::kAlongS) {
+    if (!t.exact) return launch(CursorTag<AlongRuns<scalar_t, int64_t, false>>{});
+    return launch(CursorTag<AlongS<scalar_t, int32_t>>{});
+  }
+  if (!t.exact) return launch(CursorTag<AlongC<scalar_t, int64_t, false>>{});
+  return launch(CursorTag<AlongC<scalar_t, int32_t, true>>{});
+}
+template <typename scalar_t, typename Launch>
+inline LaunchStatus with_fused_elementwise_cursor(Pattern pattern, const Traversal& t,
+                                                  Launch&& launch) {
+  if (pattern == Pattern::kAlongRow) {
+    if (!t.exact) return launch(CursorTag<AlongRow<scalar_t, int64_t, false>>{});
+    return launch(CursorTag<AlongRow<scalar_t, int32_t>>{});
+  }
+  return with_fused_cursor<scalar_t>(pattern, t, launch);
 }
 
 }  // namespace batchnorm_cuda

@@ -40,13 +40,23 @@ template <typename acc_t>
 LaunchStatus launch_sum_ranks(const RankMergeGeometry& geometry,
                               const SumRanksParams<acc_t>& params, cudaStream_t stream);
 
+// With `fused`, here and below: see fused.cuh.
 template <typename scalar_t>
 LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& params,
                               cudaStream_t stream);
+template <typename scalar_t>
+LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& params,
+                              const FusedForward<scalar_t>& fused, cudaStream_t stream);
+
+// Zeroes a mask that a kernel of a tiling that is not exact will write.
+LaunchStatus launch_clear_mask(uint8_t* mask, int64_t bytes, cudaStream_t stream);
 
 template <typename scalar_t>
 LaunchStatus launch_backward_reduce(Pattern pattern, const BackwardReduceParams<scalar_t>& params,
                                     cudaStream_t stream);
+template <typename scalar_t>
+LaunchStatus launch_backward_reduce(Pattern pattern, const BackwardReduceParams<scalar_t>& params,
+                                    const FusedBackward<scalar_t>& fused, cudaStream_t stream);
 
 template <typename acc_t>
 LaunchStatus launch_merge_gradients(const MergeGeometry& geometry,
@@ -56,6 +66,10 @@ template <typename scalar_t>
 LaunchStatus launch_backward_elementwise(Pattern pattern,
                                          const BackwardElementwiseParams<scalar_t>& params,
                                          cudaStream_t stream);
+template <typename scalar_t>
+LaunchStatus launch_backward_elementwise(Pattern pattern,
+                                         const BackwardElementwiseParams<scalar_t>& params,
+                                         const FusedBackward<scalar_t>& fused, cudaStream_t stream);
 
 template <typename scalar_t>
 LaunchStatus launch_double_backward_reduce(Pattern pattern,
@@ -75,9 +89,15 @@ constexpr LaunchStatus kNotResident = -1;
 
 template <typename scalar_t>
 LaunchStatus launch_team_forward(const TeamForwardParams<scalar_t>& params, cudaStream_t stream);
+template <typename scalar_t>
+LaunchStatus launch_team_forward(const TeamForwardParams<scalar_t>& params,
+                                 const FusedForward<scalar_t>& fused, cudaStream_t stream);
 
 template <typename scalar_t>
 LaunchStatus launch_team_backward(const TeamBackwardParams<scalar_t>& params, cudaStream_t stream);
+template <typename scalar_t>
+LaunchStatus launch_team_backward(const TeamBackwardParams<scalar_t>& params,
+                                  const FusedBackward<scalar_t>& fused, cudaStream_t stream);
 
 // The text of a LaunchStatus.
 const char* describe_status(LaunchStatus status);

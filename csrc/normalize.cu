@@ -1,7 +1,8 @@
 // The elementwise half of the forward pass, y = (x - mean) * invstd * weight + bias, from saved
-// batch statistics (training) or from the running ones (eval). In eval the thread that owns a
-// channel also leaves mean and invstd for the backward pass.
+// batch statistics (training) or from the running ones (eval), and what is fused to it (fused.cuh).
+// In eval the thread that owns a channel also leaves mean and invstd for the backward pass.
 #include "formulas.cuh"
+#include "fused.cuh"
 #include "launch.cuh"
 
 namespace batchnorm_cuda {
@@ -31,25 +32,24 @@ __device__ __forceinline__ auto load_channel(const Params& p, const Cursor& curs
   return channel;
 }
 
-template <typename Cursor, Lanes kLanes, typename Params>
+template <typename Cursor, Lanes kLanes, typename Params, typename Epilogue>
 __device__ __forceinline__ void store_normalized(
-    const Params& p, const Window<typename Cursor::index_t>& window,
-    const Vec<typename Cursor::scalar_t>& x,
+    const Params& p, const Epilogue& epilogue, const Window<typename Cursor::index_t>& window,
+    const Vec<typename Cursor::scalar_t>& x, const OperandOf<Epilogue>& operand,
     const Normalize<typename Params::acc_t> (&channel)[Cursor::kChannels]) {
-  Vec<typename Cursor::scalar_t> y;
-#pragma unroll
-  for (int l = 0; l < Cursor::kVecSize; l += 2) {
-    round_into(y, l,
-               normalize(channel[Cursor::channel_of(l)], channel[Cursor::channel_of(l + 1)], x, l));
-  }
-  store_window<kLanes>(p.output, window, y);
+  store_output<Cursor::kExact, kLanes>(epilogue, operand, p.output, window, [&](int l) {
+    return normalize(channel[Cursor::channel_of(l)], channel[Cursor::channel_of(l + 1)], x, l);
+  });
 }
 
-template <typename Cursor>
+template <typename Cursor, typename Epilogue>
 __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
-    transform_input_kernel(const NormalizeParams<typename Cursor::scalar_t> p) {
+    transform_input_kernel(const NormalizeParams<typename Cursor::scalar_t> p,
+                           const Epilogue epilogue) {
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
+  // With a residual as many loads in flight as without, and as many registers.
+  constexpr int kWindows = std::is_same_v<Epilogue, Identity<acc_t>> ? kUnroll : kUnroll / 2;
   const int64_t numel = p.traversal.numel;
   const bool aligned = Cursor::kExact || p.input_aligned;
   // Backwards: what the reduce kernel read last may still be in the L2 cache.
@@ -59,23 +59,27 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_channel(p, cursor, c);
     const auto count = cursor.seek_end();
-    for (auto i = count; i > 0; i -= kUnroll) {
-      Window<typename Cursor::index_t> windows[kUnroll];
-      Vec<scalar_t> x[kUnroll];
+    for (auto i = count; i > 0; i -= kWindows) {
+      Window<typename Cursor::index_t> windows[kWindows];
+      Vec<scalar_t> x[kWindows];
+      OperandOf<Epilogue> operand[kWindows];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kWindows; ++u) {
         windows[u] = {0, 0, 0};
         if (u < i) windows[u] = cursor.take_back();
         x[u] = load_window<Cursor::kLanes>(p.input, windows[u], numel, aligned);
+        operand[u] = load_operand<Cursor::kLanes>(epilogue, windows[u], numel);
       }
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        store_normalized<Cursor, Cursor::kLanes>(p, windows[u], x[u], channel);
+      for (int u = 0; u < kWindows; ++u) {
+        store_normalized<Cursor, Cursor::kLanes>(p, epilogue, windows[u], x[u], operand[u],
+                                                 channel);
       }
     }
     for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
       const auto x = load_window<Lanes::kMasked>(p.input, edge, numel, aligned);
-      store_normalized<Cursor, Lanes::kMasked>(p, edge, x, channel);
+      const auto operand = load_operand<Lanes::kMasked>(epilogue, edge, numel);
+      store_normalized<Cursor, Lanes::kMasked>(p, epilogue, edge, x, operand, channel);
     });
   }
 }
@@ -87,11 +91,28 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
 template <typename scalar_t>
 LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& params,
                               cudaStream_t stream) {
+  using Epilogue = Identity<acc_type<scalar_t>>;
   const Traversal& t = params.traversal;
   return with_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
-    return launch_kernel(transform_input_kernel<Cursor>, t.grid, block_of(t), 0, stream, params);
+    return launch_kernel(transform_input_kernel<Cursor, Epilogue>, t.grid, block_of(t), 0, stream,
+                         params, Epilogue{});
   });
+}
+
+template <typename scalar_t>
+LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& params,
+                              const FusedForward<scalar_t>& fused, cudaStream_t stream) {
+  const Traversal& t = params.traversal;
+  return with_fused_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
+    using Cursor = typename decltype(tag)::type;
+    return launch_kernel(transform_input_kernel<Cursor, FusedForward<scalar_t>>, t.grid,
+                         block_of(t), 0, stream, params, fused);
+  });
+}
+
+LaunchStatus launch_clear_mask(uint8_t* mask, int64_t bytes, cudaStream_t stream) {
+  return static_cast<LaunchStatus>(cudaMemsetAsync(mask, 0, static_cast<size_t>(bytes), stream));
 }
 
 template LaunchStatus launch_normalize(Pattern, const NormalizeParams<__half>&, cudaStream_t);
@@ -99,5 +120,13 @@ template LaunchStatus launch_normalize(Pattern, const NormalizeParams<__nv_bfloa
                                        cudaStream_t);
 template LaunchStatus launch_normalize(Pattern, const NormalizeParams<float>&, cudaStream_t);
 template LaunchStatus launch_normalize(Pattern, const NormalizeParams<double>&, cudaStream_t);
+template LaunchStatus launch_normalize(Pattern, const NormalizeParams<__half>&,
+                                       const FusedForward<__half>&, cudaStream_t);
+template LaunchStatus launch_normalize(Pattern, const NormalizeParams<__nv_bfloat16>&,
+                                       const FusedForward<__nv_bfloat16>&, cudaStream_t);
+template LaunchStatus launch_normalize(Pattern, const NormalizeParams<float>&,
+                                       const FusedForward<float>&, cudaStream_t);
+template LaunchStatus launch_normalize(Pattern, const NormalizeParams<double>&,
+                                       const FusedForward<double>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

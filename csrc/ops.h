@@ -28,6 +28,27 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> backward(
     const OptionalTensor& bias, const at::Tensor& save_mean, const at::Tensor& save_invstd,
     bool training, bool need_input, bool need_weight, bool need_bias);
 
+// ---- Fused with a residual and a ReLU: y = relu(bn(x) + residual), in one rounding; either may be
+// absent. The residual is like input, of any strides.
+
+// As forward, and the mask where it is asked for and there is a ReLU: a byte for each 16 bytes of
+// the output, numbered in its memory order, whole 32-bit words in all (mask_bytes of plan.h). Bit
+// i of a byte says that element i of these is positive; bits past the last element say nothing.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, OptionalTensor> fused_forward(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, const OptionalTensor& residual, bool relu,
+    bool need_mask, bool training, std::optional<double> momentum, double eps);
+
+// Returns (grad_input, grad_weight, grad_bias, grad_residual), each only where asked for:
+// grad_residual is grad_output where the mask's bit is set, else zero, and the others are batch
+// norm's of it.
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> fused_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const at::Tensor& save_mean, const at::Tensor& save_invstd,
+    const at::Tensor& mask, bool training, bool need_input, bool need_weight, bool need_bias,
+    bool need_residual);
+
 // Returns (grad_grad_output, grad_input, grad_weight), each only where asked for: the gradients of
 // backward's grad_output, input and weight, from those of its three results (absent: zero).
 // grad_output may be absent where only grad_grad_output is asked for, which does not depend on it.
@@ -70,6 +91,27 @@ at::Tensor sync_backward_elementwise(const at::Tensor& grad_output, const at::Te
                                      const OptionalTensor& weight, const at::Tensor& mean,
                                      const at::Tensor& invstd, const at::Tensor& sums,
                                      const at::Tensor& count);
+
+// ---- Both together. The mask is of this rank's part.
+
+// As sync_forward, and the mask as of fused_forward.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, OptionalTensor> sync_fused_forward(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, const at::Tensor& gathered,
+    const OptionalTensor& residual, bool relu, bool need_mask, std::optional<double> momentum,
+    double eps);
+
+std::tuple<at::Tensor, OptionalTensor, OptionalTensor> sync_fused_backward_reduce(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
+    const at::Tensor& mask, bool need_weight, bool need_bias);
+
+// Returns (grad_input, grad_residual), each only where asked for.
+std::tuple<OptionalTensor, OptionalTensor> sync_fused_backward_elementwise(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+    const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& sums,
+    const at::Tensor& count, const at::Tensor& mask, bool need_input, bool need_residual);
 
 // What the planner is told to force, for tests and benchmarks; process-wide.
 void set_plan_options(const PlanOptions& options);

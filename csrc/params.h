@@ -5,6 +5,7 @@
 //   must_write, not readable   output: every byte is written, none is read before
 //   both                       updated in place
 //   neither                    scratch: read only where it was written before
+// A sixth argument `true`: in parts read and written at will, what is not written stays.
 // The host build checks it; a null pointer stands for an argument that is not there.
 #pragma once
 
@@ -178,6 +179,40 @@ struct NormalizeParams {
     f("running_var", running_var.data, running_var.bytes(traversal.c), true, false);
     f("mean", mean, c, !use_running, use_running);
     f("invstd", invstd, c, !use_running, use_running);
+  }
+};
+
+// What is fused behind the normalisation, in one rounding with it (fused.cuh).
+template <typename scalar_t>
+struct FusedForward {
+  using acc_t = acc_type<scalar_t>;
+  int64_t numel;
+  bool exact;                // the tiling of the kernel that writes the mask
+  bool residual_aligned;     // the residual shares the output's 16-byte boundaries
+  const scalar_t* residual;  // [N, C, S] or null
+  acc_t lowest;              // what is below becomes this: 0 for a ReLU, else -infinity
+  uint8_t* mask;             // [mask_bytes] or null; zeroed before where the tiling is not exact
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    const int64_t lanes = kWindowBytes / sizeof(scalar_t);
+    f("residual", residual, sizeof(scalar_t) * numel, true, false);
+    // Not exact: only the words in which a bit is set.
+    const int64_t bytes = exact ? numel / lanes : mask_bytes(numel, lanes);
+    f("mask", mask, static_cast<size_t>(bytes), !exact, exact, !exact);
+  }
+};
+
+// What is fused before the backward pass: dy is that of a ReLU.
+template <typename scalar_t>
+struct FusedBackward {
+  int64_t numel;
+  const uint8_t* mask;      // as FusedForward left it
+  scalar_t* grad_residual;  // [N, C, S] or null; shares grad_input's 16-byte boundaries
+  template <typename F>
+  void visit_buffers(F&& f) const {
+    const int64_t lanes = kWindowBytes / sizeof(scalar_t);
+    f("mask", mask, static_cast<size_t>(ceil_div(numel, lanes)), true, false);
+    f("grad_residual", grad_residual, sizeof(scalar_t) * numel, false, true);
   }
 };
 

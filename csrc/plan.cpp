@@ -134,11 +134,11 @@ bool fits_32_bits(const Traversal& t, int vec) {
   return step <= kLimit / 2 && t.numel + t.row_windows * vec + vec <= kLimit - step;
 }
 
-// `shift` is the reference tensor's, whose 16-byte boundaries define the windows; `others` are
-// those of the other tensors that the kernel touches, -1 for absent ones.
-Traversal plan_traversal(const Problem& p, Pattern pattern, int shift,
-                         std::initializer_list<int> others, int vec, const DeviceInfo& device,
-                         const PlanOptions& options, const RowLayout& rows = {}) {
+// `shift` is the reference tensor's, whose 16-byte boundaries define the windows; `exact`: they are
+// those of the other tensors that the kernel touches as well.
+Traversal lay_out_traversal(const Problem& p, Pattern pattern, int shift, bool exact, int vec,
+                            const DeviceInfo& device, const PlanOptions& options,
+                            const RowLayout& rows) {
   Traversal t;
   t.pattern = pattern;
   t.n = p.n;
@@ -146,7 +146,7 @@ Traversal plan_traversal(const Problem& p, Pattern pattern, int shift,
   t.s = p.s;
   t.numel = p.n * p.c * p.s;
   t.shift = shift;
-  t.exact = shift == 0 && std::max(others) <= 0;
+  t.exact = exact;
   if (t.exact && rows.elements > 0) {
     plan_along_row(t, rows, vec, device, options);
   } else if (pattern == Pattern::kAlongS) {
@@ -156,6 +156,19 @@ Traversal plan_traversal(const Problem& p, Pattern pattern, int shift,
   }
   t.index_bits = options.index_bits != 64 && fits_32_bits(t, vec) ? 32 : 64;
   return t;
+}
+
+// `others`: shifts of the other tensors, -1 for absent ones.
+Traversal plan_traversal(const Problem& p, Pattern pattern, int shift,
+                         std::initializer_list<int> others, int vec, const DeviceInfo& device,
+                         const PlanOptions& options, const RowLayout& rows = {}) {
+  const bool exact = shift == 0 && std::max(others) <= 0;
+  const auto lay_out = [&](bool exact) {
+    return lay_out_traversal(p, pattern, shift, exact, vec, device, options, rows);
+  };
+  const Traversal t = lay_out(exact);
+  // Of fused kernels only the masked ones have 64-bit indices.
+  return p.fused && t.exact && t.index_bits == 64 ? lay_out(false) : t;
 }
 
 MergeGeometry plan_merge(const Traversal& reduce, int fields, int acc_size,
@@ -198,7 +211,8 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
     plan.elementwise =
         plan_traversal(problem, plan.pattern, problem.output_shift,
                        {problem.op == Op::kBackwardEval ? -1 : problem.input_shift,
-                        forward ? -1 : problem.grad_output_shift, problem.grad_grad_input_shift},
+                        forward ? problem.residual_shift : problem.grad_output_shift,
+                        problem.grad_grad_input_shift},
                        plan.vec, device, options, elementwise_rows(problem, plan.vec));
     plan.launches += 1;
   }

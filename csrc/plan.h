@@ -84,19 +84,24 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr bool team_is_pipelined(Depth depth) {
 
 // Windows of all its tensors together that a thread keeps in registers; 0: there is no such
 // kernel. The most that the compiler places without a spill for every architecture (`make sass`):
-// up to 184 of a deep kernel's 255 registers.
+// up to 184 of a deep kernel's 255 registers. What a fused kernel does beside takes registers, and
+// there is no deep one.
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exact, Depth depth,
-                                                      int value_bytes, int tensors) {
+                                                      int value_bytes, int tensors,
+                                                      bool fused = false) {
   const bool along_c = pattern == Pattern::kAlongC;
   if (depth == Depth::kDeep) {
-    if (pattern == Pattern::kAlongRow) return 0;
+    if (pattern == Pattern::kAlongRow || fused) return 0;
     if (!exact && tensors == 2) return 44;
     return along_c && value_bytes == 2 && tensors == 1 ? 45 : 46;
   }
   const bool middle = depth == Depth::kMiddle;
-  if (pattern == Pattern::kAlongRow) return !middle ? 0 : exact ? 6 : 4;
+  if (pattern == Pattern::kAlongRow) {
+    if (!middle) return 0;
+    return exact ? 6 : fused && tensors == 1 ? 3 : 4;
+  }
   if (along_c) return middle ? 8 : 4;
-  return !middle ? 12 : value_bytes == 8 ? 12 : 16;
+  return !middle || value_bytes == 8 || (fused && !exact) ? 12 : 16;
 }
 
 // Rows of a block of columns x rows threads that column_reduce merges by warp shuffles: all rows of
@@ -123,6 +128,12 @@ inline int64_t whole_windows(int64_t s, int vec) { return s < vec - 1 ? 0 : (s -
 // rely on it.
 constexpr int64_t kMaxPerSplit = int64_t{1} << 29;
 
+// Of the mask of a ReLU (fused.cuh), a byte for each `vec` elements: whole 32-bit words, by which
+// threads that share a byte write it.
+inline int64_t mask_bytes(int64_t numel, int64_t vec) {
+  return ceil_div(ceil_div(numel, vec), 4) * 4;
+}
+
 struct DeviceInfo {
   std::string name = "unknown";
   int compute_major = 8, compute_minor = 0;
@@ -147,9 +158,15 @@ struct Problem {
   // Backward: are the two sums wanted for their own sake (grad_weight or grad_bias)? Double
   // backward: are any sums wanted?
   bool need_sums = true;
-  // Double backward: the third input, and the outputs of its elementwise kernel, aligned alike.
+  // Double backward: the third input.
   int grad_grad_input_shift = -1;
+  // Outputs of the elementwise kernel, aligned alike: of the double backward, and of a fused
+  // backward, which may write the residual's gradient beside grad_input, or alone.
   int outputs = 1;
+  // Forward with a residual or a ReLU, or backward of a ReLU: other kernels, of the same geometry.
+  bool fused = false;
+  bool mask = false;        // of the ReLU: written by the forward, read by the backward
+  int residual_shift = -1;  // forward
 };
 
 // What a caller may force; 0 leaves the choice to the planner.

@@ -11,12 +11,13 @@ namespace {
 // Training repeats a few hundred problems at most: a network's layers, forward and backward.
 constexpr size_t kMaxPlans = 1024;
 
-using Key = std::array<int64_t, 28>;
+using Key = std::array<int64_t, 31>;
 
 // Everything that a plan depends on. The bindings name every field, so that one more does not
 // compile until it is here.
 Key key_of(const Problem& problem, const DeviceInfo& device, const PlanOptions& options) {
-  const auto& [op, dtype, n, c, s, input, grad_output, output, sums, ggx, outputs] = problem;
+  const auto& [op, dtype, n, c, s, input, grad_output, output, sums, ggx, outputs, fused, mask,
+               residual] = problem;
   const auto& [name, major, minor, sms, threads, registers, shared_sm, shared, shared_optin, l2,
                max_grid, cooperative, max_cluster] = device;
   const auto& [index_bits, splits, strategy, scope, team_size] = options;
@@ -32,6 +33,9 @@ Key key_of(const Problem& problem, const DeviceInfo& device, const PlanOptions& 
           sums,
           ggx,
           outputs,
+          fused,
+          mask,
+          residual,
           major,
           minor,
           sms,

@@ -182,6 +182,9 @@ py::dict plan_as_dict(const std::string& op, int64_t n, int64_t c, int64_t s,
   take(left, "need_sums", problem.need_sums);
   take(left, "grad_grad_input_shift", problem.grad_grad_input_shift);
   take(left, "outputs", problem.outputs);
+  take(left, "fused", problem.fused);
+  take(left, "mask", problem.mask);
+  take(left, "residual_shift", problem.residual_shift);
   DeviceInfo described = base;
   py::dict device_left(device.attr("copy")());
   visit_fields(described, [&](const char* key, auto& value) { take(device_left, key, value); });

@@ -35,13 +35,15 @@ constexpr double kIdleUnexplained = 0.1;
 constexpr Depth kDepths[] = {Depth::kMiddle, Depth::kDeep, Depth::kStream};
 
 bool all_aligned(const Problem& p) {
-  return p.output_shift == 0 && p.input_shift <= 0 && p.grad_output_shift <= 0;
+  return p.output_shift == 0 && p.input_shift <= 0 && p.grad_output_shift <= 0 &&
+         p.residual_shift <= 0;
 }
 
 // Kernels of teams know one place of the 16-byte boundaries.
 bool aligned_alike(const Problem& p) {
   return p.input_shift == p.output_shift &&
-         (p.grad_output_shift < 0 || p.grad_output_shift == p.output_shift);
+         (p.grad_output_shift < 0 || p.grad_output_shift == p.output_shift) &&
+         (p.residual_shift < 0 || p.residual_shift == p.output_shift);
 }
 
 bool along_c_is_exact(const Problem& p, int vec) { return all_aligned(p) && p.c % vec == 0; }
@@ -53,8 +55,9 @@ TeamRequest make_request(const Problem& p, const DeviceInfo& device, const PlanO
   const bool exact =
       pattern == Pattern::kAlongS ? all_aligned(p) && p.s % vec == 0 : rows.channels == 0;
   const int channels = pattern == Pattern::kAlongS ? 1 : vec;
-  return {p,   device,          options,         pattern,  exact,
-          vec, forward ? 1 : 2, forward ? 4 : 2, channels, rows};
+  const int passing = p.outputs + (p.residual_shift >= 0);
+  return {p,       device,          options,  pattern, exact, vec, forward ? 1 : 2,
+          passing, forward ? 4 : 2, channels, rows};
 }
 
 double exchange_cost(const TeamRequest& r, const Team& team) {
@@ -72,7 +75,7 @@ double round_cost(const TeamRequest& r, const Team& team, int64_t blocks) {
   const int members = team_members(t, r.pattern);
   const double held = static_cast<double>(t.per_split) / members;
   const double capacity = team.register_windows + team.shared_windows;
-  const double moves = held * (r.tensors + 1) + std::max(0.0, held - capacity) * r.tensors;
+  const double moves = held * (r.tensors + r.passing) + std::max(0.0, held - capacity) * r.tensors;
   const double per_block = moves * kTeamThreads / kMoveThreads;
   const double sms = r.device.sm_count;
   const auto on_busiest = static_cast<double>(ceil_div(blocks, r.device.sm_count));
@@ -93,11 +96,11 @@ double team_cost(const TeamRequest& r, const Team& team) {
   return cost + kLaunchCost;
 }
 
-// The stage kernels' cost in the same unit: every activation twice but the output once.
+// The stage kernels' cost in the same unit: what a team holds twice, all else once.
 double two_pass_cost(const TeamRequest& r) {
   const double windows =
       static_cast<double>(r.problem.n * r.problem.c * r.problem.s) / r.vec / kMoveThreads;
-  return windows / r.device.sm_count * (2 * r.tensors + 1) + 3 * kLaunchCost;
+  return windows / r.device.sm_count * (2 * r.tensors + r.passing) + 3 * kLaunchCost;
 }
 
 // Share of the places for blocks that are empty, over all rounds.

@@ -20,6 +20,7 @@ struct TeamRequest {
   bool exact;      // full windows only
   int vec;         // elements of a window
   int tensors;     // kept on chip: x, or dy and x
+  int passing;     // beside these: the outputs, and a residual
   int fields;      // of an accumulator
   int channels;    // per thread: one, or one a lane
   RowLayout rows;  // along a row

@@ -146,7 +146,8 @@ int64_t streamed_bytes(const TeamRequest& r, const Team& team, int64_t members, 
 }  // namespace
 
 int windows_of(const TeamRequest& r, Depth depth) {
-  return team_windows(r.pattern, r.exact, depth, dtype_bytes(r.problem.dtype), r.tensors);
+  return team_windows(r.pattern, r.exact, depth, dtype_bytes(r.problem.dtype), r.tensors,
+                      r.problem.fused);
 }
 
 Traversal team_traversal(const TeamRequest& r, int slab) {

@@ -195,6 +195,19 @@ __device__ __forceinline__ T fetch_add_relaxed(T* address, T value, Site site = 
 #endif
 }
 
+// Sets bits of a word; orders no other access.
+__device__ __forceinline__ void or_relaxed(uint32_t* address, uint32_t bits,
+                                           Site site = Site::current()) {
+#ifdef BATCHNORM_CUDA_HOST_MODEL
+  simt::on_atomic_access(address, sizeof(uint32_t), simt::Access::kUpdate, simt::Order::kRelaxed,
+                         site);
+  *address |= bits;
+#else
+  (void)site;
+  atomicOr(address, bits);
+#endif
+}
+
 // The same shared-memory object in block `rank` of the cluster.
 template <typename T>
 __device__ __forceinline__ T* cluster_shared(T* address, int rank) {

@@ -9,14 +9,18 @@
 // are few, and what is read lies beside what is held. With one block an SM, a place is loaded with
 // the next group's window as soon as this group's has left it, so that memory has work while the
 // outputs are formed and stored.
+//
+// What is fused (fused.cuh) passes by: a residual is loaded while the output is formed, bits of a
+// mask filter dy as soon as it is on chip.
 #pragma once
 
 #include "accumulate.cuh"
+#include "fused.cuh"
 #include "params.h"
 
 namespace batchnorm_cuda {
 
-template <typename Cursor, typename Operation, Depth kDepth, int kWindows>
+template <typename Cursor, typename Operation, Depth kDepth, int kWindows, typename Epilogue>
 class Resident {
  public:
   using scalar_t = typename Cursor::scalar_t;
@@ -25,7 +29,8 @@ class Resident {
   static constexpr bool kPipelined = team_is_pipelined(kDepth);
 
   // `shared`: this thread's first slot of the block's windows; its slots are kTeamThreads apart.
-  __device__ __forceinline__ Resident(const Params& p, uint4* shared) : p_(p), shared_(shared) {}
+  __device__ __forceinline__ Resident(const Params& p, const Epilogue& epilogue, uint4* shared)
+      : p_(p), epilogue_(epilogue), shared_(shared) {}
 
   // Reduces what will not fit, and leaves `cursor` at the first window that does.
   template <typename Acc>
@@ -62,6 +67,7 @@ class Resident {
   template <typename Acc>
   __device__ __forceinline__ void accumulate(const Operation& operation, const Cursor& cursor,
                                              Acc& acc) {
+    if constexpr (kFiltered) filter_held(cursor);
     if constexpr (kDepth == Depth::kStream) {
       visit(cursor, [&](auto batched, const auto& b) {
         operation.template accumulate<decltype(batched)::value>(acc, b.vec, b.windows);
@@ -86,55 +92,82 @@ class Resident {
   // Forms and stores the output of every window: from chip, then the streamed ones backwards. A
   // pipelined kernel starts the loads of the next group, at make_next(), as places become free; a
   // copy into shared memory then follows the last read of its place, by the same thread.
-  template <typename Epilogue, typename MakeNext>
+  template <typename MakeNext>
   __device__ __forceinline__ void write(const Operation& operation, Cursor cursor,
-                                        const Epilogue& epilogue, MakeNext&& make_next) {
+                                        MakeNext&& make_next) {
     Cursor back = cursor;
-    const Places here = here_at(cursor);
-    Cursor next = make_next();
-    const Places there = kPipelined ? places_for(next) : Places{};
-#pragma unroll
-    for (int i = 0; i < kRegisters; ++i) {
-      if (i < here.registers) write_register(i, operation, cursor.take(), epilogue);
-      if (kPipelined) fetch_register(i, next, there);
-    }
-    // In three loops, for the sake of the first one: all but the last group's.
-    const int both = here.shared < there.shared ? here.shared : there.shared;
-    for (int i = 0; i < both; ++i) {
-      write_shared(i, operation, cursor.take(), epilogue);
-      fetch_shared(i, next);
-    }
-    for (int i = both; i < here.shared; ++i) {
-      write_shared(i, operation, cursor.take(), epilogue);
-    }
-    for (int i = both; i < there.shared; ++i) fetch_shared(i, next);
-    visit_edges(cursor, [&](const Window<index_t>& window, const auto& vec) {
-      emit<Lanes::kMasked>(operation, window, vec, epilogue);
-    });
-    if (kPipelined) {
-      here_ = there;
-      fetch_edge(next);
+    if constexpr (kAdds) {
+      write_with_operands(operation, cursor);
+      write_edges(operation, cursor);
+    } else {
+      write_held(operation, cursor, make_next);
     }
     for (index_t i = 0; i < streamed_; i += kBatch) {
       Batch<kBatch> batch;
       for_each_present<kBatch>(streamed_ - i, [&](int u) { batch.windows[u] = back.take_back(); });
       load(batch);
+      Loaded loaded[kBatch];
+#pragma unroll
+      for (int u = 0; u < kBatch; ++u) loaded[u] = load_operand_of(batch.windows[u]);
       for_each_present<kBatch>(streamed_ - i, [&](int u) {
         Vec<scalar_t> vec[kTensors];
 #pragma unroll
         for (int k = 0; k < kTensors; ++k) vec[k] = batch.vec[k][u];
-        emit<Cursor::kLanes>(operation, batch.windows[u], vec, epilogue);
+        emit<Cursor::kLanes>(operation, batch.windows[u], vec, loaded[u]);
       });
     }
   }
 
  private:
   static constexpr int kTensors = Operation::kTensors;
+  // Of what is fused: dy is filtered, or a residual is loaded for each window.
+  static constexpr bool kFiltered = std::is_same_v<Epilogue, FusedBackward<scalar_t>>;
+  static constexpr bool kAdds = std::is_same_v<Epilogue, FusedForward<scalar_t>>;
+  using Loaded = OperandOf<Epilogue>;
+
+  template <typename MakeNext>
+  __device__ __forceinline__ void write_held(const Operation& operation, Cursor& cursor,
+                                             MakeNext&& make_next) {
+    const Places here = here_at(cursor);
+    Cursor next = make_next();
+    const Places there = kPipelined ? places_for(next) : Places{};
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      if (i < here.registers) write_register(i, operation, cursor.take());
+      if (kPipelined) fetch_register(i, next, there);
+    }
+    // In three loops, for the sake of the first one: all but the last group's.
+    const int both = here.shared < there.shared ? here.shared : there.shared;
+    for (int i = 0; i < both; ++i) {
+      write_shared(i, operation, cursor.take());
+      fetch_shared(i, next);
+    }
+    for (int i = both; i < here.shared; ++i) {
+      write_shared(i, operation, cursor.take());
+    }
+    for (int i = both; i < there.shared; ++i) fetch_shared(i, next);
+    write_edges(operation, cursor);
+    if (kPipelined) {
+      here_ = there;
+      fetch_edge(next);
+    }
+  }
+
+  __device__ __forceinline__ void write_edges(const Operation& operation, const Cursor& cursor) {
+    visit_edges(cursor, [&](const Window<index_t>& window, const auto& vec) {
+      emit<Lanes::kMasked>(operation, window, vec, load_operand_of<Lanes::kMasked>(window));
+    });
+  }
+
   // Windows of each tensor that a thread holds in registers.
   static constexpr int kRegisters = kWindows / kTensors;
   // Along C, a deep kernel has registers for the conversions of two windows only.
   static constexpr int kBatch =
       kDepth == Depth::kDeep && Cursor::kChannels > 1 ? 2 : kUnroll / kTensors;
+
+  // Windows whose residuals or bits of the mask are loaded at once. Masks and channels of the lanes
+  // together leave registers for two.
+  static constexpr int kAhead = Cursor::kExact || Cursor::kChannels == 1 ? 4 : 2;
 
   // Windows of each tensor that a thread holds of a group.
   struct Places {
@@ -170,23 +203,19 @@ class Resident {
     }
   }
 
-  template <typename Epilogue>
   __device__ __forceinline__ void write_shared(int i, const Operation& operation,
-                                               const Window<index_t>& window,
-                                               const Epilogue& epilogue) const {
+                                               const Window<index_t>& window) const {
     Vec<scalar_t> vec[kTensors];
 #pragma unroll
     for (int k = 0; k < kTensors; ++k) vec[k] = to_values(load_shared(slot(i, k)));
-    emit<Cursor::kLanes>(operation, window, vec, epilogue);
+    emit<Cursor::kLanes>(operation, window, vec, Loaded{});
   }
-  template <typename Epilogue>
   __device__ __forceinline__ void write_register(int i, const Operation& operation,
-                                                 const Window<index_t>& window,
-                                                 const Epilogue& epilogue) const {
+                                                 const Window<index_t>& window) const {
     Vec<scalar_t> vec[kTensors];
 #pragma unroll
     for (int k = 0; k < kTensors; ++k) vec[k] = to_values(held_[k][i]);
-    emit<Cursor::kLanes>(operation, window, vec, epilogue);
+    emit<Cursor::kLanes>(operation, window, vec, Loaded{});
   }
 
   __device__ __forceinline__ void fetch_edge(const Cursor& cursor) {
@@ -208,6 +237,9 @@ class Resident {
 #pragma unroll
       for (int k = 0; k < kTensors; ++k) {
         vec[k] = held ? to_values(edge_[k]) : load<Lanes::kMasked>(k, window);
+      }
+      if constexpr (kFiltered) {
+        keep_lanes(vec[0], load_bits<false, scalar_t>(epilogue_.mask, window));
       }
       held = false;
       f(window, vec);
@@ -240,6 +272,7 @@ class Resident {
 #pragma unroll
       for (int k = 0; k < kTensors; ++k) batch.vec[k][u] = load(k, batch.windows[u]);
     }
+    if constexpr (kFiltered) filter<Cursor::kExact>(epilogue_, batch.vec[0], batch.windows);
   }
 
   __device__ __forceinline__ uint4* slot(int i, int k) const {
@@ -307,20 +340,96 @@ class Resident {
     }
   }
 
-  template <Lanes kLanes, typename Epilogue>
+  template <Lanes kLanes>
   __device__ __forceinline__ void emit(const Operation& operation, const Window<index_t>& window,
                                        const Vec<scalar_t> (&vec)[kTensors],
-                                       const Epilogue& epilogue) const {
-    Vec<scalar_t> output;
-#pragma unroll
-    for (int l = 0; l < Cursor::kVecSize; l += 2) {
-      const Pair<acc_type<scalar_t>> pair = operation.form(vec, l);
-      round_into(output, l, {epilogue(pair.x), epilogue(pair.y)});
+                                       const Loaded& loaded) const {
+    const auto form = [&](int l) { return operation.form(vec, l); };
+    if constexpr (kFiltered) {
+      store_output<Cursor::kExact, kLanes>(epilogue_, vec[0], Operation::output(p_), window, form);
+    } else {
+      store_output<Cursor::kExact, kLanes>(epilogue_, loaded, Operation::output(p_), window, form);
     }
-    store_window<kLanes>(Operation::output(p_), window, output);
+  }
+
+  template <Lanes kLanes = Cursor::kLanes>
+  __device__ __forceinline__ Loaded load_operand_of(const Window<index_t>& window) const {
+    if constexpr (kAdds) {
+      return load_operand<kLanes>(epilogue_, window, p_.team.traversal.numel);
+    } else {
+      return {};
+    }
+  }
+
+  // As write_held, with several residuals on their way at once.
+  __device__ __forceinline__ void write_with_operands(const Operation& operation, Cursor& cursor) {
+    static_assert(!kAdds || (!kPipelined && kTensors == 1));
+    const Places here = here_at(cursor);
+#pragma unroll
+    for (int i = 0; i < kRegisters; i += kAhead) {
+      emit_batch(operation, cursor, here.registers - i,
+                 [&](int u) { return held_[0][i + u < kRegisters ? i + u : 0]; });
+    }
+    for (int i = 0; i < here.shared; i += kAhead) {
+      emit_batch(operation, cursor, here.shared - i,
+                 [&](int u) { return load_shared(slot(i + u, 0)); });
+    }
+  }
+  template <typename Held>
+  __device__ __forceinline__ void emit_batch(const Operation& operation, Cursor& cursor,
+                                             int present, Held&& held) const {
+    Window<index_t> windows[kAhead] = {};
+    Loaded loaded[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (u < present) windows[u] = cursor.take();
+      loaded[u] = load_operand_of(windows[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (u >= present) continue;
+      const Vec<scalar_t> vec[kTensors] = {to_values(held(u))};
+      emit<Cursor::kLanes>(operation, windows[u], vec, loaded[u]);
+    }
+  }
+
+  // Filters dy where it lies, once for all that is done with it. The bits of several windows are on
+  // their way at once.
+  __device__ __forceinline__ void filter_held(Cursor cursor) {
+    const Places here = here_at(cursor);
+    uint32_t bits[kRegisters];
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) {
+      Window<index_t> window{0, 0, 0};
+      if (i < here.registers) window = cursor.take();
+      bits[i] = load_bits<Cursor::kExact, scalar_t>(epilogue_.mask, window);
+    }
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) held_[0][i] = kept(held_[0][i], bits[i]);
+    for (int i = 0; i < here.shared; i += kAhead) {
+      uint32_t more[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        Window<index_t> window{0, 0, 0};
+        if (i + u < here.shared) window = cursor.take();
+        more[u] = load_bits<Cursor::kExact, scalar_t>(epilogue_.mask, window);
+      }
+      wait_for_copies();
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (i + u >= here.shared) continue;
+        store_shared(slot(i + u, 0), kept(load_shared(slot(i + u, 0)), more[u]));
+      }
+    }
+  }
+  __device__ __forceinline__ static uint4 kept(const uint4& dy, uint32_t bits) {
+    Vec<scalar_t> vec = to_values(dy);
+    keep_lanes(vec, bits);
+    return to_bits(vec);
   }
 
   const Params& p_;
+  const Epilogue& epilogue_;
   uint4* const shared_;
   // As bits: values of 16 bits would each be kept in a register of their own.
   uint4 held_[kTensors][kRegisters];

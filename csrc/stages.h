@@ -2,6 +2,10 @@
 // have in common. Templates, because scalar_t goes through to the kernels.
 #pragma once
 
+#include <ATen/ops/empty.h>
+
+#include <limits>
+
 #include "launch.h"
 #include "ops.h"
 #include "tensors.h"
@@ -36,15 +40,54 @@ struct UpdatedInPlace {
   OptionalTensor dense;
 };
 
+// What is fused to a forward call: y = act(bn(x) + residual).
+struct Fusion {
+  OptionalTensor residual;
+  bool relu = false, need_mask = false;
+};
+
 // Everything one forward call works on.
 struct Forward {
   at::Tensor input, output, save_mean, save_invstd;
   OptionalTensor weight, bias, running_mean, running_var, num_batches_tracked;
+  OptionalTensor residual, mask;
+  bool relu = false;
   bool training;
   std::optional<double> momentum;
   double eps;
   Problem problem;
+
+  // To be called when input and problem are there.
+  void fuse(const Fusion& fusion) {
+    relu = fusion.relu;
+    if (relu && fusion.need_mask) {
+      mask = at::empty({mask_bytes_of(input)}, input.options().dtype(at::kByte));
+    }
+    if (fusion.residual && input.numel() > 0) {
+      residual = dense_like(*fusion.residual, input);
+      problem.residual_shift = shift_of(*residual);
+    }
+    problem.fused = relu || residual;
+    problem.mask = mask.has_value();
+  }
 };
+
+// What the kernel of the traversal takes. Enqueues the clearing of the mask where it needs that.
+template <typename scalar_t>
+FusedForward<scalar_t> fused_params(const Forward& f, const Traversal& t, cudaStream_t stream) {
+  using acc_t = acc_type<scalar_t>;
+  FusedForward<scalar_t> params{};
+  params.numel = t.numel;
+  params.exact = t.exact;
+  params.residual_aligned = f.problem.residual_shift == f.problem.output_shift;
+  if (f.residual) params.residual = static_cast<const scalar_t*>(f.residual->const_data_ptr());
+  params.lowest = f.relu ? acc_t(0) : -std::numeric_limits<acc_t>::infinity();
+  if (f.mask) {
+    params.mask = f.mask->mutable_data_ptr<uint8_t>();
+    if (!t.exact) check_launch(launch_clear_mask(params.mask, f.mask->numel(), stream), "memset");
+  }
+  return params;
+}
 
 template <typename acc_t>
 StatisticsOutput<acc_t> statistics_output(const Forward& f) {
@@ -94,8 +137,13 @@ void run_normalize(const Forward& f, const Plan& plan, cudaStream_t stream) {
   }
   params.mean = static_cast<acc_t*>(f.save_mean.data_ptr());
   params.invstd = static_cast<acc_t*>(f.save_invstd.data_ptr());
-  check_launch(launch_normalize(plan.elementwise.pattern, params, stream),
-               "transform_input_kernel");
+  const Pattern pattern = plan.elementwise.pattern;
+  const LaunchStatus status =
+      f.problem.fused
+          ? launch_normalize(pattern, params, fused_params<scalar_t>(f, plan.elementwise, stream),
+                             stream)
+          : launch_normalize(pattern, params, stream);
+  check_launch(status, "transform_input_kernel");
 }
 
 // ---------------------------------------------------------------------------- backward
@@ -104,11 +152,43 @@ void run_normalize(const Forward& f, const Plan& plan, cudaStream_t stream) {
 struct Backward {
   at::Tensor grad_output, input, save_mean, save_invstd;
   OptionalTensor weight, grad_input, grad_weight, grad_bias;
-  OptionalTensor total_count;  // [1]: over several ranks
+  OptionalTensor total_count;          // [1]: over several ranks
+  OptionalTensor mask, grad_residual;  // grad_output is that of a fused ReLU
   Problem problem;
 
   bool training() const { return problem.op == Op::kBackwardTraining; }
+
+  // The outputs, which are aligned alike, for the plan. To be called when they and problem are
+  // there.
+  void describe_outputs() {
+    problem.fused = problem.mask = mask.has_value();
+    problem.output_shift = -1;
+    problem.outputs = 0;
+    for (const OptionalTensor* output : {&grad_input, &grad_residual}) {
+      if (!*output) continue;
+      const int shift = shift_of(**output);
+      TORCH_INTERNAL_ASSERT(problem.outputs == 0 || shift == problem.output_shift,
+                            "the allocator aligned two tensors of one size differently");
+      problem.output_shift = shift;
+      problem.outputs += 1;
+    }
+  }
 };
+
+// What a kernel that only reads takes, and one that writes the residual's gradient too.
+template <typename scalar_t>
+FusedBackward<scalar_t> fused_reads(const Backward& b) {
+  FusedBackward<scalar_t> params{};
+  params.numel = b.input.numel();
+  params.mask = b.mask->const_data_ptr<uint8_t>();
+  return params;
+}
+template <typename scalar_t>
+FusedBackward<scalar_t> fused_params(const Backward& b) {
+  FusedBackward<scalar_t> params = fused_reads<scalar_t>(b);
+  if (b.grad_residual) params.grad_residual = static_cast<scalar_t*>(b.grad_residual->data_ptr());
+  return params;
+}
 
 // The two sums of every channel, undefined where only grad_weight and grad_bias are wanted.
 struct Sums {
@@ -127,7 +207,11 @@ void run_reduce(const Backward& b, const Plan& plan, const Sums& sums, cudaStrea
   params.mean = pointer_to<acc_t>(b.save_mean);
   params.invstd = pointer_to<acc_t>(b.save_invstd);
   params.partials = {workspace.data<acc_t>(), plan.merge.rows, plan.reduce.c};
-  check_launch(launch_backward_reduce(plan.pattern, params, stream), "backward_reduce_kernel");
+  const LaunchStatus status =
+      b.problem.fused
+          ? launch_backward_reduce(plan.pattern, params, fused_reads<scalar_t>(b), stream)
+          : launch_backward_reduce(plan.pattern, params, stream);
+  check_launch(status, "backward_reduce_kernel");
 
   MergeGradientsParams<acc_t> merge{};
   merge.partials = params.partials;
@@ -151,7 +235,7 @@ void run_elementwise(const Backward& b, const Plan& plan, const Sums& sums, cuda
   params.count = b.problem.n * b.problem.s;
   if (b.total_count) params.total_count = pointer_to<int64_t>(*b.total_count);
   params.grad_output = pointer_to<scalar_t>(b.grad_output);
-  params.grad_input = static_cast<scalar_t*>(b.grad_input->data_ptr());
+  if (b.grad_input) params.grad_input = static_cast<scalar_t*>(b.grad_input->data_ptr());
   params.weight = param_pointer(b.weight);
   params.mean = pointer_to<acc_t>(b.save_mean);
   params.invstd = pointer_to<acc_t>(b.save_invstd);
@@ -160,8 +244,12 @@ void run_elementwise(const Backward& b, const Plan& plan, const Sums& sums, cuda
     params.sum_dy = pointer_to<acc_t>(sums.dy);
     params.sum_dy_xhat = pointer_to<acc_t>(sums.dy_xhat);
   }
-  check_launch(launch_backward_elementwise(plan.elementwise.pattern, params, stream),
-               "backward_elementwise_kernel");
+  const Pattern pattern = plan.elementwise.pattern;
+  const LaunchStatus status =
+      b.problem.fused
+          ? launch_backward_elementwise(pattern, params, fused_params<scalar_t>(b), stream)
+          : launch_backward_elementwise(pattern, params, stream);
+  check_launch(status, "backward_elementwise_kernel");
 }
 
 }  // namespace batchnorm_cuda

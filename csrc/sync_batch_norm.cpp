@@ -69,14 +69,116 @@ Problem describe_part(Op op, const at::Tensor& input) {
 }
 
 Backward backward_part(const at::Tensor& grad_output, const at::Tensor& input,
-                       const at::Tensor& mean, const at::Tensor& invstd) {
+                       const at::Tensor& mean, const at::Tensor& invstd,
+                       const OptionalTensor& mask) {
   Backward b;
   b.input = dense(input);
   b.grad_output = dense_like(grad_output, b.input);
   b.save_mean = mean.contiguous();
   b.save_invstd = invstd.contiguous();
-  b.problem = describe(Op::kBackwardTraining, b.input);
+  b.mask = packed(mask);
+  b.problem = describe_part(Op::kBackwardTraining, b.input);
   b.problem.grad_output_shift = shift_of(b.grad_output);
+  b.describe_outputs();
+  return b;
+}
+
+// What a forward pass in parts returns.
+struct SyncForward {
+  Forward pass;
+  at::Tensor count;
+};
+
+// The passes over arguments that are checked.
+SyncForward merge_and_normalize(const at::Tensor& input, const OptionalTensor& weight,
+                                const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                const OptionalTensor& running_var,
+                                const OptionalTensor& num_batches_tracked,
+                                const at::Tensor& gathered, const Fusion& fusion,
+                                std::optional<double> momentum, double eps) {
+  const c10::DeviceGuard guard(input.device());
+  const UpdatedInPlace mean(running_mean), var(running_var), counter(num_batches_tracked);
+  Forward f{};
+  f.input = dense(input);
+  f.output = at::empty_like(f.input);
+  f.save_mean = channel_vector(input);
+  f.save_invstd = channel_vector(input);
+  f.weight = packed(weight);
+  f.bias = packed(bias);
+  f.running_mean = mean.dense;
+  f.running_var = var.dense;
+  f.num_batches_tracked = counter.dense;
+  f.training = true;
+  f.momentum = momentum;
+  f.eps = eps;
+  f.problem = describe_part(Op::kForwardTraining, f.input);
+  f.fuse(fusion);
+  const at::Tensor count = at::empty({1}, input.options().dtype(at::kLong));
+  if (f.problem.c == 0) {
+    if (num_batches_tracked) num_batches_tracked->add_(1);
+    return {f, count.zero_()};
+  }
+  const at::Tensor rows = gathered.contiguous();
+  dispatch_dtype(f.problem.dtype, [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    run_merge_ranks<scalar_t>(f, rows, count);
+    if (input.numel() == 0) return;
+    f.problem.output_shift = shift_of(f.output);
+    run_normalize<scalar_t>(f, plan_parts(f.problem, f.input), current_stream(f.input.device()));
+  });
+  mean.finish();
+  var.finish();
+  counter.finish();
+  return {f, count};
+}
+
+std::tuple<at::Tensor, OptionalTensor, OptionalTensor> reduce_gradients(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
+    const OptionalTensor& mask, bool need_weight, bool need_bias) {
+  const c10::DeviceGuard guard(input.device());
+  const at::Tensor sums = at::empty({2, input.size(1)}, statistics_options(input));
+  OptionalTensor grad_weight, grad_bias;
+  if (need_weight) grad_weight = at::empty({input.size(1)}, weight->options());
+  if (need_bias) grad_bias = at::empty({input.size(1)}, bias->options());
+  if (input.numel() == 0) {
+    if (need_weight) grad_weight->zero_();
+    if (need_bias) grad_bias->zero_();
+    return {sums.zero_(), grad_weight, grad_bias};
+  }
+  Backward b = backward_part(grad_output, input, mean, invstd, mask);
+  b.grad_weight = grad_weight;
+  b.grad_bias = grad_bias;
+  dispatch_dtype(b.problem.dtype, [&](auto tag) {
+    run_reduce<typename decltype(tag)::type>(b, plan_parts(b.problem, b.input),
+                                             {sums.select(0, 0), sums.select(0, 1)},
+                                             current_stream(b.input.device()));
+  });
+  return {sums, grad_weight, grad_bias};
+}
+
+Backward form_gradients(const at::Tensor& grad_output, const at::Tensor& input,
+                        const OptionalTensor& weight, const at::Tensor& mean,
+                        const at::Tensor& invstd, const at::Tensor& sums, const at::Tensor& count,
+                        const OptionalTensor& mask, bool need_input, bool need_residual) {
+  const c10::DeviceGuard guard(input.device());
+  Backward b = backward_part(grad_output, input, mean, invstd, mask);
+  if (need_input) b.grad_input = at::empty_like(b.input);
+  if (need_residual) b.grad_residual = at::empty_like(b.input);
+  if (input.numel() == 0 || !(need_input || need_residual)) return b;
+  b.weight = packed(weight);
+  b.total_count = count;
+  b.describe_outputs();
+  if (!need_input) {  // the sums take no part in the residual's gradient, nor does x
+    b.problem.op = Op::kBackwardEval;
+    b.problem.need_sums = false;
+  }
+  const at::Tensor totals = sums.contiguous();
+  dispatch_dtype(b.problem.dtype, [&](auto tag) {
+    run_elementwise<typename decltype(tag)::type>(b, plan_parts(b.problem, b.input),
+                                                  {totals.select(0, 0), totals.select(0, 1)},
+                                                  current_stream(b.input.device()));
+  });
   return b;
 }
 
@@ -102,39 +204,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sync_forward(
     std::optional<double> momentum, double eps) {
   check_sync_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, gathered,
                      momentum, eps);
-  const c10::DeviceGuard guard(input.device());
-  const UpdatedInPlace mean(running_mean), var(running_var), counter(num_batches_tracked);
-  Forward f{};
-  f.input = dense(input);
-  f.output = at::empty_like(f.input);
-  f.save_mean = channel_vector(input);
-  f.save_invstd = channel_vector(input);
-  f.weight = packed(weight);
-  f.bias = packed(bias);
-  f.running_mean = mean.dense;
-  f.running_var = var.dense;
-  f.num_batches_tracked = counter.dense;
-  f.training = true;
-  f.momentum = momentum;
-  f.eps = eps;
-  f.problem = describe_part(Op::kForwardTraining, f.input);
-  const at::Tensor count = at::empty({1}, input.options().dtype(at::kLong));
-  if (f.problem.c == 0) {
-    if (num_batches_tracked) num_batches_tracked->add_(1);
-    return {f.output, f.save_mean, f.save_invstd, count.zero_()};
-  }
-  const at::Tensor rows = gathered.contiguous();
-  dispatch_dtype(f.problem.dtype, [&](auto tag) {
-    using scalar_t = typename decltype(tag)::type;
-    run_merge_ranks<scalar_t>(f, rows, count);
-    if (input.numel() == 0) return;
-    f.problem.output_shift = shift_of(f.output);
-    run_normalize<scalar_t>(f, plan_parts(f.problem, f.input), current_stream(f.input.device()));
-  });
-  mean.finish();
-  var.finish();
-  counter.finish();
+  const auto [f, count] = merge_and_normalize(input, weight, bias, running_mean, running_var,
+                                              num_batches_tracked, gathered, {}, momentum, eps);
   return {f.output, f.save_mean, f.save_invstd, count};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, OptionalTensor> sync_fused_forward(
+    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, const at::Tensor& gathered,
+    const OptionalTensor& residual, bool relu, bool need_mask, std::optional<double> momentum,
+    double eps) {
+  check_sync_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, gathered,
+                     momentum, eps);
+  check_residual(residual, input);
+  const auto [f, count] =
+      merge_and_normalize(input, weight, bias, running_mean, running_var, num_batches_tracked,
+                          gathered, {residual, relu, need_mask}, momentum, eps);
+  return {f.output, f.save_mean, f.save_invstd, count, f.mask};
 }
 
 std::tuple<at::Tensor, OptionalTensor, OptionalTensor> sync_backward_reduce(
@@ -142,25 +229,18 @@ std::tuple<at::Tensor, OptionalTensor, OptionalTensor> sync_backward_reduce(
     const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd, bool need_weight,
     bool need_bias) {
   check_backward(grad_output, input, weight, bias, mean, invstd, need_weight, need_bias);
-  const c10::DeviceGuard guard(input.device());
-  const at::Tensor sums = at::empty({2, input.size(1)}, statistics_options(input));
-  OptionalTensor grad_weight, grad_bias;
-  if (need_weight) grad_weight = at::empty({input.size(1)}, weight->options());
-  if (need_bias) grad_bias = at::empty({input.size(1)}, bias->options());
-  if (input.numel() == 0) {
-    if (need_weight) grad_weight->zero_();
-    if (need_bias) grad_bias->zero_();
-    return {sums.zero_(), grad_weight, grad_bias};
-  }
-  Backward b = backward_part(grad_output, input, mean, invstd);
-  b.grad_weight = grad_weight;
-  b.grad_bias = grad_bias;
-  dispatch_dtype(b.problem.dtype, [&](auto tag) {
-    run_reduce<typename decltype(tag)::type>(b, plan_parts(b.problem, b.input),
-                                             {sums.select(0, 0), sums.select(0, 1)},
-                                             current_stream(b.input.device()));
-  });
-  return {sums, grad_weight, grad_bias};
+  return reduce_gradients(grad_output, input, weight, bias, mean, invstd, std::nullopt, need_weight,
+                          need_bias);
+}
+
+std::tuple<at::Tensor, OptionalTensor, OptionalTensor> sync_fused_backward_reduce(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
+    const at::Tensor& mask, bool need_weight, bool need_bias) {
+  check_backward(grad_output, input, weight, bias, mean, invstd, need_weight, need_bias);
+  check_mask(mask, input);
+  return reduce_gradients(grad_output, input, weight, bias, mean, invstd, mask, need_weight,
+                          need_bias);
 }
 
 at::Tensor sync_sum(const at::Tensor& gathered) {
@@ -182,20 +262,20 @@ at::Tensor sync_backward_elementwise(const at::Tensor& grad_output, const at::Te
                                      const at::Tensor& invstd, const at::Tensor& sums,
                                      const at::Tensor& count) {
   check_sync_backward_elementwise(grad_output, input, weight, mean, invstd, sums, count);
-  const c10::DeviceGuard guard(input.device());
-  if (input.numel() == 0) return at::empty_like(dense(input));
-  Backward b = backward_part(grad_output, input, mean, invstd);
-  b.grad_input = at::empty_like(b.input);
-  b.weight = packed(weight);
-  b.total_count = count;
-  b.problem.output_shift = shift_of(*b.grad_input);
-  const at::Tensor totals = sums.contiguous();
-  dispatch_dtype(b.problem.dtype, [&](auto tag) {
-    run_elementwise<typename decltype(tag)::type>(b, plan_parts(b.problem, b.input),
-                                                  {totals.select(0, 0), totals.select(0, 1)},
-                                                  current_stream(b.input.device()));
-  });
-  return *b.grad_input;
+  return *form_gradients(grad_output, input, weight, mean, invstd, sums, count, std::nullopt, true,
+                         false)
+              .grad_input;
+}
+
+std::tuple<OptionalTensor, OptionalTensor> sync_fused_backward_elementwise(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+    const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& sums,
+    const at::Tensor& count, const at::Tensor& mask, bool need_input, bool need_residual) {
+  check_sync_backward_elementwise(grad_output, input, weight, mean, invstd, sums, count);
+  check_mask(mask, input);
+  const Backward b = form_gradients(grad_output, input, weight, mean, invstd, sums, count, mask,
+                                    need_input, need_residual);
+  return {b.grad_input, b.grad_residual};
 }
 
 }  // namespace batchnorm_cuda

@@ -1,98 +1,11 @@
-// Backward in two reads and one write of the activations: both sums and grad_input of a channel
-// group by one team of blocks (team_kernel.cuh), which keeps dy and x on chip in between.
-#include "formulas.cuh"
-#include "team_kernel.cuh"
+// The team kernels of the backward pass without anything fused.
+#include "team_backward.cuh"
 
 namespace batchnorm_cuda {
-namespace {
-
-template <typename Cursor>
-struct TeamBackward {
-  using scalar_t = typename Cursor::scalar_t;
-  using acc_t = acc_type<scalar_t>;
-  using Params = TeamBackwardParams<scalar_t>;
-  using Acc = GradSums<acc_t>;
-  static constexpr int kTensors = 2;  // dy, x
-  static constexpr int kChannels = Cursor::kChannels;
-
-  GradInput<acc_t> channel[kChannels];  // scale holds the weight until finish()
-  acc_t mean[kChannels], invstd[kChannels];
-
-  __device__ __forceinline__ static const scalar_t* tensor(const Params& p, int k) {
-    return k == 0 ? p.grad_output : p.input;
-  }
-  __device__ __forceinline__ static scalar_t* output(const Params& p) { return p.grad_input; }
-
-  __device__ __forceinline__ TeamBackward(const Params& p, const Cursor& cursor) {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      mean[c] = cursor.channel_valid(c) ? load_global(p.mean + cursor.channel(c)) : acc_t(0);
-    }
-  }
-
-  __device__ __forceinline__ void prefetch(const Params& p, const Cursor& cursor, int c) {
-    channel[c].scale = 1;
-    invstd[c] = 0;
-    if (!cursor.channel_valid(c)) return;
-    channel[c].scale = load_param_or<acc_t>(p.weight, cursor.channel(c), 1);
-    invstd[c] = load_global(p.invstd + cursor.channel(c));
-  }
-
-  template <Batched kBatched, int kBatch>
-  __device__ __forceinline__ void accumulate(
-      Acc (&acc)[kChannels], const Vec<scalar_t> (&vec)[kTensors][kBatch],
-      const Window<typename Cursor::index_t> (&)[kBatch]) const {
-    add_gradients<Cursor>(acc, vec[0], vec[1], mean);
-  }
-
-  struct Sweeps {
-    static constexpr int kCount = 1;
-    const TeamBackward& operation;
-    Acc sums[kChannels];
-
-    __device__ __forceinline__ explicit Sweeps(const TeamBackward& of) : operation(of) {}
-    template <Batched kBatched, int kBatch>
-    __device__ __forceinline__ void first(
-        const Vec<scalar_t> (&vec)[kTensors][kBatch],
-        const Window<typename Cursor::index_t> (&windows)[kBatch]) {
-      operation.template accumulate<kBatched>(sums, vec, windows);
-    }
-    __device__ __forceinline__ void merge_into(Acc (&acc)[kChannels]) const {
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) acc[c].merge(sums[c]);
-    }
-  };
-
-  __device__ __forceinline__ void begin_finish(const Params&, const Cursor&) const {}
-  __device__ __forceinline__ void finish(const Params& p, const Cursor& cursor, const Acc& total,
-                                         int c) {
-    if (!cursor.channel_valid(c)) return;
-    const acc_t sum_dy_xhat = total.sum_dy_xhat * invstd[c];
-    if (cursor.owns_channel(c)) {
-      if (p.grad_weight.data) store_param(p.grad_weight, cursor.channel(c), sum_dy_xhat);
-      if (p.grad_bias.data) store_param(p.grad_bias, cursor.channel(c), total.sum_dy);
-    }
-    if (p.training) {
-      channel[c] = make_grad_input<acc_t>(channel[c].scale, mean[c], invstd[c], total.sum_dy,
-                                          sum_dy_xhat, static_cast<acc_t>(p.count));
-    } else {
-      channel[c] = {channel[c].scale * invstd[c]};
-    }
-  }
-
-  __device__ __forceinline__ Pair<acc_t> form(const Vec<scalar_t> (&vec)[kTensors], int l) const {
-    return grad_input(channel[Cursor::channel_of(l)], channel[Cursor::channel_of(l + 1)], vec[0],
-                      vec[1], l);
-  }
-};
-
-}  // namespace
-
-// ---------------------------------------------------------------------------- launchers
 
 template <typename scalar_t>
 LaunchStatus launch_team_backward(const TeamBackwardParams<scalar_t>& params, cudaStream_t stream) {
-  return launch_team_pattern<TeamBackward>(params, stream);
+  return launch_team_pattern<TeamBackward>(params, Identity<acc_type<scalar_t>>{}, stream);
 }
 
 template LaunchStatus launch_team_backward(const TeamBackwardParams<__half>&, cudaStream_t);

@@ -24,13 +24,8 @@
 
 namespace batchnorm_cuda {
 
-// What is done with each output value; the identity until something is fused here.
-template <typename acc_t>
-struct Identity {
-  __device__ __forceinline__ acc_t operator()(acc_t value) const { return value; }
-};
-
 // kWindows: team_windows() of the plan, in the kernel's name for who reads its machine code.
+// Epilogue: what is fused (fused.cuh).
 template <typename Cursor, template <typename> class OperationOf, Depth kDepth, int kWindows,
           typename Epilogue>
 __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
@@ -46,8 +41,8 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
   TeamExchange<Cursor, Acc, acc_t> exchange(p.team, scratch, slots, p.slots, p.sync);
   using index_t = typename Cursor::index_t;
   const auto groups = static_cast<index_t>(t.channel_blocks);
-  using Held = Resident<Cursor, Operation, kDepth, kWindows>;
-  Held resident(p, data + threadIdx.y * blockDim.x + threadIdx.x);
+  using Held = Resident<Cursor, Operation, kDepth, kWindows, Epilogue>;
+  Held resident(p, epilogue, data + threadIdx.y * blockDim.x + threadIdx.x);
   const auto cursor_of_round = [&](int ahead) {
     return Cursor(t, exchange.rank(), exchange.template group<index_t>(ahead));
   };
@@ -79,7 +74,7 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
         operation.finish(p, cursor, acc[c], c);
       }
       // Past the last group the cursor is empty.
-      resident.write(operation, cursor, epilogue, [&] { return cursor_of_round(1); });
+      resident.write(operation, cursor, [&] { return cursor_of_round(1); });
     };
     // Nor to keep where this round's windows are, until they are written.
     if constexpr (kDepth == Depth::kDeep && Cursor::kChannels > 1) {
@@ -94,17 +89,19 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
 }
 
 // Launches the variant of the kernel that the plan asks for.
-template <typename Cursor, template <typename> class OperationOf, typename Params>
-LaunchStatus launch_team_variant(const Params& params, cudaStream_t stream) {
+template <typename Cursor, template <typename> class OperationOf, typename Params,
+          typename Epilogue>
+LaunchStatus launch_team_variant(const Params& params, const Epilogue& epilogue,
+                                 cudaStream_t stream) {
   const auto launch = [&](auto depth) {
     constexpr Depth kDepth = decltype(depth)::value;
-    using Epilogue = Identity<typename Params::acc_t>;
+    constexpr bool kFused = !std::is_same_v<Epilogue, Identity<typename Params::acc_t>>;
     constexpr int kValueBytes = sizeof(typename Cursor::scalar_t);
     constexpr int kWindows = team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kValueBytes,
-                                          OperationOf<Cursor>::kTensors);
+                                          OperationOf<Cursor>::kTensors, kFused);
     if constexpr (kWindows > 0) {
       return launch_team(team_kernel<Cursor, OperationOf, kDepth, kWindows, Epilogue>, params.team,
-                         stream, params, Epilogue{});
+                         stream, params, epilogue);
     }
     return static_cast<LaunchStatus>(cudaErrorInvalidValue);  // the plan never asks for it
   };
@@ -118,22 +115,28 @@ LaunchStatus launch_team_variant(const Params& params, cudaStream_t stream) {
   }
 }
 
-template <template <typename> class OperationOf, typename Params>
-LaunchStatus launch_team_pattern(const Params& params, cudaStream_t stream) {
+template <template <typename> class OperationOf, typename Params, typename Epilogue>
+LaunchStatus launch_team_pattern(const Params& params, const Epilogue& epilogue,
+                                 cudaStream_t stream) {
   using scalar_t = typename Params::scalar_t;
   switch (params.team.pattern) {
     case Pattern::kAlongC:
-      return launch_team_variant<AlongC<scalar_t, int32_t, true>, OperationOf>(params, stream);
+      return launch_team_variant<AlongC<scalar_t, int32_t, true>, OperationOf>(params, epilogue,
+                                                                               stream);
     case Pattern::kAlongRow:
       if (!params.team.traversal.exact) {
-        return launch_team_variant<AlongSamples<scalar_t, int32_t>, OperationOf>(params, stream);
+        return launch_team_variant<AlongSamples<scalar_t, int32_t>, OperationOf>(params, epilogue,
+                                                                                 stream);
       }
-      return launch_team_variant<AlongRow<scalar_t, int32_t>, OperationOf>(params, stream);
+      return launch_team_variant<AlongRow<scalar_t, int32_t>, OperationOf>(params, epilogue,
+                                                                           stream);
     default:
       if (params.team.traversal.exact) {
-        return launch_team_variant<AlongS<scalar_t, int32_t>, OperationOf>(params, stream);
+        return launch_team_variant<AlongS<scalar_t, int32_t>, OperationOf>(params, epilogue,
+                                                                           stream);
       }
-      return launch_team_variant<AlongRuns<scalar_t, int32_t, false>, OperationOf>(params, stream);
+      return launch_team_variant<AlongRuns<scalar_t, int32_t, false>, OperationOf>(params, epilogue,
+                                                                                   stream);
   }
 }
 

@@ -85,6 +85,10 @@ int64_t moments_values(const at::Tensor& input) {
                                             : MomentsRow<float>{nullptr, c}.values();
 }
 
+int64_t mask_bytes_of(const at::Tensor& input) {
+  return mask_bytes(input.numel(), kWindowBytes / input.element_size());
+}
+
 at::Tensor channel_vector(const at::Tensor& input) {
   return at::empty({input.size(1)}, statistics_options(input));
 }

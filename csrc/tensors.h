@@ -34,6 +34,9 @@ at::TensorOptions statistics_options(const at::Tensor& input);
 // Values in a rank's row of moments (params.h).
 int64_t moments_values(const at::Tensor& input);
 
+// Bytes of the mask of a ReLU over a tensor like the input.
+int64_t mask_bytes_of(const at::Tensor& input);
+
 // An uninitialised [C] vector of statistics.
 at::Tensor channel_vector(const at::Tensor& input);
 

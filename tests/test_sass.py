@@ -303,6 +303,18 @@ def test_masked_kernels_may_be_narrow() -> None:
     assert problems(replace(CLEAN, name=MASKED, main_loop=NARROW)) == []
 
 
+def test_a_fused_kernel_may_move_a_byte_of_the_mask_beside_two_windows() -> None:
+    fused = "transform_input_kernel<AlongS<__half, int, true>, FusedForward<__half>>"
+    loop = MainLoop(0x100, 80, {128: 4}, {128: 2, 8: 2}, 0)
+    plain = replace(CLEAN, main_loop=loop)
+    assert problems(plain) == ["makes 2 accesses of 8 bits in its main loop"]
+    assert problems(replace(plain, name=fused)) == []
+    for accesses, problem in (({8: 4}, "4 accesses of 8 bits"), ({16: 2}, "2 accesses of 16 bits")):
+        more = replace(loop, stores={128: 2, **accesses})
+        found = problems(replace(plain, name=fused, main_loop=more))
+        assert found == [f"makes {problem} in its main loop"]
+
+
 def test_launch_bounds_are_required() -> None:
     unbounded = replace(CLEAN, bounds=LaunchBounds(None, None))
     assert "has no __launch_bounds__" in problems(unbounded)

@@ -291,8 +291,8 @@ def test_every_buffer_has_a_kind() -> None:
     declared = set(re.findall(r'\bf\("(\w+)"', (ROOT / "csrc" / "params.h").read_text()))
     known = set().union(*traffic_model._KINDS.values())
     assert declared and declared == known
-    with pytest.raises(KeyError, match="does not know the buffer 'mask'"):
-        traffic_model._kind("mask")
+    with pytest.raises(KeyError, match="does not know the buffer 'scratch'"):
+        traffic_model._kind("scratch")
 
 
 # ------------------------------------------------------------------------------- command line

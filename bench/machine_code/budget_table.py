@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .budget import ISSUE_SHARE, Budget, slots_per_window
-from .kernels import is_exact
+from .kernels import is_exact, is_fused
 from .listing import KINDS
 from .table import align
 
@@ -83,7 +83,8 @@ def short_name(name: str) -> str:
     pattern = re.search(r"Along(\w+)", name)
     along = _PATTERNS.get(pattern.group(1), pattern.group(1)) if pattern else ""
     edges = "" if is_exact(name) or along == "samples" else ", with edges"
-    return f"{kernel.replace('_', ' ')}, along {along}{edges}"
+    fused = ", fused" if is_fused(name) else ""
+    return f"{kernel.replace('_', ' ')}, along {along}{edges}{fused}"
 
 
 def _share(group: list[Budget], device: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ MAX_REGISTERS = 255
 THREADS_PER_SM = {"7.5": 1024, "8.0": 2048, "9.0": 2048, "10.0": 2048, "10.3": 2048}
 THREADS_PER_SM_ELSEWHERE = 1536
 
+MASK_BITS = 8  # of the mask of a fused ReLU, for a window
 WARP = 32
 
 
@@ -87,6 +88,11 @@ class Kernel:
         return is_exact(self.name)
 
     @property
+    def fused(self) -> bool:
+        """True if it adds a residual, takes a ReLU or filters by its mask (csrc/fused.cuh)."""
+        return is_fused(self.name)
+
+    @property
     def held_windows(self) -> int | None:
         """Windows that a thread of a team kernel holds in registers, all tensors together."""
         held = re.search(r">, Team\w+, \(Depth\)\d, (\d+)\b", self.name)
@@ -116,6 +122,11 @@ class Kernel:
 def is_exact(name: str) -> bool:
     """True if the kernel's cursor walks over full windows only, so that nothing may be narrow."""
     return re.search(r"\bAlong(C|Row|Runs)<[^<>]*, true>|\bAlongS<", name) is not None
+
+
+def is_fused(name: str) -> bool:
+    """True if the kernel does what csrc/fused.cuh adds to batch norm."""
+    return re.search(r"\bFused(Forward|Backward)<", name) is not None
 
 
 def resident_blocks(registers: int, threads: int, arch: str) -> int:
@@ -155,9 +166,14 @@ def _narrow_accesses(kernel: Kernel) -> list[str]:
         return ["is exact, but no loop moves 16 bytes at a time"]
     if loop.nested and kernel.held_windows:
         return _missing_windows(kernel, loop, kernel.held_windows)
+    narrow = loop.narrow
+    # The mask has a byte for each window that is stored (forward), or of dy (backward): beside
+    # each byte at least two windows move.
+    if kernel.fused and 2 * narrow.get(MASK_BITS, 0) <= loop.windows:
+        narrow.pop(MASK_BITS, None)
     return [
         f"makes {count} accesses of {bits} bits in its main loop"
-        for bits, count in sorted(loop.narrow.items())
+        for bits, count in sorted(narrow.items())
     ]
 
 

@@ -1,0 +1,199 @@
+// What is fused to batch norm: y = relu(bn(x) + residual) in the forward pass; in the backward pass
+// the gradient where the ReLU let values through, which is the gradient of the residual as well.
+// Kernels are written once and call the functions here, which come in one overload for each of
+// Identity (nothing is fused), FusedForward and FusedBackward (params.h).
+//
+// The mask holds a byte for each kVec elements of the dense output, numbered in memory order: bit
+// e % kVec of byte e / kVec says that element e of the output is positive, or NaN, where the ReLU's
+// gradient passes as well. A window of an exact tiling is one byte. Other windows may share a byte
+// with those of other threads, or lie in two.
+#pragma once
+
+#include "vec_io.cuh"
+
+namespace batchnorm_cuda {
+
+template <typename acc_t>
+struct Identity {};
+
+// What goes with a window through the forming of its output: the residual.
+struct Nothing {};
+template <typename Epilogue>
+struct Operand {
+  using type = Nothing;
+};
+template <typename scalar_t>
+struct Operand<FusedForward<scalar_t>> {
+  using type = Vec<scalar_t>;
+};
+template <typename Epilogue>
+using OperandOf = typename Operand<Epilogue>::type;
+
+// ---------------------------------------------------------------------------- the mask
+
+template <typename scalar_t>
+inline constexpr int kVecLog2 = kVec<scalar_t> == 8   ? 3
+                                : kVec<scalar_t> == 4 ? 2
+                                                      : 1;
+
+// Where the bits of a window begin: negative bytes are floored too, their lanes are masked.
+template <typename scalar_t, typename index_t>
+__device__ __forceinline__ index_t byte_of(const Window<index_t>& window) {
+  return window.offset >> kVecLog2<scalar_t>;
+}
+template <typename scalar_t, typename index_t>
+__device__ __forceinline__ int bit_of(const Window<index_t>& window) {
+  return static_cast<int>(window.offset & (kVec<scalar_t> - 1));
+}
+
+// Bit l is lane l's; those of lanes that are not valid say nothing.
+template <bool kExact, typename scalar_t, typename index_t>
+__device__ __forceinline__ uint32_t load_bits(const uint8_t* mask, const Window<index_t>& window,
+                                              Site site = Site::current()) {
+  mark_step(site);
+  const uint8_t* const first = mask + byte_of<scalar_t>(window);
+  if (kExact) return window.hi > 0 ? load_global(first, site) : 0;
+  constexpr int kLanes = kVec<scalar_t>;
+  const int shift = bit_of<scalar_t>(window);
+  uint32_t bits = 0;
+  if (window.lo < window.hi && shift + window.lo < kLanes) bits = load_global(first, site);
+  if (window.lo < window.hi && shift + window.hi > kLanes) {
+    bits = (bits & ((1u << kLanes) - 1)) | load_global(first + 1, site) << kLanes;
+  }
+  return bits >> shift;
+}
+
+// Not exact: the mask is zeroed before, and is a whole number of words.
+template <bool kExact, typename scalar_t, typename index_t>
+__device__ __forceinline__ void store_bits(uint8_t* mask, const Window<index_t>& window,
+                                           uint32_t bits, Site site = Site::current()) {
+  mark_step(site);
+  const index_t first = byte_of<scalar_t>(window);
+  if (kExact) {
+    if (window.hi > 0) store_global(mask + first, static_cast<uint8_t>(bits), site);
+    return;
+  }
+  constexpr int kLanes = kVec<scalar_t>;
+  const uint32_t valid = window.lo < window.hi ? (1u << window.hi) - (1u << window.lo) : 0;
+  const uint32_t placed = (bits & valid) << bit_of<scalar_t>(window);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t byte = placed >> i * kLanes & ((1u << kLanes) - 1);
+    if (byte == 0) continue;
+    const index_t place = first + i;
+    or_relaxed(reinterpret_cast<uint32_t*>(mask + (place & ~index_t{3})),
+               byte << static_cast<int>(place & 3) * 8, site);
+  }
+}
+
+// ---------------------------------------------------------------------------- forward
+
+// What rounds to zero although it is positive: the largest such value, half the smallest positive
+// one. A value above it, and no other, is positive after rounding as well.
+template <typename scalar_t>
+inline constexpr acc_type<scalar_t> kRoundsToZero =
+    std::is_same_v<scalar_t, __half>          ? 0x1p-25f
+    : std::is_same_v<scalar_t, __nv_bfloat16> ? 0x1p-134f
+                                              : 0;
+
+template <Lanes kLanes, typename acc_t, typename index_t>
+__device__ __forceinline__ Nothing load_operand(const Identity<acc_t>&, const Window<index_t>&,
+                                                int64_t) {
+  return {};
+}
+template <Lanes kLanes, typename scalar_t, typename index_t>
+__device__ __forceinline__ Vec<scalar_t> load_operand(const FusedForward<scalar_t>& fused,
+                                                      const Window<index_t>& window, int64_t numel,
+                                                      Site site = Site::current()) {
+  return load_window_or_zero<kLanes>(fused.residual, window, numel, fused.residual_aligned, site);
+}
+
+// Forms a window's output and stores it. form(l): lanes l and l + 1, in full precision.
+template <bool kExact, Lanes kLanes, typename acc_t, typename Operand, typename scalar_t,
+          typename index_t, typename Form>
+__device__ __forceinline__ void store_output(const Identity<acc_t>&, const Operand&,
+                                             scalar_t* output, const Window<index_t>& window,
+                                             Form&& form, Site site = Site::current()) {
+  Vec<scalar_t> vec;
+#pragma unroll
+  for (int l = 0; l < kVec<scalar_t>; l += 2) round_into(vec, l, form(l));
+  store_window<kLanes>(output, window, vec, site);
+}
+
+// The same with the residual added and the ReLU taken, before the one rounding.
+template <bool kExact, Lanes kLanes, typename scalar_t, typename index_t, typename Form>
+__device__ __forceinline__ void store_output(const FusedForward<scalar_t>& fused,
+                                             const Vec<scalar_t>& residual, scalar_t* output,
+                                             const Window<index_t>& window, Form&& form,
+                                             Site site = Site::current()) {
+  using acc_t = acc_type<scalar_t>;
+  Vec<scalar_t> vec;
+  uint32_t positive = 0;
+#pragma unroll
+  for (int l = 0; l < kVec<scalar_t>; l += 2) {
+    Pair<acc_t> value = lanes_plus(residual, l, form(l));
+    // A NaN is not below anything, and stays.
+    if (value.x < fused.lowest) value.x = fused.lowest;
+    if (value.y < fused.lowest) value.y = fused.lowest;
+    if (!(value.x <= kRoundsToZero<scalar_t>)) positive |= 1u << l;
+    if (!(value.y <= kRoundsToZero<scalar_t>)) positive |= 2u << l;
+    round_into(vec, l, value);
+  }
+  store_window<kLanes>(output, window, vec, site);
+  if (fused.mask) store_bits<kExact, scalar_t>(fused.mask, window, positive, site);
+}
+
+// ---------------------------------------------------------------------------- backward
+
+// Zeros the lanes whose bit is not set.
+template <typename scalar_t>
+__device__ __forceinline__ void keep_lanes(Vec<scalar_t>& vec, uint32_t bits) {
+  constexpr int kLanes = kVec<scalar_t>;
+  if constexpr (sizeof(scalar_t) == 2) {
+    // By words of two lanes: bits l and l + 1 come to bits 0 and 16, and each fills its half.
+    uint32_t words[kLanes / 2];
+    memcpy(words, &vec, sizeof(words));
+    const uint32_t apart = (bits & 0xff) * 0x8001;
+#pragma unroll
+    for (int i = 0; i < kLanes / 2; ++i) words[i] &= (apart >> 2 * i & 0x10001) * 0xffff;
+    memcpy(&vec, words, sizeof(words));
+  } else {
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l) {
+      if (!(bits >> l & 1)) vec.lane[l] = 0;
+    }
+  }
+}
+
+// Filters a batch of windows of dy by the mask.
+template <bool kExact, typename acc_t, typename scalar_t, typename index_t, int kWindows>
+__device__ __forceinline__ void filter(const Identity<acc_t>&, Vec<scalar_t> (&)[kWindows],
+                                       const Window<index_t> (&)[kWindows]) {}
+template <bool kExact, typename scalar_t, typename index_t, int kWindows>
+__device__ __forceinline__ void filter(const FusedBackward<scalar_t>& fused,
+                                       Vec<scalar_t> (&dy)[kWindows],
+                                       const Window<index_t> (&windows)[kWindows],
+                                       Site site = Site::current()) {
+  uint32_t bits[kWindows];
+#pragma unroll
+  for (int u = 0; u < kWindows; ++u) {
+    bits[u] = load_bits<kExact, scalar_t>(fused.mask, windows[u], site);
+  }
+#pragma unroll
+  for (int u = 0; u < kWindows; ++u) keep_lanes(dy[u], bits[u]);
+}
+
+// grad_input, and the filtered dy as the residual's gradient, each where it is wanted.
+template <bool kExact, Lanes kLanes, typename scalar_t, typename index_t, typename Form>
+__device__ __forceinline__ void store_output(const FusedBackward<scalar_t>& fused,
+                                             const Vec<scalar_t>& dy, scalar_t* grad_input,
+                                             const Window<index_t>& window, Form&& form,
+                                             Site site = Site::current()) {
+  if (grad_input) {
+    store_output<kExact, kLanes>(Identity<acc_type<scalar_t>>{}, dy, grad_input, window, form,
+                                 site);
+  }
+  if (fused.grad_residual) store_window<kLanes>(fused.grad_residual, window, dy, site);
+}
+
+}  // namespace batchnorm_cuda
