@@ -1,9 +1,10 @@
-"""The mask that a fused ReLU leaves for its backward: a bit an element, set where output > 0.
+"""The mask that a fused ReLU leaves for its backward: which elements of its output are positive.
 
-Elements are numbered in the memory order of the output, which is that of the input made dense. A
-byte holds those of one window of 16 bytes, the first in its lowest bit; the bytes are rounded up to
-whole 32-bit words, and the bits past the last element say nothing. The kernels write and read this
-form by themselves. What is here serves the composites, and derivatives of derivatives.
+A bit an element, set for NaN as well, where torch.relu's gradient passes, too. Elements are
+numbered in the memory order of the output, which is that of the input made dense. A byte holds
+those of one window of 16 bytes, the first in its lowest bit; bits past the last element are zero.
+The kernels write and read this form by themselves. What is here serves the composites, and
+derivatives of derivatives.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ from torch.nn.functional import pad
 from . import ops
 
 _WINDOW_BYTES = 16
-_WORD_BYTES = 4
 
 
 def mask_bytes(numel: int, dtype: torch.dtype) -> int:
     """The size of the mask of so many elements."""
-    elements = _WORD_BYTES * _elements_per_byte(dtype)
-    return (numel + elements - 1) // elements * _WORD_BYTES
+    elements = _elements_per_byte(dtype)
+    return (numel + elements - 1) // elements
 
 
 def pack(positive: Tensor, input: Tensor) -> Tensor:

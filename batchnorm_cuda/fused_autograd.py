@@ -177,7 +177,7 @@ def unfused_forward(
         output = output + residual
     if relu:
         output = output.relu()
-    mask = _mask.pack(output > 0, input) if need_mask else None
+    mask = _mask.pack(~(output <= 0), input) if need_mask else None
     return output, save_mean, save_invstd, mask
 
 

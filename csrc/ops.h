@@ -32,8 +32,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> backward(
 // absent. The residual is like input, of any strides.
 
 // As forward, and the mask where it is asked for and there is a ReLU: a byte for each 16 bytes of
-// the output, numbered in its memory order, whole 32-bit words in all (mask_bytes of plan.h). Bit
-// i of a byte says that element i of these is positive; bits past the last element say nothing.
+// the output, numbered in its memory order. Bit i of a byte says that element i of these is
+// positive or NaN; bits past the last element are zero.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, OptionalTensor> fused_forward(
     const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var,

@@ -197,7 +197,7 @@ struct FusedForward {
     const int64_t lanes = kWindowBytes / sizeof(scalar_t);
     f("residual", residual, sizeof(scalar_t) * numel, true, false);
     // Not exact: only the words in which a bit is set.
-    const int64_t bytes = exact ? numel / lanes : mask_bytes(numel, lanes);
+    const int64_t bytes = exact ? numel / lanes : whole_words(mask_bytes(numel, lanes));
     f("mask", mask, static_cast<size_t>(bytes), !exact, exact, !exact);
   }
 };

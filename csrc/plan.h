@@ -128,11 +128,10 @@ inline int64_t whole_windows(int64_t s, int vec) { return s < vec - 1 ? 0 : (s -
 // rely on it.
 constexpr int64_t kMaxPerSplit = int64_t{1} << 29;
 
-// Of the mask of a ReLU (fused.cuh), a byte for each `vec` elements: whole 32-bit words, by which
-// threads that share a byte write it.
-inline int64_t mask_bytes(int64_t numel, int64_t vec) {
-  return ceil_div(ceil_div(numel, vec), 4) * 4;
-}
+// Of the mask of a ReLU (fused.cuh): a byte for each `vec` elements. Its memory is whole 32-bit
+// words, by which threads that share a byte write it.
+inline int64_t mask_bytes(int64_t numel, int64_t vec) { return ceil_div(numel, vec); }
+inline int64_t whole_words(int64_t bytes) { return ceil_div(bytes, 4) * 4; }
 
 struct DeviceInfo {
   std::string name = "unknown";

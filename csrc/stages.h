@@ -61,7 +61,9 @@ struct Forward {
   void fuse(const Fusion& fusion) {
     relu = fusion.relu;
     if (relu && fusion.need_mask) {
-      mask = at::empty({mask_bytes_of(input)}, input.options().dtype(at::kByte));
+      const int64_t bytes = mask_bytes_of(input);
+      mask = at::empty({whole_words(bytes)}, input.options().dtype(at::kByte));
+      if (mask->numel() != bytes) mask = mask->narrow(0, 0, bytes);
     }
     if (fusion.residual && input.numel() > 0) {
       residual = dense_like(*fusion.residual, input);
@@ -84,7 +86,8 @@ FusedForward<scalar_t> fused_params(const Forward& f, const Traversal& t, cudaSt
   params.lowest = f.relu ? acc_t(0) : -std::numeric_limits<acc_t>::infinity();
   if (f.mask) {
     params.mask = f.mask->mutable_data_ptr<uint8_t>();
-    if (!t.exact) check_launch(launch_clear_mask(params.mask, f.mask->numel(), stream), "memset");
+    const int64_t bytes = whole_words(f.mask->numel());
+    if (!t.exact) check_launch(launch_clear_mask(params.mask, bytes, stream), "memset");
   }
   return params;
 }

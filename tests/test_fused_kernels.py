@@ -76,9 +76,8 @@ def lanes_of(x: Tensor) -> int:
 
 
 def mask_bytes(x: Tensor) -> int:
-    """A byte for each 16 bytes, whole 32-bit words."""
-    needed = -(-x.numel() // lanes_of(x))
-    return -(-needed // 4) * 4
+    """A byte for each 16 bytes."""
+    return -(-x.numel() // lanes_of(x))
 
 
 def in_memory(dense: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ class Fused:
 
     def filtered(self, output: Tensor) -> Tensor:
         """The gradient that the ReLU lets through, in the memory order of the output."""
-        return torch.empty_like(output).copy_(torch.where(output > 0, self.dy, 0.0))
+        return torch.empty_like(output).copy_(torch.where(output <= 0, 0.0, self.dy))
 
     def check(self) -> None:
         """A forward and a backward pass against the reference."""
@@ -165,7 +164,7 @@ class Fused:
             assert mask is None
             return
         assert mask.dtype == torch.uint8 and mask.shape == (mask_bytes(self.x),)
-        assert torch.equal(unpacked(mask, output), in_memory(output > 0))
+        assert torch.equal(unpacked(mask, output), in_memory(~(output <= 0)))
         g = self.filtered(output)
         gradients = self.backward((mean, invstd), mask)
         assert torch.equal(gradients.pop("grad_residual"), g)
@@ -308,7 +307,7 @@ def test_bits_repeat(
 def test_nan_propagates(
     extension: ModuleType, plan_options: Callable, case: Case, strategy: str
 ) -> None:
-    """As by torch.relu; a NaN is not above zero, so that no gradient comes back by it."""
+    """As by torch.relu, in whose backward the gradient passes where the output is NaN."""
     plan_options(FORCED[strategy])
     fused = Fused(extension, case, torch.float16)
     with torch.no_grad():
@@ -316,9 +315,9 @@ def test_nan_propagates(
         fused.residual[place] = float("nan")
     output, mean, invstd, mask = fused.forward()
     assert output.isnan().sum() == 1 and output[place].isnan()
-    assert torch.equal(unpacked(mask, output), in_memory(output > 0))
+    assert torch.equal(unpacked(mask, output), in_memory(~(output <= 0)))
     gradients = fused.backward((mean, invstd), mask)
-    assert gradients["grad_residual"][place] == 0
+    assert gradients["grad_residual"][place] == fused.dy[place]
 
 
 @few_cases
@@ -438,7 +437,7 @@ def test_ranks_are_as_one(
     assert_within("output", output, want.output, want.scales["output"], dtype)
     for (part, _, _, _, mask), (x, _, _) in zip(ranks, parts, strict=True):
         assert mask.shape == (mask_bytes(x),)
-        assert torch.equal(unpacked(mask, part), in_memory(part > 0))
+        assert torch.equal(unpacked(mask, part), in_memory(~(part <= 0)))
     _, mean, invstd, total, _ = ranks[0]
     gathered, grad_weight, grad_bias = [], 0.0, 0.0
     for (x, _, dy), rank in zip(parts, ranks, strict=True):
@@ -454,7 +453,7 @@ def test_ranks_are_as_one(
         )
         for (x, _, dy), rank in zip(parts, ranks, strict=True)
     ]
-    g = torch.where(output > 0, fused.dy, 0.0)
+    g = torch.where(output <= 0, 0.0, fused.dy)
     results = {"grad_weight": grad_weight, "grad_bias": grad_bias}
     for place, name in enumerate(("grad_input", "grad_residual")):
         values = [of_rank[place] for of_rank in gradients]
