@@ -108,6 +108,58 @@ __device__ __forceinline__ Vec<scalar_t> load_operand(const FusedForward<scalar_
   return load_window_or_zero<kLanes>(fused.residual, window, numel, fused.residual_aligned, site);
 }
 
+#ifdef BATCHNORM_CUDA_HAS_PAIRS
+// Of two half or bfloat16 values: each or `lowest`, which is as wide, whichever is more, or NaN.
+template <bool kBFloat16>
+__device__ __forceinline__ uint32_t at_least(uint32_t bits, uint32_t lowest) {
+  uint32_t result;
+  if constexpr (kBFloat16) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(bits), "r"(lowest));
+  } else {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(bits), "r"(lowest));
+  }
+  return result;
+}
+
+// All bits of a half that is above zero or NaN, none of another.
+template <bool kBFloat16>
+__device__ __forceinline__ uint32_t above_zero(uint32_t bits) {
+  uint32_t result;
+  if constexpr (kBFloat16) {
+    asm("set.gtu.u32.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(bits), "r"(0u));
+  } else {
+    asm("set.gtu.u32.f16x2 %0, %1, %2;" : "=r"(result) : "r"(bits), "r"(0u));
+  }
+  return result;
+}
+#endif
+
+// Rounds a pair to lanes l and l + 1, no less than `lowest`, and sets bit l or l + 16 of `positive`
+// where lane l is above zero or NaN. A NaN is not below anything, and stays.
+template <typename scalar_t>
+__device__ __forceinline__ void activate_into(Vec<scalar_t>& vec, int l,
+                                              Pair<acc_type<scalar_t>> value,
+                                              acc_type<scalar_t> lowest, uint32_t& positive) {
+#ifdef BATCHNORM_CUDA_HAS_PAIRS
+  if constexpr (sizeof(scalar_t) == 2) {  // after the rounding, which comes to the same
+    constexpr bool kBFloat16 = std::is_same_v<scalar_t, __nv_bfloat16>;
+    const uint32_t infinity = kBFloat16 ? 0xff80ff80 : 0xfc00fc00;  // negative
+    uint32_t bits;
+    round_into(vec, l, value);
+    memcpy(&bits, &vec.lane[l], sizeof(bits));
+    bits = at_least<kBFloat16>(bits, lowest == 0 ? 0 : infinity);
+    memcpy(&vec.lane[l], &bits, sizeof(bits));
+    positive |= above_zero<kBFloat16>(bits) & (1u << l | 0x20000u << l);
+    return;
+  }
+#endif
+  if (value.x < lowest) value.x = lowest;
+  if (value.y < lowest) value.y = lowest;
+  if (!(value.x <= kRoundsToZero<scalar_t>)) positive |= 1u << l;
+  if (!(value.y <= kRoundsToZero<scalar_t>)) positive |= 2u << l;
+  round_into(vec, l, value);
+}
+
 // Forms a window's output and stores it. form(l): lanes l and l + 1, in full precision.
 template <bool kExact, Lanes kLanes, typename acc_t, typename Operand, typename scalar_t,
           typename index_t, typename Form>
@@ -126,19 +178,13 @@ __device__ __forceinline__ void store_output(const FusedForward<scalar_t>& fused
                                              const Vec<scalar_t>& residual, scalar_t* output,
                                              const Window<index_t>& window, Form&& form,
                                              Site site = Site::current()) {
-  using acc_t = acc_type<scalar_t>;
   Vec<scalar_t> vec;
   uint32_t positive = 0;
 #pragma unroll
   for (int l = 0; l < kVec<scalar_t>; l += 2) {
-    Pair<acc_t> value = lanes_plus(residual, l, form(l));
-    // A NaN is not below anything, and stays.
-    if (value.x < fused.lowest) value.x = fused.lowest;
-    if (value.y < fused.lowest) value.y = fused.lowest;
-    if (!(value.x <= kRoundsToZero<scalar_t>)) positive |= 1u << l;
-    if (!(value.y <= kRoundsToZero<scalar_t>)) positive |= 2u << l;
-    round_into(vec, l, value);
+    activate_into(vec, l, lanes_plus(residual, l, form(l)), fused.lowest, positive);
   }
+  positive |= positive >> 16;
   store_window<kLanes>(output, window, vec, site);
   if (fused.mask) store_bits<kExact, scalar_t>(fused.mask, window, positive, site);
 }

@@ -218,7 +218,9 @@ def test_64_bit_indices(
 ) -> None:
     """Masked kernels stand in for exact ones, of which there are none."""
     plan_options({"index_bits": 64})
-    Fused(extension, case, dtype, training=training).check()
+    names = launched(extension, Fused(extension, case, dtype, training=training).check)
+    fused = [name for name in names if "Fused" in name]
+    assert fused and all(", false>" in name for name in fused)
 
 
 @pytest.mark.parametrize("strategy", FORCED)
@@ -598,7 +600,9 @@ def test_bytes_of_two_passes(op: str, l2_share: float) -> None:
     size = int(max(l2_share * case.nbytes, 65536))
     result = count(case, scaled_device("t4", 1) | {"l2_bytes": size}, "two_pass")
     assert result.strategy == "two_pass"
-    reread = 2 * case.nbytes + case.nbytes // 16 if op == "backward" else case.nbytes
+    mask = case.nbytes // 16
+    assert result.compulsory_bytes == (4 if op == "backward" else 3) * case.nbytes + mask
+    reread = 2 * case.nbytes + mask if op == "backward" else case.nbytes
     assert result.predicted_bytes <= result.compulsory_bytes + reread
     assert (result.predicted_bytes == result.compulsory_bytes) == (l2_share == 8)
     assert result.counted_bytes == pytest.approx(result.predicted_bytes, rel=0.03)

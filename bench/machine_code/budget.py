@@ -104,7 +104,7 @@ def budgets(kernels: list[Kernel]) -> list[Budget]:
 def moved_by_round(kernel: Kernel) -> float:
     """Windows that a round loads into registers and stores from there."""
     held = kernel.held_windows or 0
-    return held + held / kernel.tensors
+    return held + held * kernel.passing / kernel.tensors
 
 
 def _held(small: Budget, large: Budget) -> Budget:
@@ -147,17 +147,25 @@ def _longest(loops: list[MainLoop], windows: str) -> MainLoop | None:
 
 def _shared(kernel: Kernel) -> dict[str, float]:
     inner = [loop for loop in kernel.loops if not loop.nested]
-    copy = _longest([x for x in inner if x.copied], "copied")
-    reduce = _sweeps([x for x in inner if x.shared_loads and not _stores(x)])
+    copy = _longest([x for x in inner if x.copied and not _filters(x)], "copied")
+    reduce = _sweeps([x for x in inner if x.shared_loads and not (x.copied or _stores(x))])
     write = _longest([x for x in inner if x.shared_loads and _stores(x)], "shared_loads")
     if copy is None or not reduce or write is None:
         return {}
     work = [(loop, 1 / loop.shared_loads) for loop in (*reduce, write)]
+    # A fused backward filters one of its tensors in place.
+    filtering = _longest([x for x in inner if _filters(x)], "shared_loads")
+    if filtering is not None:
+        work.append((filtering, 1 / filtering.shared_loads / kernel.tensors))
     if (
         not write.copied
     ):  # else the kernel copies the next group's window where it writes this one's
         work.append((copy, 1 / copy.copied))
-    return _over(work, 1 + 1 / kernel.tensors)
+    return _over(work, 1 + kernel.passing / kernel.tensors)
+
+
+def _filters(loop: MainLoop) -> bool:
+    return bool(loop.copied and loop.shared_loads) and not _stores(loop)
 
 
 def _sweeps(loops: list[MainLoop]) -> list[MainLoop]:
@@ -177,7 +185,10 @@ def _streamed(kernel: Kernel) -> dict[str, float]:
     write = _longest([loop for loop in inner if _stores(loop)], "windows")
     if read is None or write is None:
         return {}
-    return _over([(read, 1 / _loads(read)), (write, 1 / _loads(write))], 2 + 1 / kernel.tensors)
+    # A fused forward reads the residual beside what it reads again.
+    again = 2 if kernel.fused and kernel.tensors == 1 else 1
+    work = [(read, 1 / _loads(read)), (write, again / _loads(write))]
+    return _over(work, 2 + kernel.passing / kernel.tensors)
 
 
 def _loads(loop: MainLoop) -> int:

@@ -104,6 +104,12 @@ class Kernel:
         return 2 if "Backward" in self.name else 1
 
     @property
+    def passing(self) -> int:
+        """Activations that a team kernel moves beside these: the output, and fused the residual or
+        its gradient, where there is one."""
+        return 2 if self.fused else 1
+
+    @property
     def register_limit(self) -> int:
         """What the launch bounds leave a thread, as the hardware allocates: in steps of 8."""
         threads = self.bounds.threads or 1024
