@@ -92,6 +92,21 @@ DEEP = [
     ("backward_training", torch.float32, HALF, "cluster"),
     ("backward_training", torch.float64, Case((2, 5, 64, 96), "the same"), "block"),
 ]
+# Runs of odd sizes, whose ends are held or read twice beside their whole windows; the last has more
+# heads of runs than a block has threads.
+ODD = [Case((n, 5, 63, 97), "odd runs") for n in (16, 8, 4, 2)]
+MANY = [Case((n, 5, 5, 51), "many odd runs") for n in (400, 260)]
+DEEP += [
+    ("forward_training", torch.float16, ODD[0], "block"),
+    ("forward_training", torch.float16, MANY[0], "block"),
+    ("forward_training", torch.float32, ODD[1], "block"),
+    ("forward_training", torch.float64, ODD[2], "block"),
+    ("backward_training", torch.float16, ODD[1], "block"),
+    ("backward_training", torch.float16, MANY[1], "block"),
+    ("backward_training", torch.bfloat16, ODD[0], "grid"),
+    ("backward_training", torch.float32, ODD[1], "cluster"),
+    ("backward_training", torch.float64, ODD[3], "block"),
+]
 for op, rows in (("forward_training", 3000), ("backward_training", 1500)):
     for dtype, channels in ((torch.float16, 168), (torch.bfloat16, 168), (torch.float32, 84)):
         DEEP.append(
