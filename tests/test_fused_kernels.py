@@ -502,11 +502,11 @@ def test_a_wrong_residual(
 @pytest.mark.parametrize(
     "mask, error, message",
     [
-        (torch.zeros(12).byte()[:10], ValueError, r"mask to have shape \[12\], got \[10\]"),
-        (torch.zeros(16).byte(), ValueError, r"mask to have shape \[12\], got \[16\]"),
-        (torch.zeros(3, 4).byte(), ValueError, r"mask to have shape \[12\], got \[3, 4\]"),
-        (torch.zeros(12).bool(), TypeError, "mask to have dtype torch.uint8, got torch.bool"),
-        (torch.zeros(12, device="meta").byte(), RuntimeError, "mask to be on .*, got meta"),
+        (torch.zeros(10).byte()[:9], ValueError, r"mask to have shape \[10\], got \[9\]"),
+        (torch.zeros(16).byte(), ValueError, r"mask to have shape \[10\], got \[16\]"),
+        (torch.zeros(2, 5).byte(), ValueError, r"mask to have shape \[10\], got \[2, 5\]"),
+        (torch.zeros(10).bool(), TypeError, "mask to have dtype torch.uint8, got torch.bool"),
+        (torch.zeros(10, device="meta").byte(), RuntimeError, "mask to be on .*, got meta"),
     ],
 )
 def test_a_wrong_mask(extension: ModuleType, mask: Tensor, error: type, message: str) -> None:
