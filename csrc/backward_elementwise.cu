@@ -39,7 +39,9 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
                                 const Epilogue epilogue) {
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
-  constexpr int kUnrollPairs = kTraining ? kUnroll / 2 : kUnroll;
+  // Where windows may be no single byte of a mask, its bits take registers.
+  constexpr bool kFused = !std::is_same_v<Epilogue, Identity<acc_t>>;
+  constexpr int kUnrollPairs = (kTraining ? kUnroll / 2 : kUnroll) >> (kFused && !Cursor::kExact);
   const int64_t numel = p.traversal.numel;
   const bool dy_aligned = Cursor::kExact || p.grad_output_aligned;
   const bool x_aligned = Cursor::kExact || p.input_aligned;

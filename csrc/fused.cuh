@@ -96,16 +96,17 @@ inline constexpr acc_type<scalar_t> kRoundsToZero =
     : std::is_same_v<scalar_t, __nv_bfloat16> ? 0x1p-134f
                                               : 0;
 
-template <Lanes kLanes, typename acc_t, typename index_t>
+template <bool kExact, Lanes kLanes, typename acc_t, typename index_t>
 __device__ __forceinline__ Nothing load_operand(const Identity<acc_t>&, const Window<index_t>&,
                                                 int64_t) {
   return {};
 }
-template <Lanes kLanes, typename scalar_t, typename index_t>
+template <bool kExact, Lanes kLanes, typename scalar_t, typename index_t>
 __device__ __forceinline__ Vec<scalar_t> load_operand(const FusedForward<scalar_t>& fused,
                                                       const Window<index_t>& window, int64_t numel,
                                                       Site site = Site::current()) {
-  return load_window_or_zero<kLanes>(fused.residual, window, numel, fused.residual_aligned, site);
+  return load_window_or_zero<kLanes>(fused.residual, window, numel,
+                                     kExact || fused.residual_aligned, site);
 }
 
 #ifdef BATCHNORM_CUDA_HAS_PAIRS

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
         windows[u] = {0, 0, 0};
         if (u < i) windows[u] = cursor.take_back();
         x[u] = load_window<Cursor::kLanes>(p.input, windows[u], numel, aligned);
-        operand[u] = load_operand<Cursor::kLanes>(epilogue, windows[u], numel);
+        operand[u] = load_operand<Cursor::kExact, Cursor::kLanes>(epilogue, windows[u], numel);
       }
 #pragma unroll
       for (int u = 0; u < kWindows; ++u) {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
     }
     for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
       const auto x = load_window<Lanes::kMasked>(p.input, edge, numel, aligned);
-      const auto operand = load_operand<Lanes::kMasked>(epilogue, edge, numel);
+      const auto operand = load_operand<Cursor::kExact, Lanes::kMasked>(epilogue, edge, numel);
       store_normalized<Cursor, Lanes::kMasked>(p, epilogue, edge, x, operand, channel);
     });
   }

@@ -355,7 +355,7 @@ class Resident {
   template <Lanes kLanes = Cursor::kLanes>
   __device__ __forceinline__ Loaded load_operand_of(const Window<index_t>& window) const {
     if constexpr (kAdds) {
-      return load_operand<kLanes>(epilogue_, window, p_.team.traversal.numel);
+      return load_operand<true, kLanes>(epilogue_, window, p_.team.traversal.numel);
     } else {
       return {};
     }

@@ -309,8 +309,8 @@ struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
     }
     __device__ __forceinline__ bool any() const { return count_ > 0; }
     __device__ __forceinline__ Window<index_t> take() {
-      const Window<index_t> window = windows_[0];
-      windows_[0] = windows_[1];
+      const Window<index_t> window = first_;
+      first_ = next_;
       --count_;
       return window;
     }
@@ -318,12 +318,14 @@ struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
    private:
     __device__ __forceinline__ void add(index_t offset, int64_t numel) {
       const int64_t until = min_of(numel - offset, kVecSize);
-      windows_[count_] = {offset, offset < 0 ? static_cast<int>(-offset) : 0,
-                          until > 0 ? static_cast<int>(until) : 0};
+      // What was added before stands behind it: an index would take local memory.
+      next_ = first_;
+      first_ = {offset, offset < 0 ? static_cast<int>(-offset) : 0,
+                until > 0 ? static_cast<int>(until) : 0};
       ++count_;
     }
 
-    Window<index_t> windows_[2] = {};
+    Window<index_t> first_ = {}, next_ = {};
     int count_ = 0;
   };
   __device__ __forceinline__ Edges edges() const { return Edges(*this); }
