@@ -24,16 +24,16 @@ def mask_bytes(numel: int, dtype: torch.dtype) -> int:
     return (numel + elements - 1) // elements
 
 
-def pack(positive: Tensor, input: Tensor) -> Tensor:
-    """The mask from a bool tensor of the shape of input."""
+def pack(output: Tensor, input: Tensor) -> Tensor:
+    """The mask of a ReLU's output, of the shape of input."""
     window = _elements_per_byte(input.dtype)
-    bits = positive.permute(_memory_order(input)).flatten()
+    bits = ~(output <= 0).permute(_memory_order(input)).flatten()
     bits = pad(bits, (0, mask_bytes(input.numel(), input.dtype) * window - input.numel()))
     return (bits.unflatten(0, (-1, window)) * _bit_values(input)).sum(1, dtype=torch.uint8)
 
 
 def unpack(mask: Tensor, input: Tensor) -> Tensor:
-    """The inverse of `pack`: a bool tensor of the shape and memory order of input made dense."""
+    """The bits of the mask: a bool tensor of the shape and memory order of input made dense."""
     order = _memory_order(input)
     bits = (mask.unsqueeze(1) & _bit_values(input)) != 0
     values = bits.flatten()[: input.numel()].view([input.shape[dim] for dim in order])

@@ -88,7 +88,7 @@ def sync_fused_forward(
     dense = as_dense(input)
     centred = dense.to(acc) - _composite.per_channel(mean, dense)
     output = _composite.transform(dense, centred, invstd, weight, bias, residual, relu)
-    mask = _mask.pack(output > 0, input) if need_mask else None
+    mask = _mask.pack(output, input) if need_mask else None
     return output, mean, invstd, count, mask
 
 

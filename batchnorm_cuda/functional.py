@@ -69,7 +69,7 @@ def batch_norm(
         residual: added to the result; shape, dtype and device of `input`, any strides, not
             broadcast. Its gradient has the memory format of `input`.
         activation: "relu", applied last, or None. As in torch, NaN stays NaN. For the backward,
-            one bit an element is kept, and neither residual nor output.
+            a byte for every 16 bytes is kept, and neither residual nor output.
 
     Returns:
         A tensor with shape, dtype and memory format of `input`.

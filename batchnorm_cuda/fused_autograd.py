@@ -2,8 +2,8 @@
 
 `FusedBatchNormFunction` is what plain training goes through. Derivatives of derivatives, forward
 mode and torch.func take the same in parts, each of which can do all of that: `unfused_forward` and
-`unfused_backward`. With g the gradient of what the ReLU was applied to, which is grad_output where
-output > 0, grad_residual is g, and the other gradients are those of batch norm for g.
+`unfused_backward`. With g the gradient of what the ReLU was applied to, grad_output but zero where
+output is, grad_residual is g, and the other gradients are those of batch norm for g.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FusedBatchNormFunction(Function):
     """relu(bn(input) + residual) by the CUDA kernels, ReLU and residual optional.
 
     As `BatchNormFunction`, with residual and relu after num_batches_tracked. Between forward and
-    backward it keeps one bit an element of what the ReLU did, and neither residual nor output.
+    backward it keeps the mask of what the ReLU did (`_mask`), and neither residual nor output.
     """
 
     @staticmethod
@@ -177,7 +177,7 @@ def unfused_forward(
         output = output + residual
     if relu:
         output = output.relu()
-    mask = _mask.pack(~(output <= 0), input) if need_mask else None
+    mask = _mask.pack(output, input) if need_mask else None
     return output, save_mean, save_invstd, mask
 
 

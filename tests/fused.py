@@ -11,10 +11,12 @@ import reference
 import torch
 import torch.nn.functional as F
 from cases import Parameters
+from conftest import Backend
 from torch import Tensor
 
 from batchnorm_cuda import batch_norm
 
+CHANNELS = 5  # of small_tensors
 # Residual and ReLU: whether there is each.
 FORMS = {"residual and relu": (True, True), "relu": (False, True), "residual": (True, False)}
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -85,4 +87,10 @@ def reference_forward(
 
 def through_relu(dy: Tensor, output: Tensor, form: str) -> Tensor:
     """The gradient of what the ReLU was applied to, from the output that it gave."""
-    return torch.where(output > 0, dy, 0) if FORMS[form][1] else dy
+    return torch.where(output <= 0, 0, dy) if FORMS[form][1] else dy
+
+
+def small_tensors(backend: Backend, *batch: int) -> tuple[Tensor, ...]:
+    """x, residual, weight in float64; the first two with batch dimensions in front."""
+    shapes = ((*batch, 3, CHANNELS, 4), (*batch, 3, CHANNELS, 4), (CHANNELS,))
+    return tuple(torch.randn(s, dtype=torch.float64).to(backend.device) for s in shapes)

@@ -31,7 +31,7 @@ from fused import FORMS, both_modes, every_form, extras
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from batchnorm_cuda import batch_norm, fused_ops, ops
+from batchnorm_cuda import batch_norm, fused_ops, ops, sync_ops
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.id)
@@ -133,15 +133,38 @@ def test_empty_of_one_dimension(backend: Backend) -> None:
 
 @every_form
 def test_not_finite(backend: Backend, form: str) -> None:
-    """ReLU keeps NaN, as torch's, and both infinities of the residual go where they belong."""
+    """ReLU keeps NaN, as torch's, and both infinities of the residual go where they belong.
+
+    Gradients pass where the output is NaN, also where they are recorded.
+    """
     x = torch.randn(3, 4, 5).to(backend.device)
     residual = torch.randn(3, 4, 5).to(backend.device)
     x[1, 2, 3] = torch.nan
     residual[0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     p = fill_parameters(4, torch.float32, backend.device)
-    got, expected = (f(x, p, False, **extras(form, residual)) for f in (fused.ours, fused.torchs))
-    assert got[1, 2, 3].isnan()
-    torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+    results = []
+    for function, recorded in ((fused.torchs, False), (fused.ours, False), (fused.ours, True)):
+        leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        output = function(leaves[0], p, False, **extras(form, leaves[1]))
+        wanted = leaves if FORMS[form][0] else leaves[:1]
+        dy = torch.arange(1.0, 61).view(3, 4, 5).to(backend.device)
+        grads = torch.autograd.grad(output, wanted, dy, create_graph=recorded)
+        results.append([output.detach(), *(g.detach() for g in grads)])
+    expected, *ours = results
+    assert expected[0][1, 2, 3].isnan() and expected[1][1, 2, 3] != 0
+    for got in ours:
+        torch.testing.assert_close(got, expected, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_mask_of_a_rank_that_is_not_finite(backend: Backend) -> None:
+    """The same bits by the parts of synchronised batch norm."""
+    x = torch.randn(3, 4, 5).to(backend.device)
+    residual = torch.full_like(x, -10)
+    residual[0, 0, 1] = torch.nan
+    rows = sync_ops.sync_statistics(x).unsqueeze(0)
+    arguments = (x, None, None, None, None, None, rows, residual, True, True, 0.1, 1e-5)
+    *_, mask = sync_ops.sync_fused_forward(*arguments)
+    assert mask.tolist() == [2, *[0] * 14]
 
 
 # --- derivatives --------------------------------------------------------------------------------

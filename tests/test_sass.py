@@ -180,6 +180,9 @@ def test_the_way_of_whole_windows_makes_no_narrow_access() -> None:
     whole, every = describe_loop(inner, exact=False), describe_loop(inner)
     assert (whole.instructions, whole.narrow) == (7, {})
     assert (every.instructions, every.narrow) == (9, {16: 1})
+    masked = detour.replace("LDG.E.U16 R8", "LDG.E.U8 R8")  # a byte is of a mask
+    _, inner = find_loops(parse_listing(masked.replace("@!P0 BRA", "BRA"))["_Z4walkPf"].own)
+    assert describe_loop(inner, exact=False).instructions == 9
     _, inner = find_loops(parse_listing(detour.replace("STG.E.128", "STG.E.32"))["_Z4walkPf"].own)
     assert inner.whole == ()
     assert describe_loop(inner, exact=False).instructions == 9

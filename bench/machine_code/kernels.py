@@ -17,7 +17,7 @@ from .listing import (
     parse_listing,
     parse_resources,
 )
-from .loops import WINDOW_BITS, Loop, find_loops
+from .loops import MASK_BITS, WINDOW_BITS, Loop, find_loops
 
 # Of every architecture here, by the CUDA programming guide's table of technical specifications.
 REGISTERS_PER_SM = 65536
@@ -26,7 +26,6 @@ MAX_REGISTERS = 255
 THREADS_PER_SM = {"7.5": 1024, "8.0": 2048, "9.0": 2048, "10.0": 2048, "10.3": 2048}
 THREADS_PER_SM_ELSEWHERE = 1536
 
-MASK_BITS = 8  # of the mask of a fused ReLU, for a window
 WARP = 32
 
 

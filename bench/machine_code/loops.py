@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from .listing import Access, Instruction
 
 WINDOW_BITS = 128
+MASK_BITS = 8  # of the mask of a fused ReLU, for a window; no activation is as narrow
 _ENDS = {"EXIT", "RET", "BRA", "BRX", "BRXU", "JMP", "JMX", "KILL", "BPT"}
 
 
@@ -47,8 +48,8 @@ def _whole_path(
     blocks: list[list[Instruction]],
     successors: list[list[int]],
 ) -> list[int]:
-    """Of the ways from the header back to it that make no narrow access to global memory: of those
-    that move the most windows, the shortest. Empty: there is none."""
+    """Of the ways from the header back to it that move no lanes one at a time: of those that move
+    the most windows, the shortest. Empty: there is none."""
     best: dict[int, tuple[int, int, int] | None] = {}  # windows, -instructions, next block
 
     def explore(block: int) -> tuple[int, int, int] | None:
@@ -56,7 +57,7 @@ def _whole_path(
             return best[block]
         best[block] = None  # a way back to here without the header: a loop of several entries
         code = blocks[block]
-        if any(a.bits < WINDOW_BITS for a in _moves(code)):
+        if any(MASK_BITS < a.bits < WINDOW_BITS for a in _moves(code)):
             return None
         ahead = []
         for following in successors[block]:

@@ -1,0 +1,94 @@
+"""What the plan says of fused kernels, and the bytes that they are counted to move."""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+
+import pytest
+import torch
+
+from batchnorm_cuda import devices, explain
+from bench.traffic_model import Case as TrafficCase
+from bench.traffic_model import count, scaled_device
+
+# ------------------------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize("s", [64, 1])
+def test_a_misaligned_residual_is_masked(extension: ModuleType, s: int) -> None:
+    for shift, exact in ((-1, True), (0, True), (1, False)):
+        options = {"fused": True, "residual_shift": shift}
+        plan = extension.make_plan("forward_eval", 64, 32, s, "float16", {}, options)
+        assert plan["elementwise"]["exact"] is exact
+        plan = extension.make_plan("forward_training", 64, 32, s, "float16", {}, options)
+        walk = plan["team"]["traversal"] if "team" in plan else plan["elementwise"]
+        assert walk["exact"] is exact
+
+
+@pytest.mark.parametrize("s", [64, 1])
+@pytest.mark.parametrize("op", ["forward_training", "backward_training"])
+def test_64_bit_indices_only_in_masked_kernels(extension: ModuleType, op: str, s: int) -> None:
+    """The plan must not ask for an exact one: none is compiled."""
+    shape = (2**31 // 64 // s, 64, s)
+    for fused in (False, True):
+        options = {"fused": fused, "strategy": "two_pass"}
+        plan = extension.make_plan(op, *shape, "float16", {}, options)
+        for stage in ("reduce", "elementwise"):
+            assert plan[stage]["index_bits"] == 64 and plan[stage]["exact"] is not fused
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_no_deep_kernel(op: str, memory_format: torch.memory_format) -> None:
+    seen = set()
+    for device, n in itertools.product(devices.DEVICES, (8, 64, 128, 256, 512)):
+        options = {"dtype": torch.float16, "memory_format": memory_format, "device": device}
+        shape = (n, 64, 56, 56)
+        plain = explain(shape, op=op, **options).team
+        seen.add(plain.depth if plain else None)
+        fused = explain(shape, op=op, activation="relu", residual=True, strategy="team", **options)
+        assert fused.team is not None and fused.team.depth != "deep"
+    assert "deep" in seen  # or this would show nothing
+
+
+# ------------------------------------------------------------------------------- bytes
+
+EXACT = [
+    TrafficCase((8, 32, 32, 32)),
+    TrafficCase((8, 32, 28, 28), dtype="fp32"),
+    TrafficCase((4, 64, 28, 28), "nhwc", "bf16"),
+    TrafficCase((8, 32, 16, 16), dtype="fp64"),
+]
+
+
+@pytest.mark.parametrize("case", EXACT, ids=lambda c: f"{c.layout}-{c.dtype}")
+@pytest.mark.parametrize("residual", [True, False], ids=["residual", "no residual"])
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
+@pytest.mark.parametrize("op", ["forward", "backward", "eval", "eval_backward"])
+def test_bytes(case: TrafficCase, residual: bool, relu: bool, op: str) -> None:
+    """Every tensor once, and a byte of the mask for each 16 bytes of one tensor."""
+    values = vars(case) | {"residual": residual, "relu": relu, "op": op}
+    result = count(TrafficCase(**values), scaled_device("a100", 4))
+    mask = case.nbytes // 16 if relu and op != "eval" else 0
+    tensors = 3 + (residual and relu) if op.endswith("backward") else 2 + residual
+    assert result.compulsory_bytes == tensors * case.nbytes + mask
+    assert result.strategy == ("two_pass" if op == "eval" else "team")
+    assert result.predicted_bytes == result.compulsory_bytes
+    assert result.counted_bytes == pytest.approx(result.compulsory_bytes, rel=0.02)
+
+
+@pytest.mark.parametrize("op", ["forward", "backward"])
+@pytest.mark.parametrize("l2_share", [0.1, 0.4, 8])
+def test_bytes_of_two_passes(op: str, l2_share: float) -> None:
+    """The mask is read by both backward kernels, the residual by the second of the forward."""
+    case = TrafficCase((8, 32, 32, 32), op=op, residual=True, relu=True)
+    size = int(max(l2_share * case.nbytes, 65536))
+    result = count(case, scaled_device("t4", 1) | {"l2_bytes": size}, "two_pass")
+    assert result.strategy == "two_pass"
+    mask = case.nbytes // 16
+    assert result.compulsory_bytes == (4 if op == "backward" else 3) * case.nbytes + mask
+    reread = 2 * case.nbytes + mask if op == "backward" else case.nbytes
+    assert result.predicted_bytes <= result.compulsory_bytes + reread
+    assert (result.predicted_bytes == result.compulsory_bytes) == (l2_share == 8)
+    assert result.counted_bytes == pytest.approx(result.predicted_bytes, rel=0.03)
