@@ -57,8 +57,10 @@ STAGE = Kernel(
 )
 
 
-def team(operation: str, held: int, kinds: dict[str, int], loops: list[MainLoop]) -> Kernel:
-    depth = f"(Depth){int(held > 4)}, {held}"
+def team(
+    operation: str, held: int, kinds: dict[str, int], loops: list[MainLoop], streams: bool = False
+) -> Kernel:
+    depth = f"(Depth){2 if streams else int(held > 4)}, {held}"
     name = f"team_kernel<AlongS<float, int>, {operation}, {depth}, Identity<float>>"
     whole = loop(kinds, held, held, nested=len(loops))
     most = max([whole, *loops], key=lambda each: each.windows)
@@ -91,17 +93,20 @@ def test_parts_of_a_team_kernel() -> None:
         loop({"float": 18, "memory": 2}, 1, 1),  # streamed out: 20
         loop({"float": 5}, 0, 0),  # of a reduction
     ]
-    forward = {b.part: b for b in budgets([team("TeamForward", 4, {"float": 400}, loops)])}
+    forward = {b.part: b for b in budgets([team("TeamForward", 4, {"float": 400}, loops, True)])}
     # Windows moved: 4 in and 4 out; one in, one out; two in, one out.
     assert {part: b.instructions for part, b in forward.items()} == pytest.approx(
         {"round": 400 / 8, "shared": (3 + 11 + 8) / 2, "streamed": (16 + 20) / 3}
     )
     assert forward["shared"].per_window["float"] == (10 + 6) / 2
     # Two tensors in for one out: half an output for each window held.
-    backward = {b.part: b for b in budgets([team("TeamBackward", 4, {"float": 400}, loops)])}
+    backward = {b.part: b for b in budgets([team("TeamBackward", 4, {"float": 400}, loops, True)])}
     assert {part: b.instructions for part, b in backward.items()} == pytest.approx(
         {"round": 400 / 6, "shared": (3 + 11 + 8) / 1.5, "streamed": (16 + 20) / 2.5}
     )
+    # Where nothing is streamed, such loops are the ends of runs.
+    held = budgets([team("TeamForward", 4, {"float": 400}, loops)])
+    assert [b.part for b in held] == ["round", "shared"]
 
 
 def test_held_windows_are_told_from_the_round_by_two_variants() -> None:

@@ -127,7 +127,8 @@ def _parts(kernel: Kernel) -> list[Budget]:
     whole = max(kernel.loops, key=lambda loop: loop.nested)
     parts = {"round": _over([(whole, 1)], moved_by_round(kernel))}
     parts["shared"] = _shared(kernel)
-    parts["streamed"] = _streamed(kernel)
+    if _streams(kernel):
+        parts["streamed"] = _streamed(kernel)
     return [Budget(kernel, part, mix) for part, mix in parts.items() if mix]
 
 

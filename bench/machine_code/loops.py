@@ -49,8 +49,9 @@ def _whole_path(
     successors: list[list[int]],
 ) -> list[int]:
     """Of the ways from the header back to it that move no lanes one at a time: of those that move
-    the most windows, the shortest. Empty: there is none."""
-    best: dict[int, tuple[int, int, int] | None] = {}  # windows, -instructions, next block
+    the most windows, the longest: a shorter one leaves out the work on absent windows. Empty: there
+    is none."""
+    best: dict[int, tuple[int, int, int] | None] = {}  # windows, instructions, next block
 
     def explore(block: int) -> tuple[int, int, int] | None:
         if block in best:
@@ -67,7 +68,7 @@ def _whole_path(
                 ahead.append((rest[0], rest[1], following))
         if ahead:
             windows, length, following = max(ahead)
-            best[block] = (windows + _windows(code), length - len(code), following)
+            best[block] = (windows + _windows(code), length + len(code), following)
         return best[block]
 
     if explore(header) is None:
