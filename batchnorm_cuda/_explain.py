@@ -128,7 +128,10 @@ def _fused(op: str, residual: bool, relu: bool) -> dict[str, Any]:
             f"residual={residual}, activation={'relu' if relu else None!r}"
         )
     if op.endswith("backward"):  # without a ReLU the residual's gradient is the output's
-        return {"fused": relu, "mask": relu, "outputs": 1 + (residual and relu)} if relu else {}
+        if not relu:
+            return {}
+        # A misaligned input is copied.
+        return {"fused": True, "mask": True, "outputs": 1 + residual, "input_shift": 0}
     shift = 0 if residual else -1
     return {"fused": residual or relu, "mask": relu and op == "forward", "residual_shift": shift}
 

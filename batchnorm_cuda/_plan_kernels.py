@@ -15,9 +15,8 @@ _ELEMENTWISE = {"forward": "transform_input_kernel", "eval": "transform_input_ke
 
 WINDOW_BYTES = 16
 _WARP_SIZE = 32
-# csrc/plan.h: kUnroll windows a thread of a stage kernel loads before it uses the first, and
-# kStageBlocksPerSm or kElementwiseBlocksPerSm blocks of it that its registers let an SM hold at
-# least.
+# csrc/plan.h: kUnroll windows a thread of a stage kernel loads before it uses the first, and the
+# blocks of it that its registers let an SM hold at least; more of an exact elementwise kernel.
 _STAGE_LOADS = 4
 _STAGE_BLOCKS_PER_SM, _ELEMENTWISE_BLOCKS_PER_SM = 2, 3
 # Those of the double backward: windows of dy, x and the gradient of dx at one position, or at two
@@ -45,7 +44,9 @@ def kernels_of(plan: Mapping[str, Any], op: str, properties: Mapping[str, Any]) 
         ]
     if "elementwise" in plan:
         name = _ELEMENTWISE.get(op, "backward_elementwise_kernel")
-        kernels.append(_stage(plan["elementwise"], name, properties, _ELEMENTWISE_BLOCKS_PER_SM))
+        exact = plan["elementwise"]["exact"]
+        blocks = _ELEMENTWISE_BLOCKS_PER_SM if exact else _STAGE_BLOCKS_PER_SM
+        kernels.append(_stage(plan["elementwise"], name, properties, blocks))
     return kernels
 
 
@@ -101,7 +102,7 @@ def _team_kernel(plan: Mapping[str, Any], properties: Mapping[str, Any]) -> Kern
     block = (traversal["threads_x"], traversal["threads_y"])
     blocks = min(team["blocks_per_sm"], math.ceil(team["grid"] / properties["sm_count"]))
     loads = min(team["register_windows"], _windows_per_thread(plan))
-    if traversal["exact"] and capability(properties) >= _FIRST_WITH_ASYNC_COPIES:
+    if capability(properties) >= _FIRST_WITH_ASYNC_COPIES:
         loads = min(loads + team["shared_windows"], _windows_per_thread(plan))
     return Kernel(
         name="team_kernel",

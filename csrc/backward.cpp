@@ -64,7 +64,7 @@ Backward run_checked(const at::Tensor& grad_output, const at::Tensor& input,
                      const OptionalTensor& mask, bool training, const Wanted& need) {
   const c10::DeviceGuard guard(input.device());
   Backward b;
-  b.input = dense(input);
+  b.read(grad_output, input, mask);
   if (need.input) b.grad_input = at::empty_like(b.input);
   if (need.residual) b.grad_residual = at::empty_like(b.input);
   if (need.weight) b.grad_weight = at::empty({input.size(1)}, weight->options());
@@ -74,11 +74,9 @@ Backward run_checked(const at::Tensor& grad_output, const at::Tensor& input,
     if (need.bias) b.grad_bias->zero_();
     return b;
   }
-  b.grad_output = dense_like(grad_output, b.input);
   b.weight = packed(weight);
   b.save_mean = save_mean.contiguous();
   b.save_invstd = save_invstd.contiguous();
-  b.mask = packed(mask);
   // What the statistics depend on is nothing to the other gradients: a ReLU's alone are as in eval.
   const bool statistics = training && (need.input || !mask);
   b.problem = describe(statistics ? Op::kBackwardTraining : Op::kBackwardEval, b.input);

@@ -34,17 +34,16 @@ __device__ __forceinline__ void store_gradients(
 }
 
 template <typename Cursor, bool kTraining, typename Epilogue>
-__global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
+__global__ void __launch_bounds__(kStageThreads, elementwise_blocks_per_sm(Cursor::kExact))
     backward_elementwise_kernel(const BackwardElementwiseParams<typename Cursor::scalar_t> p,
                                 const Epilogue epilogue) {
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
-  // Where windows may be no single byte of a mask, its bits take registers.
-  constexpr bool kFused = !std::is_same_v<Epilogue, Identity<acc_t>>;
-  constexpr int kUnrollPairs = (kTraining ? kUnroll / 2 : kUnroll) >> (kFused && !Cursor::kExact);
+  constexpr int kUnrollPairs = kTraining ? kUnroll / 2 : kUnroll;
   const int64_t numel = p.traversal.numel;
-  const bool dy_aligned = Cursor::kExact || p.grad_output_aligned;
-  const bool x_aligned = Cursor::kExact || p.input_aligned;
+  constexpr bool kAligned = Cursor::kExact || kOnBoundaries<Epilogue>;
+  const bool dy_aligned = kAligned || p.grad_output_aligned;
+  const bool x_aligned = kAligned || p.input_aligned;
   const acc_t total = static_cast<acc_t>(p.total_count ? load_global(p.total_count) : p.count);
   // Backwards: what the reduce kernel read last may still be in the L2 cache.
   for (int64_t task = p.traversal.tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
@@ -63,7 +62,7 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
         dy[u] = load_window<Cursor::kLanes>(p.grad_output, windows[u], numel, dy_aligned);
         if (kTraining) x[u] = load_window<Cursor::kLanes>(p.input, windows[u], numel, x_aligned);
       }
-      filter<Cursor::kExact>(epilogue, dy, windows);
+      filter(epilogue, dy, windows);
 #pragma unroll
       for (int u = 0; u < kUnrollPairs; ++u) {
         store_gradients<Cursor, kTraining, Cursor::kLanes>(p, epilogue, windows[u], dy[u], x[u],
@@ -75,7 +74,7 @@ __global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
       Vec<scalar_t> dy[1] = {load_window<Lanes::kMasked>(p.grad_output, edge, numel, dy_aligned)};
       Vec<scalar_t> x;
       if (kTraining) x = load_window<Lanes::kMasked>(p.input, edge, numel, x_aligned);
-      filter<Cursor::kExact>(epilogue, dy, windows);
+      filter(epilogue, dy, windows);
       store_gradients<Cursor, kTraining, Lanes::kMasked>(p, epilogue, edge, dy[0], x, channel);
     });
   }

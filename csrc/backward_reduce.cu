@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   constexpr int kUnrollPairs = kUnroll / 2;  // dy and x: as many loads in flight as the forward
   acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared());
   const int64_t numel = p.traversal.numel;
-  const bool dy_aligned = Cursor::kExact || p.grad_output_aligned;
+  const bool dy_aligned = Cursor::kExact || kOnBoundaries<Epilogue> || p.grad_output_aligned;
   for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
     Cursor cursor(p.traversal, task);
     GradSums<acc_t> sums[kChannels];
@@ -39,14 +39,14 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
         x[u] = load_window<Cursor::kLanes>(p.input, windows[u], numel, true);
         dy[u] = load_window<Cursor::kLanes>(p.grad_output, windows[u], numel, dy_aligned);
       }
-      filter<Cursor::kExact>(epilogue, dy, windows);
+      filter(epilogue, dy, windows);
       add_gradients<Cursor>(sums, dy, x, mean);
     }
     for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
       const Window<typename Cursor::index_t> windows[1] = {edge};
       Vec<scalar_t> dy[1] = {load_window<Lanes::kMasked>(p.grad_output, edge, numel, dy_aligned)};
       const Vec<scalar_t> x[1] = {load_window<Lanes::kMasked>(p.input, edge, numel, true)};
-      filter<Cursor::kExact>(epilogue, dy, windows);
+      filter(epilogue, dy, windows);
       add_gradients<Cursor>(sums, dy, x, mean);
     });
     reduce_members<Cursor>(sums, shared);

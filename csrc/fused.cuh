@@ -5,8 +5,9 @@
 //
 // The mask holds a byte for each kVec elements of the dense output, numbered in memory order: bit
 // e % kVec of byte e / kVec says that element e of the output is positive, or NaN, where the ReLU's
-// gradient passes as well. A window of an exact tiling is one byte. Other windows may share a byte
-// with those of other threads, or lie in two.
+// gradient passes as well. A window is one byte: outputs beside a mask begin on 16-byte boundaries,
+// and so does all that a fused backward works on (stages.h sees to that). In tilings that are not
+// exact it may share the byte with windows of other threads.
 #pragma once
 
 #include "vec_io.cuh"
@@ -29,61 +30,40 @@ struct Operand<FusedForward<scalar_t>> {
 template <typename Epilogue>
 using OperandOf = typename Operand<Epilogue>::type;
 
+template <typename Epilogue>
+inline constexpr bool kOnBoundaries = false;
+template <typename scalar_t>
+inline constexpr bool kOnBoundaries<FusedBackward<scalar_t>> = true;
+
 // ---------------------------------------------------------------------------- the mask
 
-template <typename scalar_t>
-inline constexpr int kVecLog2 = kVec<scalar_t> == 8   ? 3
-                                : kVec<scalar_t> == 4 ? 2
-                                                      : 1;
-
-// Where the bits of a window begin: negative bytes are floored too, their lanes are masked.
 template <typename scalar_t, typename index_t>
 __device__ __forceinline__ index_t byte_of(const Window<index_t>& window) {
-  return window.offset >> kVecLog2<scalar_t>;
-}
-template <typename scalar_t, typename index_t>
-__device__ __forceinline__ int bit_of(const Window<index_t>& window) {
-  return static_cast<int>(window.offset & (kVec<scalar_t> - 1));
+  constexpr int kLog2 = kVec<scalar_t> == 8 ? 3 : kVec<scalar_t> == 4 ? 2 : 1;
+  return window.offset >> kLog2;
 }
 
 // Bit l is lane l's; those of lanes that are not valid say nothing.
-template <bool kExact, typename scalar_t, typename index_t>
+template <typename scalar_t, typename index_t>
 __device__ __forceinline__ uint32_t load_bits(const uint8_t* mask, const Window<index_t>& window,
                                               Site site = Site::current()) {
   mark_step(site);
-  const uint8_t* const first = mask + byte_of<scalar_t>(window);
-  if (kExact) return window.hi > 0 ? load_global(first, site) : 0;
-  constexpr int kLanes = kVec<scalar_t>;
-  const int shift = bit_of<scalar_t>(window);
-  uint32_t bits = 0;
-  if (window.lo < window.hi && shift + window.lo < kLanes) bits = load_global(first, site);
-  if (window.lo < window.hi && shift + window.hi > kLanes) {
-    bits = (bits & ((1u << kLanes) - 1)) | load_global(first + 1, site) << kLanes;
-  }
-  return bits >> shift;
+  return window.lo < window.hi ? load_global(mask + byte_of<scalar_t>(window), site) : 0;
 }
 
-// Not exact: the mask is zeroed before, and is a whole number of words.
-template <bool kExact, typename scalar_t, typename index_t>
+// Not exact: other threads may write other bits of the byte. The mask is zeroed before, and is a
+// whole number of words.
+template <bool kExact, Lanes kLanes, typename scalar_t, typename index_t>
 __device__ __forceinline__ void store_bits(uint8_t* mask, const Window<index_t>& window,
                                            uint32_t bits, Site site = Site::current()) {
   mark_step(site);
-  const index_t first = byte_of<scalar_t>(window);
-  if (kExact) {
-    if (window.hi > 0) store_global(mask + first, static_cast<uint8_t>(bits), site);
-    return;
-  }
-  constexpr int kLanes = kVec<scalar_t>;
-  const uint32_t valid = window.lo < window.hi ? (1u << window.hi) - (1u << window.lo) : 0;
-  const uint32_t placed = (bits & valid) << bit_of<scalar_t>(window);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t byte = placed >> i * kLanes & ((1u << kLanes) - 1);
-    if (byte == 0) continue;
-    const index_t place = first + i;
-    or_relaxed(reinterpret_cast<uint32_t*>(mask + (place & ~index_t{3})),
-               byte << static_cast<int>(place & 3) * 8, site);
-  }
+  if (kLanes == Lanes::kAll ? window.hi <= 0 : window.lo >= window.hi) return;
+  const index_t place = byte_of<scalar_t>(window);
+  if (kExact) return store_global(mask + place, static_cast<uint8_t>(bits), site);
+  bits &=
+      kLanes == Lanes::kAll ? (1u << kVec<scalar_t>)-1 : (~0u << window.lo) & ~(~0u << window.hi);
+  or_relaxed(reinterpret_cast<uint32_t*>(mask + (place & ~index_t{3})),
+             bits << static_cast<int>(place & 3) * 8, site);
 }
 
 // ---------------------------------------------------------------------------- forward
@@ -187,7 +167,7 @@ __device__ __forceinline__ void store_output(const FusedForward<scalar_t>& fused
   }
   positive |= positive >> 16;
   store_window<kLanes>(output, window, vec, site);
-  if (fused.mask) store_bits<kExact, scalar_t>(fused.mask, window, positive, site);
+  if (fused.mask) store_bits<kExact, kLanes, scalar_t>(fused.mask, window, positive, site);
 }
 
 // ---------------------------------------------------------------------------- backward
@@ -213,10 +193,10 @@ __device__ __forceinline__ void keep_lanes(Vec<scalar_t>& vec, uint32_t bits) {
 }
 
 // Filters a batch of windows of dy by the mask.
-template <bool kExact, typename acc_t, typename scalar_t, typename index_t, int kWindows>
+template <typename acc_t, typename scalar_t, typename index_t, int kWindows>
 __device__ __forceinline__ void filter(const Identity<acc_t>&, Vec<scalar_t> (&)[kWindows],
                                        const Window<index_t> (&)[kWindows]) {}
-template <bool kExact, typename scalar_t, typename index_t, int kWindows>
+template <typename scalar_t, typename index_t, int kWindows>
 __device__ __forceinline__ void filter(const FusedBackward<scalar_t>& fused,
                                        Vec<scalar_t> (&dy)[kWindows],
                                        const Window<index_t> (&windows)[kWindows],
@@ -224,7 +204,7 @@ __device__ __forceinline__ void filter(const FusedBackward<scalar_t>& fused,
   uint32_t bits[kWindows];
 #pragma unroll
   for (int u = 0; u < kWindows; ++u) {
-    bits[u] = load_bits<kExact, scalar_t>(fused.mask, windows[u], site);
+    bits[u] = load_bits<scalar_t>(fused.mask, windows[u], site);
   }
 #pragma unroll
   for (int u = 0; u < kWindows; ++u) keep_lanes(dy[u], bits[u]);

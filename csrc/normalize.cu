@@ -43,7 +43,7 @@ __device__ __forceinline__ void store_normalized(
 }
 
 template <typename Cursor, typename Epilogue>
-__global__ void __launch_bounds__(kStageThreads, kElementwiseBlocksPerSm)
+__global__ void __launch_bounds__(kStageThreads, elementwise_blocks_per_sm(Cursor::kExact))
     transform_input_kernel(const NormalizeParams<typename Cursor::scalar_t> p,
                            const Epilogue epilogue) {
   using scalar_t = typename Cursor::scalar_t;

@@ -17,10 +17,10 @@ namespace batchnorm_cuda {
 constexpr int kWindowBytes = 16;
 constexpr int kWarpSize = 32;
 // Threads of a stage-kernel block, and the blocks an SM must be able to hold: up to 128 registers,
-// up to 80 of the elementwise kernels of forward and backward.
+// up to 80 of exact elementwise kernels of forward and backward. Walks with edges take more.
 constexpr int kStageThreads = 256;
 constexpr int kStageBlocksPerSm = 2;
-constexpr int kElementwiseBlocksPerSm = 3;
+constexpr int elementwise_blocks_per_sm(bool exact) { return exact ? 3 : kStageBlocksPerSm; }
 // Threads of a block that merges partial results; many rows per channel are read at once.
 constexpr int kMergeThreads = 512;
 // Windows a thread has in flight, and the batch it reduces in registers before one merge.
@@ -92,7 +92,7 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exac
   const bool along_c = pattern == Pattern::kAlongC;
   if (depth == Depth::kDeep) {
     if (pattern == Pattern::kAlongRow || fused) return 0;
-    if (!exact && tensors == 2) return 44;
+    if (!exact && (tensors == 2 || value_bytes == 8)) return 44;
     return along_c && value_bytes == 2 && tensors == 1 ? 45 : 46;
   }
   const bool middle = depth == Depth::kMiddle;
@@ -101,7 +101,8 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exac
     return exact ? 6 : fused && tensors == 1 ? 3 : 4;
   }
   if (along_c) return middle ? 8 : 4;
-  return !middle || value_bytes == 8 || (fused && !exact) ? 12 : 16;
+  if (!middle) return !exact && value_bytes == 8 ? 8 : 12;
+  return value_bytes == 8 || (fused && !exact) ? 12 : 16;
 }
 
 // Rows of a block of columns x rows threads that column_reduce merges by warp shuffles: all rows of

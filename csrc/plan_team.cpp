@@ -39,13 +39,6 @@ bool all_aligned(const Problem& p) {
          p.residual_shift <= 0;
 }
 
-// Kernels of teams know one place of the 16-byte boundaries.
-bool aligned_alike(const Problem& p) {
-  return p.input_shift == p.output_shift &&
-         (p.grad_output_shift < 0 || p.grad_output_shift == p.output_shift) &&
-         (p.residual_shift < 0 || p.residual_shift == p.output_shift);
-}
-
 bool along_c_is_exact(const Problem& p, int vec) { return all_aligned(p) && p.c % vec == 0; }
 
 TeamRequest make_request(const Problem& p, const DeviceInfo& device, const PlanOptions& options,
@@ -124,7 +117,7 @@ std::string unsuitable(const Problem& p, const PlanOptions& options) {
   if (p.output_shift < 0) return "no elementwise output is wanted";
   if (p.op == Op::kBackwardEval && !p.need_sums) return "no sums are wanted";
   if (options.index_bits == 64) return "64-bit indices are forced";
-  if (!aligned_alike(p)) return "misaligned tensors: their 16-byte boundaries differ";
+  if (!all_aligned(p)) return "misaligned tensors: not all begin on a 16-byte boundary";
   return "";
 }
 

@@ -194,12 +194,8 @@ class Resident {
     const Window<index_t> window = cursor.take();
 #pragma unroll
     for (int k = 0; k < kTensors; ++k) {
-      if (inside<Cursor::kLanes, scalar_t>(window, p_.team.traversal.numel)) {
-        copy_async(slot(i, k),
-                   reinterpret_cast<const uint4*>(Operation::tensor(p_, k) + window.offset));
-      } else {
-        store_shared(slot(i, k), to_bits(load(k, window)));
-      }
+      copy_async(slot(i, k),
+                 reinterpret_cast<const uint4*>(Operation::tensor(p_, k) + window.offset));
     }
   }
 
@@ -239,7 +235,7 @@ class Resident {
         vec[k] = held ? to_values(edge_[k]) : load<Lanes::kMasked>(k, window);
       }
       if constexpr (kFiltered) {
-        keep_lanes(vec[0], load_bits<false, scalar_t>(epilogue_.mask, window));
+        keep_lanes(vec[0], load_bits<scalar_t>(epilogue_.mask, window));
       }
       held = false;
       f(window, vec);
@@ -272,7 +268,7 @@ class Resident {
 #pragma unroll
       for (int k = 0; k < kTensors; ++k) batch.vec[k][u] = load(k, batch.windows[u]);
     }
-    if constexpr (kFiltered) filter<Cursor::kExact>(epilogue_, batch.vec[0], batch.windows);
+    if constexpr (kFiltered) filter(epilogue_, batch.vec[0], batch.windows);
   }
 
   __device__ __forceinline__ uint4* slot(int i, int k) const {
@@ -293,6 +289,9 @@ class Resident {
   template <typename F>
   __device__ __forceinline__ void visit(Cursor cursor, F&& f) const {
     constexpr std::integral_constant<Batched, Batched::kPresent> whole;
+    constexpr bool kApart = Cursor::kLanes == Lanes::kKept;  // foreign lanes have sums of their own
+    constexpr std::integral_constant<Batched, kApart ? Batched::kPresent : Batched::kMasked>
+        of_edges;
     const Places here = here_at(cursor);
 #pragma unroll
     for (int i = 0; i < kRegisters; i += kBatch) {
@@ -312,7 +311,7 @@ class Resident {
       Batch<1> batch{{}, {window}};
 #pragma unroll
       for (int k = 0; k < kTensors; ++k) batch.vec[k][0] = vec[k];
-      f(std::integral_constant<Batched, Batched::kMasked>{}, batch);
+      f(of_edges, batch);
     });
     if (here.shared == 0) return;
     wait_for_copies();
@@ -370,10 +369,11 @@ class Resident {
       emit_batch(operation, cursor, here.registers - i,
                  [&](int u) { return held_[0][i + u < kRegisters ? i + u : 0]; });
     }
-    for (int i = 0; i < here.shared; i += kAhead) {
-      emit_batch(operation, cursor, here.shared - i,
-                 [&](int u) { return load_shared(slot(i + u, 0)); });
-    }
+    int i = 0;
+    const auto held = [&](int u) { return load_shared(slot(i + u, 0)); };
+    // Whole batches apart: which windows are there is a good part of the instructions else.
+    for (; i + kAhead <= here.shared; i += kAhead) emit_batch(operation, cursor, kAhead, held);
+    if (i < here.shared) emit_batch(operation, cursor, here.shared - i, held);
   }
   template <typename Held>
   __device__ __forceinline__ void emit_batch(const Operation& operation, Cursor& cursor,
@@ -402,7 +402,7 @@ class Resident {
     for (int i = 0; i < kRegisters; ++i) {
       Window<index_t> window{0, 0, 0};
       if (i < here.registers) window = cursor.take();
-      bits[i] = load_bits<Cursor::kExact, scalar_t>(epilogue_.mask, window);
+      bits[i] = load_bits<scalar_t>(epilogue_.mask, window);
     }
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) held_[0][i] = kept(held_[0][i], bits[i]);
@@ -412,7 +412,7 @@ class Resident {
       for (int u = 0; u < kAhead; ++u) {
         Window<index_t> window{0, 0, 0};
         if (i + u < here.shared) window = cursor.take();
-        more[u] = load_bits<Cursor::kExact, scalar_t>(epilogue_.mask, window);
+        more[u] = load_bits<scalar_t>(epilogue_.mask, window);
       }
       wait_for_copies();
 #pragma unroll

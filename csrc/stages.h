@@ -85,6 +85,7 @@ FusedForward<scalar_t> fused_params(const Forward& f, const Traversal& t, cudaSt
   if (f.residual) params.residual = static_cast<const scalar_t*>(f.residual->const_data_ptr());
   params.lowest = f.relu ? acc_t(0) : -std::numeric_limits<acc_t>::infinity();
   if (f.mask) {
+    TORCH_INTERNAL_ASSERT(f.problem.output_shift == 0, "the output is on no 16-byte boundary");
     params.mask = f.mask->mutable_data_ptr<uint8_t>();
     const int64_t bytes = whole_words(f.mask->numel());
     if (!t.exact) check_launch(launch_clear_mask(params.mask, bytes, stream), "memset");
@@ -161,6 +162,15 @@ struct Backward {
 
   bool training() const { return problem.op == Op::kBackwardTraining; }
 
+  // Sets what is read, where `relu` is the mask on the boundaries that fused.cuh asks for.
+  void read(const at::Tensor& grad_y, const at::Tensor& x, const OptionalTensor& relu) {
+    mask = packed(relu);
+    input = dense(x);
+    if (mask) input = on_boundary(input);
+    grad_output = dense_like(grad_y, input);
+    if (mask) grad_output = on_boundary(grad_output);
+  }
+
   // The outputs, which are aligned alike, for the plan. To be called when they and problem are
   // there.
   void describe_outputs() {
@@ -172,6 +182,7 @@ struct Backward {
       const int shift = shift_of(**output);
       TORCH_INTERNAL_ASSERT(problem.outputs == 0 || shift == problem.output_shift,
                             "the allocator aligned two tensors of one size differently");
+      TORCH_INTERNAL_ASSERT(shift == 0 || !mask, "an output is on no 16-byte boundary");
       problem.output_shift = shift;
       problem.outputs += 1;
     }

@@ -72,11 +72,9 @@ Backward backward_part(const at::Tensor& grad_output, const at::Tensor& input,
                        const at::Tensor& mean, const at::Tensor& invstd,
                        const OptionalTensor& mask) {
   Backward b;
-  b.input = dense(input);
-  b.grad_output = dense_like(grad_output, b.input);
+  b.read(grad_output, input, mask);
   b.save_mean = mean.contiguous();
   b.save_invstd = invstd.contiguous();
-  b.mask = packed(mask);
   b.problem = describe_part(Op::kBackwardTraining, b.input);
   b.problem.grad_output_shift = shift_of(b.grad_output);
   b.describe_outputs();

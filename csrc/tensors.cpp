@@ -57,6 +57,10 @@ at::Tensor dense_like(const at::Tensor& tensor, const at::Tensor& like) {
   return same_memory_order(resolved, like) ? resolved : at::empty_like(like).copy_(resolved);
 }
 
+at::Tensor on_boundary(const at::Tensor& tensor) {
+  return shift_of(tensor) == 0 ? tensor : at::empty_like(tensor).copy_(tensor);
+}
+
 int shift_of(const at::Tensor& tensor) {
   const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   return static_cast<int>(address % kWindowBytes / tensor.element_size());

@@ -22,6 +22,9 @@ at::Tensor dense(const at::Tensor& tensor);
 // The tensor, or a copy, in the memory order of `like`.
 at::Tensor dense_like(const at::Tensor& tensor, const at::Tensor& like);
 
+// The tensor, or a copy, on a 16-byte boundary, as what lies beside a mask must be (fused.cuh).
+at::Tensor on_boundary(const at::Tensor& tensor);
+
 // Elements by which the tensor lies past a 16-byte boundary.
 int shift_of(const at::Tensor& tensor);
 

@@ -176,7 +176,7 @@ struct AlongRuns : AlongS<scalar, index> {
     __device__ __forceinline__ Window<index_t> take() {
       const Traversal& t = cursor_.t_;
       const index_t start = start_ + run_ * static_cast<index_t>(t.c * t.s);
-      const index_t before = (start + t.shift) & kLanesMask;
+      const index_t before = (start + cursor_.shift()) & kLanesMask;
       const bool head = part_ == 0 && before > 0;
       const index_t column = part_ + (head ? 0 : static_cast<index_t>(t.row_windows));
       const index_t from = column * Base::kVecSize - before;  // the start of the run
@@ -205,19 +205,23 @@ struct AlongRuns : AlongS<scalar, index> {
   // `place_` is past the boundary that it is rounded down to, by what leads to the next one.
   static constexpr index_t kLanesMask = Base::kVecSize - 1;
 
+  // With 32-bit indices walk teams only, whose tensors begin on a boundary.
+  static constexpr bool kOfTeam = sizeof(index_t) == sizeof(int32_t);
+  __device__ __forceinline__ int shift() const { return kOfTeam ? 0 : this->t_.shift; }
+
   // Columns as far as a walk can tell them: it ends within kMaxPerSplit windows.
   __device__ __forceinline__ static int32_t columns(int64_t count) {
-    return static_cast<int32_t>(min_of(count, 2 * kMaxPerSplit));
+    return static_cast<int32_t>(kOfTeam ? count : min_of(count, 2 * kMaxPerSplit));
   }
   __device__ __forceinline__ int32_t row_windows() const { return columns(this->t_.row_windows); }
   __device__ __forceinline__ Window<index_t> current() const {
     if (exact) return {place_, 0, Base::kVecSize};
-    return {(place_ & ~kLanesMask) - this->t_.shift, 0, Base::kVecSize};
+    return {(place_ & ~kLanesMask) - shift(), 0, Base::kVecSize};
   }
   // For a walk by take(), or from the end by take_back().
   __device__ __forceinline__ void begin(bool back) {
     place_ = this->place();
-    if (!exact) place_ += this->t_.shift + kLanesMask;
+    if (!exact) place_ += shift() + kLanesMask;
     behind_ = back ? row_windows() - 1 - columns(this->column_)
                    : columns(this->t_.row_windows - 1 - this->column_);
   }
@@ -414,7 +418,7 @@ struct AlongRow : AlongC<scalar, index, exact> {
 // Along a row, in teams: a channel block is `segments` whole channels of a sample, threadIdx.x a
 // window of it, threadIdx.y walks over the samples. Those that a thread takes start at the same
 // place in a window, so that its lanes keep their channels. The first and the last window of a
-// block have lanes that are not the block's.
+// block have lanes that are not the block's. An edge is the window in which the tensor ends.
 template <typename scalar, typename index>
 struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
   using Walk = Strided<AlongSamples, scalar, index>;
@@ -422,7 +426,7 @@ struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
   using Walk::kVecSize;
   using Walk::left;
   static constexpr bool kExact = false;
-  static constexpr bool kEdges = false;
+  static constexpr bool kEdges = true;
   static constexpr Lanes kLanes = Lanes::kKept;
   static constexpr Pattern kPattern = Pattern::kAlongRow;
 
@@ -440,7 +444,25 @@ struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
     step_ = static_cast<index_t>(blockDim.y * t.c * t.s);
     if (lo_ >= hi_ || sample >= end) return;
     left = static_cast<index_t>((end - sample + blockDim.y - 1) / blockDim.y);
+    tail_ = last_begin() + kVecSize > t.numel;
+    left -= tail_;
   }
+
+  class Edges {
+   public:
+    __device__ __forceinline__ explicit Edges(const AlongSamples& cursor)
+        : window_(cursor.tail()), any_(cursor.tail_) {}
+    __device__ __forceinline__ bool any() const { return any_; }
+    __device__ __forceinline__ Window<index_t> take() {
+      any_ = false;
+      return window_;
+    }
+
+   private:
+    Window<index_t> window_;
+    bool any_;
+  };
+  __device__ __forceinline__ Edges edges() const { return Edges(*this); }
 
   __device__ __forceinline__ Window<index_t> current() const { return {offset_, lo_, hi_}; }
 
@@ -461,6 +483,11 @@ struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
   }
 
  private:
+  __device__ __forceinline__ index_t last_begin() const { return offset_ + (left - 1) * step_; }
+  // Behind the windows that are left.
+  __device__ __forceinline__ Window<index_t> tail() const {
+    return {offset_ + left * step_, lo_, hi_};
+  }
   // Where the block's channels begin in a window, in this sample.
   __device__ __forceinline__ int window_start(int64_t sample) const {
     return static_cast<int>((sample * t_.c + first_) * t_.s & (kVecSize - 1));
@@ -474,6 +501,7 @@ struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
   int split_;
   int64_t first_;  // channel
   int lo_, hi_;
+  bool tail_ = false;  // there is an edge
 
   using Walk::offset_;
   using Walk::step_;

@@ -77,17 +77,11 @@ struct Window {
 
 // What is known of the lanes of a window.
 enum class Lanes {
-  kAll,     // it is whole, or absent: hi is 0
-  kMasked,  // it may begin before the tensor; a load leaves zeros where they are not valid
-  kKept,    // a load may leave anything where they are not valid: nothing comes of it
+  kAll,   // it is whole, or absent: hi is 0
+  kKept,  // the same of what is in memory, but a store writes its own lanes; what a load leaves in
+          // others is of neighbours, and nothing comes of it
+  kMasked,  // it may reach beyond the tensor; a load leaves zeros where lanes are not valid
 };
-
-// Does all of a window lie in the tensor, as far as that is in question?
-template <Lanes kLanes, typename scalar_t, typename index_t>
-__device__ __forceinline__ bool inside(const Window<index_t>& window, int64_t numel) {
-  const bool before_end = window.offset + kVec<scalar_t> <= static_cast<index_t>(numel);
-  return kLanes == Lanes::kAll || (before_end && (kLanes == Lanes::kKept || window.offset >= 0));
-}
 
 // `aligned`: the windows are on 16-byte boundaries of this tensor; else a lane is read at a time.
 template <Lanes kLanes, typename scalar_t, typename index_t>
@@ -98,14 +92,17 @@ __device__ __forceinline__ Vec<scalar_t> load_window(const scalar_t* base,
   constexpr int kVecSize = kVec<scalar_t>;
   Vec<scalar_t> vec;
   uint4 bits = {0, 0, 0, 0};
-  const bool present = kLanes == Lanes::kMasked ? window.lo < window.hi : window.hi > 0;
-  const bool whole = present && aligned && inside<kLanes, scalar_t>(window, numel);
+  constexpr bool kMasked = kLanes == Lanes::kMasked;
+  const bool present = kMasked ? window.lo < window.hi : window.hi > 0;
+  const bool inside =
+      !kMasked || (window.offset >= 0 && window.offset + kVecSize <= static_cast<index_t>(numel));
+  const bool whole = present && aligned && inside;
   if (whole) bits = load_global(reinterpret_cast<const uint4*>(base + window.offset), site);
   memcpy(&vec, &bits, sizeof(bits));
-  if (kLanes != Lanes::kMasked && (whole || !present)) return vec;
+  if (!kMasked && (whole || !present)) return vec;
 #pragma unroll
   for (int l = 0; l < kVecSize; ++l) {
-    const bool valid = kLanes == Lanes::kAll || window.valid(l);
+    const bool valid = !kMasked || window.valid(l);
     if (!valid) {
       vec.lane[l] = from_acc<scalar_t>(0);
     } else if (!whole) {

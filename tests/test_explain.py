@@ -124,6 +124,15 @@ def test_before_asynchronous_copies_only_registers_are_in_flight() -> None:
     assert a100.kernels[0].in_flight_bytes > 2 * 256 * 12 * 16
 
 
+def test_elementwise_kernels_with_edges_have_fewer_blocks_on_an_sm() -> None:
+    """Three on an SM by their launch bounds, or two: csrc/normalize.cu."""
+    even = explain((32, 64, 56, 56), dtype=torch.float16, device="a100", op="eval")
+    odd = explain((32, 64, 57, 57), dtype=torch.float16, device="a100", op="eval")
+    for e, blocks in ((even, 3), (odd, 2)):
+        (kernel,) = e.kernels
+        assert kernel.in_flight_bytes == blocks * math.prod(kernel.block) * 4 * 16
+
+
 def test_two_passes_are_three_launches() -> None:
     e = explain((32, 64, 56, 56), device="a100", strategy="two_pass", op="backward")
     names = [kernel.name for kernel in e.kernels]

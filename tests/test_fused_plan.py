@@ -7,6 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from cases import Case, odd_offset
+from fused_problem import Fused
+from strategies import launched
 
 from batchnorm_cuda import devices, explain
 from bench.traffic_model import Case as TrafficCase
@@ -24,6 +27,17 @@ def test_a_misaligned_residual_is_masked(extension: ModuleType, s: int) -> None:
         plan = extension.make_plan("forward_training", 64, 32, s, "float16", {}, options)
         walk = plan["team"]["traversal"] if "team" in plan else plan["elementwise"]
         assert walk["exact"] is exact
+
+
+def test_a_fused_backward_is_planned_for_the_copy_of_a_misaligned_input(
+    extension: ModuleType,
+) -> None:
+    fused = Fused(extension, Case((4, 10, 8, 8), "misaligned", odd_offset), torch.float16)
+    names = launched(extension, fused.check)
+    kinds = ["team" if "team_kernel" in name else "stage" for name in names if "Backward" in name]
+    assert explain(fused.x, op="backward").strategy == "two pass"
+    assert explain(fused.x, op="backward", activation="relu").strategy == "team"
+    assert kinds == ["team"]
 
 
 @pytest.mark.parametrize("s", [64, 1])
