@@ -13,14 +13,18 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import _composite, _extension, ops
 from ._transforms import check_update
 from .autograd import BatchNormFunction
-from .derivatives import TransformableBatchNorm, forward_mode_active, transforms_active
+from .derivatives import (
+    TransformableBatchNorm,
+    forward_mode_active,
+    is_grad_enabled,
+    transforms_active,
+)
 from .fused_autograd import FusedBatchNormFunction, unfused_forward
 from .fused_ops import fused_forward
+from .ops import is_compiling, is_tracing
 
 Activation = Literal["relu"]
 Backend = Literal["cuda", "emulated", "aten"]
-
-_is_tracing = torch._C._is_tracing  # an alias: two look-ups less on every call
 
 
 def batch_norm(
@@ -158,8 +162,8 @@ def normalize(
         if input.dim() == 1 and input.numel() == 0:
             _composite.check_residual(residual, input)
             return input.clone()  # the one shape of fewer than two dimensions that torch takes
-        compiling = torch.compiler.is_compiling()
-        traced = not compiling and _is_tracing()  # by torch.jit: sizes are tensors
+        compiling = is_compiling()
+        traced = not compiling and is_tracing()  # by torch.jit: sizes are tensors
         if training and not traced:
             _check_count(input.shape)
         arguments = (
@@ -180,7 +184,7 @@ def normalize(
             return _composite.batch_norm(*arguments, residual, relu)
         in_parts = transformed or (not compiling and forward_mode_active())
         # What torch.jit traces would hold the Function beside the operator.
-        recorded = torch.is_grad_enabled() and not traced
+        recorded = is_grad_enabled() and not traced
         if fused:
             return _fused(arguments, residual, relu, in_parts, recorded)
         if in_parts:

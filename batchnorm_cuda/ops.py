@@ -16,6 +16,11 @@ from torch import Tensor
 
 from . import _extension
 
+# Aliases: the look-ups of their names would be paid on every call.
+is_compiling = torch.compiler.is_compiling
+is_tracing = torch._C._is_tracing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
 _library = torch.library.Library("batchnorm_cuda", "DEF")
 _library.define(
     "forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
@@ -206,12 +211,12 @@ def _suggest_memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def _is_plain(*tensors: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if is_compiling() or _dispatch_modes():
         return False
     for tensor in tensors:
         if type(tensor) is not Tensor:
             return False
-    return not torch._C._is_tracing()
+    return not is_tracing()
 
 
 def batched_by_autograd(value: object) -> bool:
