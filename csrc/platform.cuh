@@ -108,8 +108,8 @@ __device__ __forceinline__ void forget_derived(int64_t& value) {
 #endif
 }
 
-// 1/count to within 1 ulp, for a positive count: one instruction, where the exact division is a call
-// whose registers have to be made room for, and __fdividef looks for subnormal numbers.
+// 1/count to within 1 ulp, for a positive count: one instruction, where the exact division is a
+// call whose registers have to be made room for, and __fdividef looks for subnormal numbers.
 __device__ __forceinline__ float reciprocal(float count) {
 #ifdef BATCHNORM_CUDA_HOST_MODEL
   return 1.0f / count;
