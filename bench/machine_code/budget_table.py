@@ -1,4 +1,4 @@
-"""Prints issue budgets: kernels by name, and a summary for docs/perf-log.md."""
+"""Prints issue budgets: kernels by name, and a summary for docs/issue-budget.md."""
 
 from __future__ import annotations
 
