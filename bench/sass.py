@@ -9,7 +9,7 @@ main loop spends on each 16 bytes it loads or stores. Exit status 1 if a kernel 
 bench/machine_code/kernels.py.
 
 --budget shows instead which share of the issue slots of described devices each loop takes at full
-bandwidth (bench/machine_code/budget.py); with --markdown as the summary of docs/issue-budget.md. Exit
+bandwidth (bench/machine_code/budget.py); with --markdown as the table of docs/issue-budget.md. Exit
 status 1 if a loop takes more than it may.
 
 Needs nvcc and nvdisasm, and neither a GPU nor PyTorch.
