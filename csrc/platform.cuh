@@ -108,6 +108,8 @@ __device__ __forceinline__ void forget_derived(int64_t& value) {
 #endif
 }
 
+__device__ __forceinline__ int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // 1/count to within 1 ulp, for a positive count: one instruction, where the exact division is a
 // call whose registers have to be made room for, and __fdividef looks for subnormal numbers.
 __device__ __forceinline__ float reciprocal(float count) {

@@ -1,0 +1,287 @@
+// Walks in equal steps, along C and along rows: every lane of a thread has a channel of its own
+// (traversal.cuh).
+#pragma once
+
+#include "plan.h"
+#include "vec_io.cuh"
+
+namespace batchnorm_cuda {
+
+// A walk in equal steps, with a channel a lane: what the walks along C and along rows share. `Self`
+// says by current() which lanes of the window at offset_ are its own.
+template <typename Self, typename scalar, typename index>
+struct Strided {
+  using scalar_t = scalar;
+  using index_t = index;
+  static constexpr Lanes kLanes = Lanes::kAll;
+  static constexpr int kVecSize = kVec<scalar_t>;
+  static constexpr int kChannels = kVecSize;
+  __device__ __forceinline__ static constexpr int channel_of(int lane) { return lane; }
+
+  index_t left = 0;
+
+  __device__ __forceinline__ Window<index_t> take() {
+    const Window<index_t> window = self().current();
+    offset_ += step_;
+    --left;
+    return window;
+  }
+
+  // The window before the next one: undoes a take().
+  __device__ __forceinline__ Window<index_t> take_back() {
+    offset_ -= step_;
+    ++left;
+    return self().current();
+  }
+
+  // See AlongS.
+  __device__ __forceinline__ index_t seek_end() {
+    const index_t windows = left;
+    offset_ += windows * step_;
+    left = 0;
+    return windows;
+  }
+  __device__ __forceinline__ void forget() { forget_derived(offset_); }
+
+ protected:
+  index_t offset_ = 0, step_ = 0;
+
+ private:
+  __device__ __forceinline__ const Self& self() const { return static_cast<const Self&>(*this); }
+};
+
+// Along C: threadIdx.x is a window column of the row group, whose lanes are fixed channels;
+// threadIdx.y walks over the row groups. A row group is row_repeat rows of C, a multiple of a
+// window. Edges are the windows in which the tensor itself begins or ends.
+template <typename scalar, typename index, bool exact>
+struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
+  using Walk = Strided<AlongC, scalar, index>;
+  using typename Walk::index_t;
+  using Walk::kVecSize;
+  static constexpr bool kExact = exact;
+  static constexpr bool kEdges = !exact;
+  static constexpr Pattern kPattern = Pattern::kAlongC;
+
+  using Walk::left;
+
+  __device__ __forceinline__ AlongC(const Traversal& t, int64_t task)
+      : AlongC(t, task / t.channel_blocks, task % t.channel_blocks) {}
+  __device__ __forceinline__ AlongC(const Traversal& t, int64_t split, int64_t channel_block)
+      : t_(t), split_(static_cast<int>(split)) {
+    column_ = static_cast<index_t>(channel_block * blockDim.x + threadIdx.x);
+    begin();
+    if (kExact || left == 0) return;
+    const bool head = offset_ < 0;
+    const bool tail = last_begin() + kVecSize > t.numel;
+    if (head) offset_ += step_;
+    left = left > index_t{head} + tail ? left - head - tail : 0;
+  }
+
+  class Edges {
+   public:
+    __device__ __forceinline__ explicit Edges(AlongC cursor) {
+      cursor.begin();
+      if (cursor.left == 0) return;
+      const index_t last = cursor.last_begin();
+      if (cursor.offset_ < 0) add(cursor.offset_, cursor.t_.numel);
+      if (last + kVecSize > cursor.t_.numel && !(count_ > 0 && cursor.left == 1)) {
+        add(last, cursor.t_.numel);
+      }
+    }
+    __device__ __forceinline__ bool any() const { return count_ > 0; }
+    __device__ __forceinline__ Window<index_t> take() {
+      const Window<index_t> window = first_;
+      first_ = next_;
+      --count_;
+      return window;
+    }
+
+   private:
+    __device__ __forceinline__ void add(index_t offset, int64_t numel) {
+      const int64_t until = min_of(numel - offset, kVecSize);
+      // What was added before stands behind it: an index would take local memory.
+      next_ = first_;
+      first_ = {offset, offset < 0 ? static_cast<int>(-offset) : 0,
+                until > 0 ? static_cast<int>(until) : 0};
+      ++count_;
+    }
+
+    Window<index_t> first_ = {}, next_ = {};
+    int count_ = 0;
+  };
+  __device__ __forceinline__ Edges edges() const { return Edges(*this); }
+
+  // The threads that share a channel, and this one among them.
+  __device__ __forceinline__ static int member() { return threadIdx.y; }
+  __device__ __forceinline__ static int members() { return blockDim.y; }
+
+  __device__ __forceinline__ bool channel_valid(int) const { return column_ < t_.row_windows; }
+  __device__ __forceinline__ int64_t channel(int lane) const {
+    const int64_t position = int64_t{column_} * kVecSize + lane;
+    if (kExact) return position;
+    const int64_t channel = (position - t_.shift) % t_.c;
+    return channel < 0 ? channel + t_.c : channel;
+  }
+  __device__ __forceinline__ int64_t partial_index(int lane) const {
+    return (int64_t{split_} * t_.row_windows + column_) * kVecSize + lane;
+  }
+  // Of the lanes of a row group that hold a channel, the first one owns it.
+  __device__ __forceinline__ bool owns_channel(int lane) const {
+    return split_ == 0 && member() == 0 && channel_valid(lane) &&
+           int64_t{column_} * kVecSize + lane < t_.c;
+  }
+
+  __device__ __forceinline__ Window<index_t> current() const { return {offset_, 0, kVecSize}; }
+
+ protected:
+  // At the first of all windows, edges too.
+  __device__ __forceinline__ void begin() {
+    const int64_t first = split_ * t_.per_split + threadIdx.y;
+    const int64_t end = min_of((split_ + 1) * t_.per_split, t_.rows);
+    left = 0;
+    if (column_ >= t_.row_windows || first >= end) return;
+    left = static_cast<index_t>((end - first + blockDim.y - 1) / blockDim.y);
+    offset_ = static_cast<index_t>((first * t_.row_windows + column_) * kVecSize - t_.shift);
+    step_ = static_cast<index_t>(blockDim.y * t_.row_windows * kVecSize);
+  }
+  __device__ __forceinline__ index_t last_begin() const { return offset_ + (left - 1) * step_; }
+
+  const Traversal& t_;
+  int split_;
+  index_t column_;
+
+  using Walk::offset_;
+  using Walk::step_;
+};
+
+// Along a row: columns as along C, but several of them are one channel (plan.h). For runs too short
+// or too odd for whole windows along S, and for channels-last rows that are no whole windows: a row
+// of all channels, or a few rows together, always is. Edges, where the tensor is no whole number of
+// rows, are for elementwise kernels.
+template <typename scalar, typename index, bool exact = true>
+struct AlongRow : AlongC<scalar, index, exact> {
+  using Base = AlongC<scalar, index, exact>;
+  static constexpr Pattern kPattern = Pattern::kAlongRow;
+
+  using Base::Base;
+
+  // Where the block's channels begin among its columns, in sample j of the row.
+  __device__ __forceinline__ int first_column(int j) const {
+    return j * static_cast<int>(this->t_.segments * this->t_.s);
+  }
+
+  // The channel of a lane among those of the channel block.
+  __device__ __forceinline__ int segment(int lane) const {
+    const int in_block = threadIdx.x * Base::kVecSize + lane;
+    return in_block / static_cast<int>(this->t_.s) % static_cast<int>(this->t_.segments);
+  }
+  __device__ __forceinline__ int64_t channel(int lane) const {
+    return position(lane) / this->t_.s % this->t_.c;
+  }
+  // Of the columns that hold a channel, the first one owns it.
+  __device__ __forceinline__ bool owns_channel(int lane) const {
+    const Traversal& t = this->t_;
+    const bool first = position(lane) < t.c * t.s && position(lane) % t.s == 0;
+    return this->split_ == 0 && Base::member() == 0 && this->channel_valid(lane) && first;
+  }
+
+ private:
+  // Of a lane in its row.
+  __device__ __forceinline__ int64_t position(int lane) const {
+    return int64_t{this->column_} * Base::kVecSize + lane;
+  }
+};
+
+// Along a row, in teams: a channel block is `segments` whole channels of a sample, threadIdx.x a
+// window of it, threadIdx.y walks over the samples. Those that a thread takes start at the same
+// place in a window, so that its lanes keep their channels. The first and the last window of a
+// block have lanes that are not the block's. An edge is the window in which the tensor ends.
+template <typename scalar, typename index>
+struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
+  using Walk = Strided<AlongSamples, scalar, index>;
+  using typename Walk::index_t;
+  using Walk::kVecSize;
+  using Walk::left;
+  static constexpr bool kExact = false;
+  static constexpr bool kEdges = true;
+  static constexpr Lanes kLanes = Lanes::kKept;
+  static constexpr Pattern kPattern = Pattern::kAlongRow;
+
+  __device__ __forceinline__ AlongSamples(const Traversal& t, int64_t task)
+      : AlongSamples(t, task / t.channel_blocks, task % t.channel_blocks) {}
+  __device__ __forceinline__ AlongSamples(const Traversal& t, int64_t split, int64_t channel_block)
+      : t_(t), split_(static_cast<int>(split)), first_(channel_block * t.segments) {
+    const int64_t sample = split * t.per_split * t.row_repeat + threadIdx.y;
+    const int64_t end = min_of((split + 1) * t.per_split * t.row_repeat, t.n);
+    const int64_t run = min_of(t.segments, t.c - first_) * t.s;
+    const int before = window_start(sample) - threadIdx.x * kVecSize;  // of the first channel
+    lo_ = before > 0 ? before : 0;
+    hi_ = static_cast<int>(min_of(before + run, kVecSize));
+    offset_ = static_cast<index_t>((sample * t.c + first_) * t.s - before);
+    step_ = static_cast<index_t>(blockDim.y * t.c * t.s);
+    if (lo_ >= hi_ || sample >= end) return;
+    left = static_cast<index_t>((end - sample + blockDim.y - 1) / blockDim.y);
+    tail_ = last_begin() + kVecSize > t.numel;
+    left -= tail_;
+  }
+
+  class Edges {
+   public:
+    __device__ __forceinline__ explicit Edges(const AlongSamples& cursor)
+        : window_(cursor.tail()), any_(cursor.tail_) {}
+    __device__ __forceinline__ bool any() const { return any_; }
+    __device__ __forceinline__ Window<index_t> take() {
+      any_ = false;
+      return window_;
+    }
+
+   private:
+    Window<index_t> window_;
+    bool any_;
+  };
+  __device__ __forceinline__ Edges edges() const { return Edges(*this); }
+
+  __device__ __forceinline__ Window<index_t> current() const { return {offset_, lo_, hi_}; }
+
+  __device__ __forceinline__ bool channel_valid(int lane) const {
+    return lane >= lo_ && lane < hi_;
+  }
+  __device__ __forceinline__ int64_t channel(int lane) const { return first_ + segment(lane); }
+  __device__ __forceinline__ bool owns_channel(int lane) const {
+    return split_ == 0 && threadIdx.y == 0 && channel_valid(lane) && place(lane) % t_.s == 0;
+  }
+
+  // See AlongRow; sample j is threadIdx.y == j.
+  __device__ __forceinline__ int first_column(int j) const {
+    return j * blockDim.x * kVecSize + window_start(j);
+  }
+  __device__ __forceinline__ int segment(int lane) const {
+    return channel_valid(lane) ? place(lane) / static_cast<int>(t_.s) : 0;
+  }
+
+ private:
+  __device__ __forceinline__ index_t last_begin() const { return offset_ + (left - 1) * step_; }
+  // Behind the windows that are left.
+  __device__ __forceinline__ Window<index_t> tail() const {
+    return {offset_ + left * step_, lo_, hi_};
+  }
+  // Where the block's channels begin in a window, in this sample.
+  __device__ __forceinline__ int window_start(int64_t sample) const {
+    return static_cast<int>((sample * t_.c + first_) * t_.s & (kVecSize - 1));
+  }
+  // Of a lane among the block's elements of a sample.
+  __device__ __forceinline__ int place(int lane) const {
+    return threadIdx.x * kVecSize + lane - window_start(threadIdx.y);
+  }
+
+  const Traversal& t_;
+  int split_;
+  int64_t first_;  // channel
+  int lo_, hi_;
+  bool tail_ = false;  // there is an edge
+
+  using Walk::offset_;
+  using Walk::step_;
+};
+
+}  // namespace batchnorm_cuda
