@@ -30,6 +30,7 @@ struct Operand<FusedForward<scalar_t>> {
 template <typename Epilogue>
 using OperandOf = typename Operand<Epilogue>::type;
 
+// Does all that the kernel works on begin on 16-byte boundaries?
 template <typename Epilogue>
 inline constexpr bool kOnBoundaries = false;
 template <typename scalar_t>

@@ -124,6 +124,14 @@ def test_before_asynchronous_copies_only_registers_are_in_flight() -> None:
     assert a100.kernels[0].in_flight_bytes > 2 * 256 * 12 * 16
 
 
+def test_odd_sizes_are_copied_asynchronously_too() -> None:
+    options = {"strategy": "team", "team_size": 1, "dtype": torch.float32}
+    e = explain((32, 256, 57, 57), device="a100", **options)
+    assert e.team is not None and e.team.shared_share > 0
+    in_registers = explain((32, 256, 57, 57), device="t4", **options).kernels[0].in_flight_bytes
+    assert e.kernels[0].in_flight_bytes > in_registers == 2 * 256 * 12 * 16
+
+
 def test_elementwise_kernels_with_edges_have_fewer_blocks_on_an_sm() -> None:
     """Three on an SM by their launch bounds, or two: csrc/normalize.cu."""
     even = explain((32, 64, 56, 56), dtype=torch.float16, device="a100", op="eval")
