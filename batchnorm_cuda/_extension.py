@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from . import _build, _recipes, _sources, _toolkit
 from ._compile import BuildError
@@ -27,15 +28,26 @@ from ._version import __version__
 _AOT_RECORD = Path(__file__).with_name("_aot.json")
 _REINSTALL = "BATCHNORM_CUDA_AOT=1 pip install --no-build-isolation --force-reinstall --no-deps"
 
+_EMULATE = "BATCHNORM_CUDA_EMULATE"
+# What os.environ keeps, encoded. Every call with a CPU tensor looks there; os.environ itself takes
+# five calls of Python to do so.
+_environment = os.environ._data
+_EMULATE_ENCODED = os.environ.encodekey(_EMULATE)
+_ON = os.environ.encodevalue("1")
+
 _load_lock = threading.RLock()
 _cuda: ModuleType | None = None
 _emulated: ModuleType | None = None
 _info: dict[str, dict[str, Any]] = {}
 
 
-def emulation_enabled() -> bool:
-    """True if CPU tensors are to run through the kernels' host build."""
-    return os.environ.get("BATCHNORM_CUDA_EMULATE") == "1"
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether kernels take `tensor`: on a GPU, and on the CPU where emulation is asked for."""
+    if tensor.is_cuda or not tensor.is_cpu:
+        return tensor.is_cuda
+    if is_dynamo_compiling():  # which would guard every variable of _environment
+        return os.environ.get(_EMULATE) == "1"
+    return _environment.get(_EMULATE_ENCODED) == _ON
 
 
 def load_cuda() -> ModuleType:

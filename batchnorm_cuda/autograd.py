@@ -42,7 +42,7 @@ class BatchNormFunction(Function):
         momentum: float | None,
         eps: float,
     ) -> Tensor:
-        output, save_mean, save_invstd = ops.forward(
+        output, save_mean, save_invstd = ops.kernels_for(input).forward(
             input,
             weight,
             bias,

@@ -28,8 +28,9 @@ transforms_active = torch._C._are_functorch_transforms_active
 
 def is_recorded() -> bool:
     """True where a backward must itself be a differentiable or transformable operation."""
-    active = is_grad_enabled() or forward_mode_active() or transforms_active()
-    return active and not ops.is_compiling()  # the compiler differentiates once, by itself
+    active = is_grad_enabled() or forward_ad._current_level >= 0 or transforms_active()
+    # Compilers differentiate once, by themselves.
+    return active and not torch.compiler.is_compiling()
 
 
 def forward_mode_active() -> bool:

@@ -8,14 +8,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _composite, _extension, ops
+from . import _composite, ops
+from ._extension import has_kernels
 from ._transforms import check_update
 from .autograd import BatchNormFunction
 from .derivatives import (
     TransformableBatchNorm,
-    forward_mode_active,
     is_grad_enabled,
     transforms_active,
 )
@@ -133,9 +134,9 @@ def backend_for(tensor: Tensor) -> Backend:
     Returns:
         One of these three words.
     """
-    if tensor.is_cuda:
-        return "cuda"
-    return "emulated" if tensor.is_cpu and _extension.emulation_enabled() else "aten"
+    if not has_kernels(tensor):
+        return "aten"
+    return "cuda" if tensor.is_cuda else "emulated"
 
 
 def normalize(
@@ -180,9 +181,9 @@ def normalize(
         transformed = not compiling and transforms_active()
         if transformed and training and running_mean is not None:
             check_update(input, running_mean)
-        if backend_for(input) == "aten":
+        if not has_kernels(input):
             return _composite.batch_norm(*arguments, residual, relu)
-        in_parts = transformed or (not compiling and forward_mode_active())
+        in_parts = transformed or (not compiling and forward_ad._current_level >= 0)
         # What torch.jit traces would hold the Function beside the operator.
         recorded = is_grad_enabled() and not traced
         if fused:

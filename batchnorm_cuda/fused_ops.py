@@ -46,11 +46,9 @@ def fused_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`ops.forward` with what follows it, and the mask of the ReLU or None where not needed."""
     # What is no tensor at all, the extension refuses by a TypeError.
-    if ops._is_plain(input) and (type(residual) is Tensor or not isinstance(residual, Tensor)):
-        call = ops.extension_for(input).fused_forward
-    else:
-        call = torch.ops.batchnorm_cuda.fused_forward
-    output, save_mean, save_invstd, mask = call(
+    # What is no tensor at all, the extension refuses by a TypeError.
+    others = (residual,) if isinstance(residual, Tensor) else ()
+    output, save_mean, save_invstd, mask = ops.kernels_for(input, *others).fused_forward(
         input,
         weight,
         bias,
@@ -96,13 +94,14 @@ def fused_backward(
         need_bias,
         need_residual,
     )
-    if ops._is_plain(grad_output, input):
+    kernels = ops.kernels_for(input, grad_output)
+    if kernels is not ops.operators:
         try:
-            return ops.extension_for(input).fused_backward(*arguments)
+            return kernels.fused_backward(*arguments)
         except RuntimeError:
             if not ops.batched_by_autograd(grad_output):
                 raise
-    grads = torch.ops.batchnorm_cuda.fused_backward(*arguments)
+    grads = ops.operators.fused_backward(*arguments)
     return ops._in_place_of_needed(grads, need_input, need_weight, need_bias, need_residual)
 
 

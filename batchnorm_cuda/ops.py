@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _extension
 
-# Aliases: the look-ups of their names would be paid on every call.
-is_compiling = torch.compiler.is_compiling
+# Aliases: the look-ups of their names would be paid on every call. Of compilers only Dynamo works
+# on tensors that look like any others; torch.compiler.is_compiling, of every one, takes two calls.
+is_compiling = torch.compiler.is_dynamo_compiling
 is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -43,9 +45,31 @@ _library.define(
 )
 
 
+operators = torch.ops.batchnorm_cuda
+
+
 def extension_for(tensor: Tensor) -> ModuleType:
     """The compiled module whose kernels take `tensor`: CUDA's, or its emulation on the CPU."""
     return _extension.load_cuda() if tensor.is_cuda else _extension.load_emulated()
+
+
+def kernels_for(tensor: Tensor, *others: Tensor, composite: Any = None) -> Any:
+    """Where `forward` and the others are to be called with these tensors.
+
+    Either the extension, in plain eager mode, or the operators, where something has to see one.
+    Both take the same arguments; an operator has no optional results, see `_in_place_of_needed`.
+    `composite`, if given, stands in for the extension where there are no kernels.
+    """
+    if is_compiling() or _dispatch_modes() or is_tracing() or type(tensor) is not Tensor:
+        return operators
+    for other in others:
+        if type(other) is not Tensor:
+            return operators
+    if composite is not None and not _extension.has_kernels(tensor):
+        return composite
+    if tensor.is_cuda:
+        return _extension._cuda or _extension.load_cuda()
+    return _extension._emulated or _extension.load_emulated()
 
 
 def forward(
@@ -66,8 +90,7 @@ def forward(
     Returns output, save_mean and save_invstd; the latter two are [C] in the accumulation dtype and
     are what was used to normalise, in either mode.
     """
-    call = extension_for(input).forward if _is_plain(input) else torch.ops.batchnorm_cuda.forward
-    return call(
+    return kernels_for(input).forward(
         input,
         weight,
         bias,
@@ -105,13 +128,14 @@ def backward(
         need_weight,
         need_bias,
     )
-    if _is_plain(grad_output, input):
+    kernels = kernels_for(input, grad_output)
+    if kernels is not operators:
         try:
-            return extension_for(input).backward(*arguments)
+            return kernels.backward(*arguments)
         except RuntimeError:
             if not batched_by_autograd(grad_output):
                 raise
-    grads = torch.ops.batchnorm_cuda.backward(*arguments)
+    grads = operators.backward(*arguments)
     return _in_place_of_needed(grads, need_input, need_weight, need_bias)
 
 
@@ -148,14 +172,15 @@ def double_backward(
         need_input,
         need_weight,
     )
-    tensors = [tensor for tensor in arguments[:5] if tensor is not None]
-    if _is_plain(*tensors):
+    tensors = [tensor for tensor in arguments[:4] if tensor is not None]
+    kernels = kernels_for(input, *tensors)
+    if kernels is not operators:
         try:
-            return extension_for(input).double_backward(*arguments)
+            return kernels.double_backward(*arguments)
         except RuntimeError:
             if not any(map(batched_by_autograd, tensors)):
                 raise
-    grads = torch.ops.batchnorm_cuda.double_backward(*arguments)
+    grads = operators.double_backward(*arguments)
     return _in_place_of_needed(grads, need_grad_output, need_input, need_weight)
 
 
@@ -208,15 +233,6 @@ def _suggest_memory_format(tensor: Tensor) -> torch.memory_format:
             return torch.contiguous_format
         least = strides[dim] * sizes[dim]
     return channels_last
-
-
-def _is_plain(*tensors: Tensor) -> bool:
-    if is_compiling() or _dispatch_modes():
-        return False
-    for tensor in tensors:
-        if type(tensor) is not Tensor:
-            return False
-    return not is_tracing()
 
 
 def batched_by_autograd(value: object) -> bool:

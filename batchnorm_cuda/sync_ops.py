@@ -238,13 +238,11 @@ def _in_place(grads: Sequence[Tensor | None], *needed: bool) -> tuple[Tensor | N
 
 
 def _call(name: str, tensor: Tensor, *rest: Any) -> Any:
-    if ops._is_plain(tensor):
-        return _implementation(name, tensor)(tensor, *rest)
-    return getattr(torch.ops.batchnorm_cuda, name)(tensor, *rest)
+    return getattr(ops.kernels_for(tensor, composite=_sync_composite), name)(tensor, *rest)
 
 
 def _implementation(name: str, tensor: Tensor) -> Callable:
-    kernels = tensor.is_cuda or _extension.emulation_enabled()
+    kernels = _extension.has_kernels(tensor)
     return getattr(ops.extension_for(tensor) if kernels else _sync_composite, name)
 
 

@@ -327,8 +327,8 @@ def forwards(kernels: Backend, monkeypatch: pytest.MonkeyPatch) -> list[Tensor |
             masks.append(results[3])
             return results
 
-    real = ops.extension_for
-    monkeypatch.setattr(ops, "extension_for", lambda tensor: Recording(real(tensor)))
+    real = ops.kernels_for
+    monkeypatch.setattr(ops, "kernels_for", lambda *tensors: Recording(real(*tensors)))
     return masks
 
 

@@ -131,6 +131,18 @@ def test_every_size_a_symbol(backend: Backend, place: Callable, training: bool) 
             assert_same_steps(graph, module, eager, place(torch.randn(shape)).to(backend.device))
 
 
+def test_environment_is_not_guarded(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program sets for others, between two calls, is no reason to compile again."""
+    graph = torch.compile(make("2d", {}, backend, True), fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, C, 4, 3, device=backend.device)
+    graph(x)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        monkeypatch.setenv("BATCHNORM_CUDA_UNRELATED", "1")
+        graph(x)
+        monkeypatch.delenv("BATCHNORM_CUDA_UNRELATED")
+        graph(x)
+
+
 def test_inductor(backend: Backend) -> None:
     net = nn.Sequential(batchnorm_cuda.BatchNorm2d(C, momentum=None), nn.SiLU())
     eager = net.to(backend.device)

@@ -1,5 +1,6 @@
 // The described device: its properties, launch limits and occupancy.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <mutex>
 #include <unordered_map>
@@ -12,6 +13,7 @@ namespace detail {
 namespace {
 
 DeviceDescription described;
+std::atomic<int64_t> description{1};
 
 struct FunctionSettings {
   int max_dynamic_shared = -1;  // -1: what every kernel may use without asking
@@ -181,7 +183,11 @@ cudaError_t max_cluster_size(const void* kernel, const cudaLaunchConfig_t& confi
 
 }  // namespace detail
 
-void set_device(const DeviceDescription& device) { detail::described = device; }
+void set_device(const DeviceDescription& device) {
+  detail::described = device;
+  ++detail::description;
+}
+int64_t description_number() { return detail::description; }
 const DeviceDescription& device() { return detail::described; }
 
 }  // namespace simt

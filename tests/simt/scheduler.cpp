@@ -295,17 +295,18 @@ void run(const LaunchRequest& request) {
 
 }  // namespace
 
-cudaError_t launch(const LaunchRequest& request) {
+cudaError_t launch(LaunchRequest* request) {
   if (launching) throw Fault("a launch from within a kernel is not modelled");
   const std::lock_guard<std::mutex> lock(launch_mutex);
-  const cudaError_t error = check_launch(request, &state.cluster_dims, &state.cooperative);
+  const cudaError_t error = check_launch(*request, &state.cluster_dims, &state.cooperative);
   if (error != cudaSuccess) return remember(error);
   if (launches_skipped) return cudaSuccess;
   struct Mark {
     Mark() { launching = true; }
     ~Mark() { launching = false; }
   } mark;
-  run(request);
+  request->collect(request);
+  run(*request);
   return cudaSuccess;
 }
 

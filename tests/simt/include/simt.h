@@ -81,6 +81,8 @@ struct DeviceDescription {
 
 void set_device(const DeviceDescription& device);
 const DeviceDescription& device();
+// Another one after each set_device, never 0.
+int64_t description_number();
 
 // Seed of the order in which blocks and threads run. The environment variable
 // BATCHNORM_CUDA_EMULATE_SEED, read at each launch, overrides it.

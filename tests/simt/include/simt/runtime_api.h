@@ -177,11 +177,12 @@ struct LaunchRequest {
   const char* signature;               // names the kernel if its symbol cannot be found
   void (*invoke)(const void* values);  // calls the kernel once, for the running thread
   const void* values;
+  void (*collect)(LaunchRequest* request);  // fills in what follows
   std::vector<BufferUse> buffers;
   bool declares_buffers;
 };
 
-cudaError_t launch(const LaunchRequest& request);
+cudaError_t launch(LaunchRequest* request);
 
 struct BufferCollector {
   std::vector<BufferUse>* buffers;
@@ -231,9 +232,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const auto& bound = *static_cast<const Values*>(opaque);
     std::apply(bound.kernel, bound.arguments);
   };
-  std::apply([&](const auto&... each) { (simt::detail::collect_buffers(each, &request), ...); },
-             values.arguments);
-  return simt::detail::launch(request);
+  request.collect = [](simt::detail::LaunchRequest* own) {
+    std::apply([&](const auto&... each) { (simt::detail::collect_buffers(each, own), ...); },
+               static_cast<const Values*>(own->values)->arguments);
+  };
+  return simt::detail::launch(&request);
 }
 
 template <typename Kernel>
