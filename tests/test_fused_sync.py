@@ -13,7 +13,7 @@ from sync_worker import fused_data
 from test_sync import launch, rows
 from tolerances import assert_within
 
-from batchnorm_cuda import ops
+from batchnorm_cuda import _mask, _sync_composite, ops
 
 every_backend = pytest.mark.parametrize("name", BACKENDS)
 CASES_OF_TWO = [case for case in CASES if case.ranks == 2]
@@ -100,3 +100,16 @@ def test_recorded_gradients_are_the_same(two: dict, name: str, form: str) -> Non
 def test_double_backward(two: dict, name: str, form: str) -> None:
     for results in two["fused_double_backward"]:
         assert results[name, form]
+
+
+def test_composite_lays_every_gradient_out_as_the_input() -> None:
+    """However grad_output is laid out, which a mask of all ones hands on."""
+    x = torch.randn(2, 5, 4, 3).contiguous(memory_format=torch.channels_last)
+    mask = torch.full((_mask.mask_bytes(x.numel(), x.dtype),), 255, dtype=torch.uint8)
+    stats, sums, count = torch.ones(5), torch.zeros(2, 5), torch.tensor([24])
+    for dy in (torch.randn(2, 5, 4, 3), torch.randn(3, 4, 5, 2).permute(3, 2, 1, 0)):
+        grads = _sync_composite.sync_fused_backward_elementwise(
+            dy, x, None, stats, stats, sums, count, mask, True, True
+        )
+        assert [grad.stride() for grad in grads] == [x.stride()] * 2
+        torch.testing.assert_close(grads[1], dy)
