@@ -46,7 +46,6 @@ def fused_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`ops.forward` with what follows it, and the mask of the ReLU or None where not needed."""
     # What is no tensor at all, the extension refuses by a TypeError.
-    # What is no tensor at all, the extension refuses by a TypeError.
     others = (residual,) if isinstance(residual, Tensor) else ()
     output, save_mean, save_invstd, mask = ops.kernels_for(input, *others).fused_forward(
         input,

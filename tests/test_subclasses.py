@@ -1,0 +1,84 @@
+"""Subclasses with __torch_dispatch__ and no memory of their own: operators see them first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Backend
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from batchnorm_cuda import fused_ops, ops
+
+C = 5
+
+
+class Wrapped(Tensor):
+    """Hands every operator on to the tensor that it holds, and records its name."""
+
+    calls: list[str]
+
+    @staticmethod
+    def __new__(cls, held: Tensor, calls: list[str]) -> Wrapped:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), dtype=held.dtype, device=held.device
+        )
+        self.held, self.calls = held, calls
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        wrapped = next(arg for arg in args if isinstance(arg, Wrapped))
+        wrapped.calls.append(func.__name__)
+        return func(*tree_map(lambda x: x.held if isinstance(x, Wrapped) else x, args))
+
+
+@pytest.fixture
+def tensors(kernels: Backend) -> tuple[Tensor, ...]:
+    """input, another of its shape, mean and invstd."""
+    x, other = (torch.randn(2, C, 4, 3, device=kernels.device) for _ in range(2))
+    return x, other, torch.zeros(C, device=x.device), torch.ones(C, device=x.device)
+
+
+def seen(call: Any, arguments: tuple, place: int) -> list[str]:
+    """The operators of a call with one argument wrapped, whose results are those without."""
+    calls: list[str] = []
+    held = (*arguments[:place], Wrapped(arguments[place], calls), *arguments[place + 1 :])
+    torch.testing.assert_close(call(*held), call(*arguments), rtol=0, atol=0)
+    return calls
+
+
+def test_forward(tensors: tuple[Tensor, ...]) -> None:
+    arguments = (tensors[0], None, None, None, None, None, True, 0.1, 1e-5)
+    assert seen(ops.forward, arguments, 0) == ["forward.default"]
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["grad_output", "input"])
+def test_backward(tensors: tuple[Tensor, ...], place: int) -> None:
+    x, dy, mean, invstd = tensors
+    arguments = (dy, x, None, None, mean, invstd, True, True, False, False)
+    assert seen(ops.backward, arguments, place) == ["backward.default"]
+
+
+@pytest.mark.parametrize("place", [0, 3, 4], ids=["grad_grad_input", "grad_output", "input"])
+def test_double_backward(tensors: tuple[Tensor, ...], place: int) -> None:
+    x, dy, mean, invstd = tensors
+    arguments = (dy, None, None, dy, x, None, mean, invstd, True, True, True, False)
+    assert seen(ops.double_backward, arguments, place) == ["double_backward.default"]
+
+
+@pytest.mark.parametrize("place", [0, 6], ids=["input", "residual"])
+def test_fused_forward(tensors: tuple[Tensor, ...], place: int) -> None:
+    x, residual, *_ = tensors
+    arguments = (x, None, None, None, None, None, residual, True, True, True, 0.1, 1e-5)
+    assert seen(fused_ops.fused_forward, arguments, place) == ["fused_forward.default"]
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["grad_output", "input"])
+def test_fused_backward(tensors: tuple[Tensor, ...], place: int) -> None:
+    x, dy, mean, invstd = tensors
+    mask = fused_ops.fake_mask(x, True).fill_(255)
+    arguments = (dy, x, None, None, mean, invstd, mask, True, True, False, False, True)
+    assert seen(fused_ops.fused_backward, arguments, place) == ["fused_backward.default"]
