@@ -58,6 +58,12 @@ void check_strided(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.defined() && tensor.layout() == at::kStrided, "batch_norm: expected ",
                    name, " to be a strided tensor, got ",
                    tensor.defined() ? layout_name(tensor.layout()) : "an undefined tensor");
+  // A null pointer means "not given" to the kernels.
+  TORCH_CHECK_TYPE(!tensor.key_set().has(c10::DispatchKey::Python) || tensor.numel() == 0 ||
+                       tensor.const_data_ptr() != nullptr,
+                   "batch_norm: expected ", name,
+                   " to have memory of its own beside an input that has, got a tensor subclass "
+                   "that wraps another");
 }
 
 void check_same_device(const at::Tensor& tensor, const char* name, const at::Tensor& input) {

@@ -55,6 +55,21 @@ def test_forward(tensors: tuple[Tensor, ...]) -> None:
     assert seen(ops.forward, arguments, 0) == ["forward.default"]
 
 
+@pytest.mark.parametrize("place", range(1, 6))
+def test_parameters_beside_a_plain_input_are_refused(
+    tensors: tuple[Tensor, ...], place: int
+) -> None:
+    """Only activations choose the way; a wrapped parameter must not pass for one not given."""
+    x, _, zeros, ones = tensors
+    counter = torch.zeros((), dtype=torch.int64, device=x.device)
+    arguments = [x, ones, zeros, zeros.clone(), ones.clone(), counter, True, 0.1, 1e-5]
+    arguments[place] = Wrapped(arguments[place], [])
+    name = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"][place - 1]
+    with pytest.raises(TypeError, match=f"expected {name} to have memory of its own"):
+        ops.forward(*arguments)
+    assert counter == 0
+
+
 @pytest.mark.parametrize("place", [0, 1], ids=["grad_output", "input"])
 def test_backward(tensors: tuple[Tensor, ...], place: int) -> None:
     x, dy, mean, invstd = tensors
