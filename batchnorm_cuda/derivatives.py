@@ -28,6 +28,7 @@ transforms_active = torch._C._are_functorch_transforms_active
 
 def is_recorded() -> bool:
     """True where a backward must itself be a differentiable or transformable operation."""
+    # As forward_mode_active, without its call: this is on the path of every step.
     active = is_grad_enabled() or forward_ad._current_level >= 0 or transforms_active()
     # Compilers differentiate once, by themselves.
     return active and not torch.compiler.is_compiling()
