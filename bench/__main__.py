@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-COMMANDS = ("compare", "report", "readme", "gpu-check")
+COMMANDS = ("compare", "report", "readme", "gpu-check", "visit")
 EXTRA = ("matplotlib", "tqdm", "jinja2")  # "bench" of pyproject.toml
 
 
@@ -46,6 +46,10 @@ def _command(name: str, rest: list[str]) -> int:
         from . import readme
 
         return readme.main(rest)
+    if name == "visit":
+        from .visit import command
+
+        return command.main(rest)
     from . import gpu_check
 
     return gpu_check.main(rest)
