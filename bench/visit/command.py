@@ -36,6 +36,7 @@ from .log import Log
 from .parts import NO_GPU, PASS, Outcome, Part, Site
 from .runner import Stopped, Verdict, exit_status, run_all
 
+SCRATCH = ROOT / "build" / "visit"
 _END_SECONDS = 5.0  # for the table and the last file
 _SHOWN = 160  # of a verdict's text, on stdout
 _HOST_ARCHITECTURE = "9.0"  # compiled for where there is no GPU
@@ -48,6 +49,7 @@ class Visit:
     out: Path
     scratch: Path
     record: dict[str, Any]
+    log: Log
     verdicts: list[Verdict] = field(default_factory=list)
 
     def write(self) -> None:
@@ -55,6 +57,7 @@ class Visit:
 
     def add(self, verdict: Verdict) -> None:
         self.verdicts.append(verdict)
+        self.log.write(f"-- {verdict}\n".encode())
         print(str(verdict)[:_SHOWN].splitlines()[0], flush=True)
         folder.tidy(self.out, self.scratch)
         self.write()
@@ -82,9 +85,8 @@ def variables() -> dict[str, str]:
 
 def run(options: argparse.Namespace, parts: Sequence[Part]) -> int:
     end = time.monotonic() + 60 * options.minutes - _END_SECONDS
-    scratch = ROOT / "build" / "visit"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+    SCRATCH.mkdir(parents=True)
     record = {
         "plan": options.plan,
         "minutes": options.minutes,
@@ -93,15 +95,14 @@ def run(options: argparse.Namespace, parts: Sequence[Part]) -> int:
         "complete": False,
         "environment": {},
     }
-    visit = Visit(options.out, scratch, record)
+    visit = Visit(options.out, SCRATCH, record, Log(options.out / folder.LOG))
     visit.write()
-    log = Log(options.out / folder.LOG)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     try:
-        site = _look_around(visit, options, log)
+        site = _look_around(visit, options)
         seconds = end - time.monotonic()
-        run_all(parts, site, seconds, visit.add, log, before=list(visit.verdicts))
+        run_all(parts, site, seconds, visit.add, visit.log, before=list(visit.verdicts))
     except Stopped as stop:
         visit.finish(complete=False)
         return 128 + signal.Signals[str(stop)]
@@ -115,13 +116,13 @@ def _stop(number: int, frame: object) -> None:
     raise Stopped(signal.Signals(number).name)
 
 
-def _look_around(visit: Visit, options: argparse.Namespace, log: Log) -> Site:
+def _look_around(visit: Visit, options: argparse.Namespace) -> Site:
     """The site as the first part finds it."""
     found_path = visit.scratch / "device.json"
     unknown = Site(False, "not yet known", visit.out, scratch=visit.scratch, variables=variables())
     rehearse = ["--rehearse"] if options.rehearse else []
     device = plans.device(found_path, rehearse)
-    verdict = run_all([device], unknown, device.limit, lambda verdict: None, log)[0]
+    verdict = run_all([device], unknown, device.limit, lambda verdict: None, visit.log)[0]
     found = json.loads(found_path.read_text()) if found_path.exists() else {"gpu": False}
     site = replace(unknown, compile=options.compile)
     if "device" in found:

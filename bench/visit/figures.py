@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 _PEERS = ("cudnn", "native", "compile")
-_OPS = ("forward", "backward", "both")
+_SHORT = {"forward": "fwd", "backward": "bwd", "both": "both"}
+_OPS = tuple(_SHORT)
 _WORST = 6
 
 Row = Mapping[str, str]
@@ -81,7 +82,7 @@ def cases(rows: Sequence[Row]) -> list[str]:
                 continue
             shown = [f"{t[name]:.4f}" if name in t else "-" for name in ("ours", *_PEERS)]
             percent = f"{100 * t['copy'] / t['ours']:.0f}%" if "copy" in t else "-"
-            words.append(f"{op[:3]} {'/'.join(shown)} {percent}")
+            words.append(f"{_SHORT[op]} {'/'.join(shown)} {percent}")
         lines.append(f"{' '.join(key)}  {'  '.join(words)}")
     title = "== ms of ours/cudnn/native/compile, percent of the copy's rate"
     return [title, *lines] if lines else []

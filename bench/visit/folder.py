@@ -51,8 +51,8 @@ def tidy(folder: Path, scratch: Path) -> None:
 
 def pack_extras(folder: Path, scratch: Path) -> str:
     """All of scratch that fits, smallest first; says what does not. "" where there is nothing."""
-    files = [path for path in scratch.rglob("*") if path.is_file() and not path.is_symlink()]
-    files.sort(key=lambda path: path.stat().st_size)
+    found = [path for path in scratch.rglob("*") if path.is_file() and not path.is_symlink()]
+    files = sorted(found, key=lambda path: path.stat().st_size)
     target = folder / EXTRAS
     while files:
         with tarfile.open(target, "w:gz") as archive:
@@ -62,7 +62,7 @@ def pack_extras(folder: Path, scratch: Path) -> str:
             break
         files.pop()
         target.unlink()
-    left_out = [p.name for p in scratch.rglob("*") if p.is_file() and p not in files]
+    left_out = [path.name for path in found if path not in files]
     return f"left out for their size: {', '.join(sorted(left_out))}" if left_out else ""
 
 

@@ -25,12 +25,12 @@ class Log:
         self.write(f"\n== {title} ({now} UTC)\n".encode())
 
     def write(self, data: bytes) -> None:
-        if self._part_left == 0:
+        room = self._part_left - len(_LEFT_OUT)
+        if room < 0:
             return
-        if len(data) >= self._part_left:
-            data = data[: max(0, self._part_left - len(_LEFT_OUT))] + _LEFT_OUT
-            self._part_left = 0
+        if len(data) > room:
+            data, self._part_left = data[:room] + _LEFT_OUT, 0
         else:
             self._part_left -= len(data)
-        self._left = max(0, self._left - len(data))
+        self._left -= len(data)
         self._file.write(data)
