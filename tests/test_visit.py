@@ -17,10 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from bench_cases import row
+from bench_cases import case, machine, row
 
-from bench.results import write_csv
-from bench.visit import command, figures, folder, plans, save_build, table, test_log
+from bench import fusions
+from bench.results import read_csv, write_csv
+from bench.visit import command, figures, folder, plans, save_build, table, test_log, timings
 from bench.visit.log import Log
 from bench.visit.parts import FAIL, MISSING, NO_GPU, NO_TIME, PASS, SKIPPED, Outcome, Part, Site
 from bench.visit.runner import Verdict, run_all, run_part
@@ -421,3 +422,57 @@ def test_tests_are_written_down_as_they_end(tmp_path: Path) -> None:
     ]
     assert list(rows[0]) == list(test_log.COLUMNS)
     assert "assert 1 == 2" in rows[1]["why"] and "in a fixture" in rows[3]["why"]
+
+
+# ---- parts that time, on a machine whose clock says 1 ms
+
+
+def test_timings_stop_in_time_and_say_how_far_they_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    todo = [case(op=op) for op in ("forward", "backward", "both")]
+    monkeypatch.setattr(timings, "work", lambda compiled: todo)
+    monkeypatch.setattr(timings.environment, "collect", lambda device: {"device": "GPU 1"})
+    assert timings.run(tmp_path, False, time.monotonic() + 60, machine()) == 0
+    rows = read_csv(tmp_path / "bench.csv")
+    assert {row.provider for row in rows} == set(timings.PROVIDERS)
+    assert [row.op for row in rows if row.provider == "ours"] == ["forward", "backward", "both"]
+    assert all(row.ms == 1.0 for row in rows if row.provider in ("ours", "native", "copy"))
+    assert json.loads((tmp_path / "bench.json").read_text())["environment"]["complete"]
+    assert capsys.readouterr().out.endswith("3 of 3 cases; ours failed in 0\n")
+    assert timings.run(tmp_path, False, time.monotonic() - 1, machine()) == 0
+    assert capsys.readouterr().out.endswith("0 of 3 cases; ours failed in 0\n")
+
+
+def test_the_telling_cases_come_first() -> None:
+    todo = timings.work(compiled=False)
+    dtypes = [case.dtype for case in todo]
+    assert dtypes == sorted(dtypes, key=timings.DTYPE_NAMES.index)
+    assert {case.layout for case in todo[: len(todo) // 3]} == {"nchw", "nhwc"}
+    assert len(timings.work(compiled=True)) == 12
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_fusions_are_checked_and_timed(number: int, aten: object) -> None:
+    small = fusions.cases(most_elements=1)[number]
+    rows = list(fusions.measured_rows(small, fusions.PROVIDERS, machine()))
+    assert [(row.provider, row.status, row.ms) for row in rows] == [
+        (provider, "ok", 1.0) for provider in fusions.PROVIDERS
+    ]
+    assert rows[0].copy_percent == 100
+
+
+def test_a_fusion_that_is_wrong_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aten: object
+) -> None:
+    def wrong(kind: str) -> fusions.Run:
+        return lambda t, residual: fusions.one_by_one(kind)(t, residual) + 0.1
+
+    monkeypatch.setattr(fusions, "ours", wrong)
+    rows = list(fusions.measured_rows(fusions.cases(1)[0], fusions.PROVIDERS, machine()))
+    assert (rows[0].status, rows[0].ms) == ("failed", None) and "off by 0." in rows[0].note
+    assert rows[1].status == "ok"
+    for each in rows:
+        fusions.append(tmp_path / "fusions.csv", each)
+    statuses = [each["status"] for each in table.read(tmp_path / "fusions.csv")]
+    assert statuses == ["failed", "ok", "ok"]
