@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bench_cases import case, machine, row
@@ -236,18 +237,29 @@ def test_only_files_that_may_come_back_stay(tmp_path: Path) -> None:
     out, scratch = tmp_path / "out", tmp_path / "scratch"
     for each in (out, scratch, out / "folder"):
         each.mkdir()
-    for name in (*folder.RESULTS, "visit.json", "visit.log", "a b.txt", "report.html"):
+    good = ("visit.json", "visit.log", "smoke.csv", "gpu-1-tune.csv", "gpu-1-tune.json")
+    for name in (*good, "a b.csv", "report.html"):
         (out / name).write_text("x")
-    (out / "smoke.csv").write_bytes(bytes(folder.MOST_BYTES))
-    (out / "tune.csv").unlink()
-    (out / "tune.csv").symlink_to(out / "bench.csv")
-    assert len(folder.problems(out)) > 3
+    (out / "large.csv").write_bytes(bytes(folder.MOST_BYTES))
+    (out / "link.csv").symlink_to(out / "smoke.csv")
+    assert len(folder.problems(out)) == 5
     folder.tidy(out, scratch)
-    kept = {path.name for path in out.iterdir()}
-    assert kept == {"visit.json", "visit.log", *folder.RESULTS} - {"smoke.csv", "tune.csv"}
+    assert folder.problems(out) == []
+    assert {path.name for path in out.iterdir()} == set(good)
     assert folder.pack_extras(out, scratch) == ""
     with tarfile.open(out / "extras.tar.gz") as archive:
-        assert sorted(archive.getnames()) == ["a b.txt", "report.html", "smoke.csv"]
+        assert sorted(archive.getnames()) == ["a b.csv", "large.csv", "report.html"]
+
+
+def test_the_record_and_the_rows_stay_of_too_many(tmp_path: Path) -> None:
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    for each in (out, scratch):
+        each.mkdir()
+    kept = {"visit.json", "visit.log", "build.tar.gz", *(f"{n}.csv" for n in range(4))}
+    for name in (*kept, "0.json", "1.json"):
+        (out / name).write_text("x")
+    folder.tidy(out, scratch, folder.MOST_FILES - 1)
+    assert {path.name for path in out.iterdir()} == kept
 
 
 def test_what_no_longer_fits_is_left_out_by_name(
@@ -261,13 +273,6 @@ def test_what_no_longer_fits_is_left_out_by_name(
     assert folder.pack_extras(tmp_path, scratch) == "left out for their size: large"
     with tarfile.open(tmp_path / "extras.tar.gz") as archive:
         assert archive.getnames() == ["small"]
-
-
-@pytest.mark.parametrize("plan", plans.VISITS)
-def test_the_files_of_a_plan_are_few_enough(plan: str) -> None:
-    """Three are the visit's own."""
-    written = {"first": 5, "tune": 5, "full": 0}  # of folder.RESULTS
-    assert written[plan] + 3 <= folder.MOST_FILES
 
 
 def test_the_log_is_cut_part_by_part(tmp_path: Path) -> None:
@@ -284,10 +289,15 @@ def test_the_log_is_cut_part_by_part(tmp_path: Path) -> None:
 
 def test_a_build_goes_from_one_visit_to_the_next(tmp_path: Path) -> None:
     cache, archive = tmp_path / "cache", tmp_path / "build.tar.gz"
-    for name in ("C-1/_C.so", "C-1/build.json", "C-1/_C.o", "objects/merge-2.o"):
+    for name in ("C-1/_C.so", "C-1/build.json", "C-1/_C.o", "objects/merge-2.o", "C-3/_C.so"):
         (cache / name).parent.mkdir(parents=True, exist_ok=True)
         (cache / name).write_bytes(os.urandom(1000))
-    whole, small = save_build.contents(cache, True), save_build.contents(cache, False)
+    recipe = SimpleNamespace(
+        folder="C-1",
+        all_sources=[Path("merge.cu"), Path("forward.cu")],  # of one the object is gone
+        object_name=lambda source: f"{source.stem}-2.o",
+    )
+    whole, small = (save_build.contents(cache, recipe, objects) for objects in (True, False))
     assert [str(path.relative_to(cache)) for path in small] == ["C-1/_C.so", "C-1/build.json"]
     assert not save_build.pack(cache, archive, whole, 2500) and not archive.exists()
     assert save_build.pack(cache, archive, whole, 5000)
@@ -357,7 +367,7 @@ def test_the_table_fits_whatever_there_is_to_say(tmp_path: Path) -> None:
     )
     failed = [{"outcome": "failed", "seconds": 1, "test": LONG, "why": f"{LONG}\n{LONG}"}] * 300
     csv_file(tmp_path / "tests.csv", failed)
-    for name in ("step.csv", "fusions.csv", "exchange.csv", "counters.csv"):
+    for name in ("training.csv", "fusions.csv", "gpu-exchange.csv", "smoke.csv"):
         long = [{f"column {n}": f"{LONG}{m}" for n in range(9)} for m in range(40)]
         csv_file(tmp_path / name, long)
     verdicts = [Verdict(f"part {n}", Outcome(FAIL, f"{LONG}\n{LONG}"), 1) for n in range(15)]
@@ -476,3 +486,25 @@ def test_a_fusion_that_is_wrong_is_not_timed(
         fusions.append(tmp_path / "fusions.csv", each)
     statuses = [each["status"] for each in table.read(tmp_path / "fusions.csv")]
     assert statuses == ["failed", "ok", "ok"]
+
+
+def test_a_file_that_is_not_as_expected_costs_no_other_section(tmp_path: Path) -> None:
+    (tmp_path / "bench.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "training.csv").write_text("variant,ms\ntorch,20.123456\nours,10\n")
+    about = {"plan": "first", "commit": "c0ffee"}
+    text = table.text(about, [Verdict("one", Outcome(PASS, "fine"), 1)], tmp_path, tmp_path)
+    assert "== bench.csv is not as expected: KeyError: 'status'" in text
+    assert "torch    20.12" in text and "ours     10" in text
+
+
+def test_smoke_failures_are_named(tmp_path: Path) -> None:
+    (tmp_path / "smoke.csv").write_text(
+        "kind,case,status,note,ran\n"
+        "case,fp16 forward block,PASS,,\n"
+        "case,fp16 backward grid,FAIL,beyond the tolerance,\n"
+        "instance,merge_kernel<half>,,,0\n"
+        "instance,forward_kernel<half>,,,1\n"
+    )
+    text = table.text({"plan": "first", "commit": ""}, [], tmp_path, tmp_path)
+    assert "== smoke: 1 failed\nfp16 backward grid: beyond the tolerance\n1 instances did" in text
+    assert "such as merge_kernel<half>" in text

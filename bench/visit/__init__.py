@@ -9,3 +9,11 @@
 
 `python -m bench gpu-check` is one of the plans. The other modules are parts of their own.
 """
+
+from __future__ import annotations
+
+
+def main(arguments: list[str]) -> int:
+    from .command import main  # with torch, which the parts' own modules may not need
+
+    return main(arguments)

@@ -63,7 +63,7 @@ class Visit:
         self.write()
 
     def finish(self, complete: bool) -> None:
-        folder.tidy(self.out, self.scratch)
+        folder.tidy(self.out, self.scratch, folder.MOST_FILES - 1)  # and the last one
         text = table.text(self.record, self.verdicts, self.out, self.scratch)
         (self.scratch / "table.txt").write_text(text)
         note = folder.pack_extras(self.out, self.scratch)

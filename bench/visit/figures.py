@@ -49,7 +49,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         names = ("shape", "layout", "dtype", "op", "status", "note")
         lines.append("ours " + " ".join(row[name] for name in names))
     title = f"== bench: time over ours, geometric means of {len(found)} cases; ours failed in "
-    return [f"{title}{len(bad)}", *lines] if rows else []
+    return [f"{title}{len(bad)}", *lines] if lines else []
 
 
 def worst(rows: Sequence[Row]) -> list[str]:

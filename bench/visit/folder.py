@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,8 @@ MOST_FILES = 8
 MOST_BYTES = 16 << 20
 
 RECORD, LOG, EXTRAS = "visit.json", "visit.log", "extras.tar.gz"
-# Those of the parts; a plan writes a few of them. All else goes into EXTRAS.
-RESULTS = (
-    *("build.tar.gz", "smoke.csv", "bench.csv", "fusions.csv", "step.csv"),
-    *("tune.csv", "exchange.csv", "counters.csv"),
-)
+# What stays where there are more files than may come back: the first of these. The rest is packed.
+_WORTH = (RECORD, LOG, EXTRAS, "build.tar.gz", "*.csv", "*.json")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -41,12 +38,18 @@ def write_record(folder: Path, record: dict[str, Any], verdicts: Iterable[Verdic
     os.replace(fresh, folder / RECORD)
 
 
-def tidy(folder: Path, scratch: Path) -> None:
-    """Moves what is none of the files that come back, or is too large, to what is packed last."""
+def tidy(folder: Path, scratch: Path, most: int = MOST_FILES) -> None:
+    """Moves what is too much, too large or of another kind to what is packed last."""
+    ordered = [path for pattern in _WORTH for path in sorted(folder.glob(pattern))]
+    kept = [path for path in dict.fromkeys(ordered) if _may_come_back(path)][:most]
     for path in sorted(folder.iterdir()):
-        allowed = path.name in (RECORD, LOG, EXTRAS, *RESULTS)
-        if not allowed or path.is_symlink() or path.stat().st_size >= MOST_BYTES:
+        if path not in kept:
             shutil.move(path, scratch / path.name)
+
+
+def _may_come_back(path: Path) -> bool:
+    plain = path.is_file() and not path.is_symlink()
+    return plain and bool(_NAME.fullmatch(path.name)) and path.stat().st_size < MOST_BYTES
 
 
 def pack_extras(folder: Path, scratch: Path) -> str:
@@ -68,13 +71,8 @@ def pack_extras(folder: Path, scratch: Path) -> str:
 
 def problems(folder: Path) -> list[str]:
     """In what the folder breaks the limits."""
-    files: Sequence[Path] = sorted(folder.rglob("*"))
+    files = sorted(folder.rglob("*"))
     found = [f"{len(files)} files, at most {MOST_FILES} come back"] * (len(files) > MOST_FILES)
-    for path in files:
-        if not _NAME.fullmatch(path.name):
-            found.append(f"{path.name!r} is no name for a file that comes back")
-        if path.is_symlink() or not path.is_file():
-            found.append(f"{path.name} is no plain file")
-        elif path.stat().st_size >= MOST_BYTES:
-            found.append(f"{path.name} has {path.stat().st_size} bytes, {MOST_BYTES} are too many")
-    return found
+    return found + [
+        f"{path.name!r} does not come back" for path in files if not _may_come_back(path)
+    ]

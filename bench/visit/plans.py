@@ -119,11 +119,20 @@ def device(found: Path, options: list[str]) -> Part:
 
 
 _BUILD = Part("build", _build, 100, host=True, limit=200)
-_SMOKE = module_part("bench.smoke", 30, limit=120)
+_SMOKE = module_part("bench.smoke", 40, limit=120, budget=True)
 _DETERMINISM = Part("determinism", _repeat("runs", str(RUNS)), 10, True, limit=60, needs=("build",))
 
 _COMPILE = module_part(
     "bench.visit.timings --compile", 30, name="compile", limit=90, budget=True, needs=("bench",)
+)
+
+# For the tests of the host model, which would wait for it, eight at once.
+_HOST_BUILD = Part(
+    "host-build",
+    lambda site: [python("-m", "bench.visit.build", "emulated")],
+    20,
+    host=True,
+    limit=100,
 )
 
 VISITS: dict[str, tuple[Part, ...]] = {
@@ -133,10 +142,11 @@ VISITS: dict[str, tuple[Part, ...]] = {
         _SMOKE,
         Part("graph", _repeat("graph"), 10, limit=60, needs=("build",)),
         _DETERMINISM,
-        module_part("bench.visit.timings", 100, name="bench", limit=180, budget=True),
-        module_part("bench.training_step", 60, name="step", limit=120),
+        module_part("bench.visit.timings", 100, name="bench", limit=150, budget=True),
+        module_part("bench.training_step", 60, name="step", limit=150, budget=True),
         module_part("bench.fusions", 20, limit=60, budget=True),
         _COMPILE,
+        _HOST_BUILD,
         Part("tests", _tests, 20, tool=_needs_xdist, needs=("build",)),
     ),
     "tune": (
@@ -150,6 +160,7 @@ VISITS: dict[str, tuple[Part, ...]] = {
     "full": (
         _BUILD,
         Part("driver", _driver, 60, True, needs_toolkit, limit=200),
+        _HOST_BUILD,
         Part("tests", _tests, 150, tool=_needs_xdist, limit=400, needs=("build",)),
         *_sanitizers(limit=90, needs=("driver",)),
         _DETERMINISM,

@@ -49,7 +49,7 @@ class Verdict:
 def tail(output: str) -> str:
     """The last line that says something."""
     lines = [line.strip(" =") for line in output.splitlines() if line.strip(" =")]
-    return lines[-1][:200] if lines else "no output"
+    return lines[-1][:300] if lines else "no output"
 
 
 def run_part(part: Part, site: Site, left: float, sink: Sink | None = None) -> Outcome:

@@ -8,24 +8,38 @@ The objects go along where they fit: after a change of one file the others are n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from batchnorm_cuda import _build
+from batchnorm_cuda import _build, _recipes
+from batchnorm_cuda._compile import BuildError, Recipe
+from batchnorm_cuda._toolkit import ToolkitError
 
 from .folder import MOST_BYTES
+from .parts import NOTHING_TO_RUN_ON
 
 NAME = "build.tar.gz"
 
 
-def contents(cache: Path, objects: bool) -> list[Path]:
-    """The modules and what their folders record, and if wanted the objects of which they are."""
-    modules = [path.parent for path in sorted(cache.glob("*/*.so")) if not path.is_symlink()]
-    files = [path for folder in dict.fromkeys(modules) for path in sorted(folder.iterdir())]
-    files = [path for path in files if path.suffix != ".o"]
-    return files + (sorted(cache.glob("objects/*.o")) if objects else [])
+def contents(cache: Path, recipe: Recipe, objects: bool) -> list[Path]:
+    """The module and what its folder records, and if wanted the objects of which it is made."""
+    files = sorted(path for path in (cache / recipe.folder).glob("*") if path.suffix != ".o")
+    if objects:
+        files += [cache / "objects" / recipe.object_name(path) for path in recipe.all_sources]
+    return [path for path in files if path.is_file() and not path.is_symlink()]
+
+
+def find_recipe(cache: Path) -> Recipe | None:
+    """Of what is built: for the GPU, else for the host."""
+    for make in (_recipes.cuda_recipe, _recipes.emulated_recipe):
+        with contextlib.suppress(ToolkitError, BuildError):  # no nvcc, no torch for it
+            recipe = make()
+            if (cache / recipe.folder).is_dir():
+                return recipe
+    return None
 
 
 def pack(cache: Path, target: Path, files: Sequence[Path], most: int) -> bool:
@@ -51,17 +65,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.visit.save_build", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     cache, target = _build.cache_dir(), parser.parse_args().out / NAME
-    if not contents(cache, objects=False):
+    recipe = find_recipe(cache)
+    if recipe is None:
         print(f"nothing is built in {cache}")
-        return 2
+        return NOTHING_TO_RUN_ON
     for objects in (True, False):
-        files = contents(cache, objects)
+        files = contents(cache, recipe, objects)
         if pack(cache, target, files, MOST_BYTES):
             kind = "with" if objects else "without"
-            print(f"{len(files)} files, {kind} objects: {target.stat().st_size / 1e6:.1f} MB")
+            size = target.stat().st_size / 1e6
+            print(f"{recipe.folder}: {len(files)} files, {kind} objects, {size:.1f} MB")
             return 0
-    print(f"the build takes {MOST_BYTES >> 20} MiB and more, compressed: not kept")
-    return 1
+    print(f"{recipe.folder} takes {MOST_BYTES >> 20} MiB and more, compressed: not kept")
+    return NOTHING_TO_RUN_ON
 
 
 if __name__ == "__main__":

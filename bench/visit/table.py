@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .test_log import BAD
 
 MOST_LINES, MOST_CHARACTERS = 60, 8000
 _WIDTH = 132
+_VERDICT_WIDTH = 230
 _MOST_FAILURES = 10
 
 Row = Mapping[str, str]
@@ -30,28 +32,38 @@ def read(path: Path) -> list[Row]:
 
 def text(record: Mapping[str, Any], verdicts: Sequence[Verdict], out: Path, scratch: Path) -> str:
     """Sections in the order of their worth; what no longer fits is left out at the end."""
+    bench = out / "bench.csv"
     sections = [
         _head(record),
-        [str(verdict) for verdict in verdicts],
-        _failures(read(scratch / "tests.csv")),
-        _plain("step", read(out / "step.csv"), 8),
-        figures.summary(read(out / "bench.csv")),
-        _plain("fusions", read(out / "fusions.csv"), 10),
-        _plain("exchange", read(out / "exchange.csv"), 12),
-        _plain("counters", read(out / "counters.csv"), 14),
-        figures.worst(read(out / "bench.csv")),
-        figures.cases(read(out / "bench.csv")),
+        [_cut(str(verdict), _VERDICT_WIDTH) for verdict in verdicts],
+        _section(_failures, scratch / "tests.csv"),
+        _section(_failed_cases, out / "smoke.csv"),
+        _section(partial(_plain, "step", 8), out / "training.csv"),
+        _section(figures.summary, bench),
+        _section(partial(_plain, "fusions", 12), out / "fusions.csv"),
+        *(_section(partial(_plain, "exchange", 12), path) for path in out.glob("*exchange.csv")),
+        _section(partial(_plain, "counters", 14), out / "counters.csv"),
+        _section(figures.worst, bench),
+        _section(figures.cases, bench),
     ]
     return fit([line for section in sections for line in section], conclusion(verdicts))
 
 
+def _section(describe: Callable[[Sequence[Row]], list[str]], path: Path) -> list[str]:
+    """Whatever is in a file, the other sections stand."""
+    try:
+        rows = read(path)
+        return [_cut(line) for line in describe(rows)] if rows else []
+    except (ArithmeticError, KeyError, TypeError, ValueError, csv.Error, OSError) as error:
+        return [f"== {path.name} is not as expected: {type(error).__name__}: {error}"[:_WIDTH]]
+
+
 def fit(lines: Iterable[str], last: str) -> str:
     """Within lines and characters; the last line always stands."""
-    last = _cut(last)
+    last = _cut(last, _VERDICT_WIDTH)
     kept: list[str] = []
     room = MOST_CHARACTERS - len(last)
     for line in lines:
-        line = _cut(line)
         room -= len(line) + 1
         if room < 0 or len(kept) == MOST_LINES - 1:
             break
@@ -59,21 +71,19 @@ def fit(lines: Iterable[str], last: str) -> str:
     return "\n".join([*kept, last])
 
 
-def _cut(line: str) -> str:
+def _cut(line: str, width: int = _WIDTH) -> str:
     line = " ".join(line.splitlines()).rstrip()
-    return line if len(line) <= _WIDTH else line[: _WIDTH - 3] + "..."
+    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def _head(record: Mapping[str, Any]) -> list[str]:
     found = record.get("environment", {})
     names = ("device", "driver", "torch", "cuda", "clock_sm_mhz", "clock_sm_most_mhz")
     said = ", ".join(f"{name} {found[name]}" for name in names if name in found)
-    return [f"== visit {record['plan']}, commit {record['commit']}; {said}"]
+    return [_cut(f"== visit {record['plan']}, commit {record['commit']}; {said}")]
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:
-    if not rows:
-        return []
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["outcome"]] = counts.get(row["outcome"], 0) + 1
@@ -82,10 +92,17 @@ def _failures(rows: Sequence[Row]) -> list[str]:
     return lines + [f"{row['test']}: {row['why']}" for row in bad[:_MOST_FAILURES]]
 
 
-def _plain(title: str, rows: Sequence[Row], most: int) -> list[str]:
+def _failed_cases(rows: Sequence[Row]) -> list[str]:
+    """Of the smoke test."""
+    bad = [row for row in rows if row["kind"] == "case" and row["status"] == "FAIL"]
+    idle = [row["case"] for row in rows if row["kind"] == "instance" and row["ran"] == "0"]
+    lines = [f"{row['case']}: {row['note']}" for row in bad[:_MOST_FAILURES]]
+    lines += [f"{len(idle)} instances did not run, such as {', '.join(idle[:3])}"] if idle else []
+    return [f"== smoke: {len(bad)} failed", *lines] if lines else []
+
+
+def _plain(title: str, most: int, rows: Sequence[Row]) -> list[str]:
     """Rows of any columns: what is the same in all of them is left out."""
-    if not rows:
-        return []
     names = [name for name in rows[0] if len(rows) == 1 or len({row[name] for row in rows}) > 1]
     table = [names, *([_short(row[name]) for name in names] for row in rows[:most])]
     widths = [max(len(line[at]) for line in table) for at in range(len(names))]
