@@ -15,16 +15,13 @@ host model, which says nothing about a GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import queue
-import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ import torch
 from . import instances, smoke_cases
 from .flushed import FlushedCsv
 from .smoke_worker import FAIL, NOT_RUN, PASS, UNREACHED
+from .worker import listen
 
 COLUMNS = (
     *("kind", "case", "status", "error", "note", "ran", "dtype", "op", "pattern", "shape"),
@@ -57,14 +55,9 @@ class Group:
     worst: float = 0.0
     statuses: Counter = field(default_factory=Counter)
     failed: list[str] = field(default_factory=list)
-    said: str = ""  # the last line that was no answer
     ended: bool = False
 
-    def take(self, line: str, table: FlushedCsv) -> None:
-        if not line.startswith("@"):
-            self.said = line.strip() or self.said
-            return
-        message = json.loads(line[1:])
+    def take(self, message: dict[str, Any], table: FlushedCsv) -> None:
         if "cases" in message:
             self.cases, self.library = message["cases"], message["library"]
             self.device = message["device"]
@@ -88,7 +81,9 @@ class Group:
 def follow(group: Group, deadline: float, table: FlushedCsv) -> None:
     """Runs the group to its end, starting again behind a case that took the process along."""
     for _ in range(RESTARTS + 1):
-        why = _follow_one(group, deadline, table)
+        command = [*group.command, "--first", str(group.done)]
+        take = partial(group.take, table=table)
+        why = listen(command, take, deadline=deadline, patience=SECONDS_PER_CASE)
         if group.ended:
             return
         late = time.monotonic() >= deadline
@@ -101,37 +96,6 @@ def follow(group: Group, deadline: float, table: FlushedCsv) -> None:
     what = {"case": f"{group.name}: {left or 'all'} cases", "dtype": group.name}
     group.record(what | {"status": FAIL if not group.cases else NOT_RUN, "note": why}, table)
     group.statuses[NOT_RUN] += max(0, left - 1)
-
-
-def _follow_one(group: Group, deadline: float, table: FlushedCsv) -> str:
-    """Why it came to an end."""
-    command = [*group.command, "--first", str(group.done)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    lines: queue.Queue[str | None] = queue.Queue()
-
-    def read() -> None:
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    why = ""
-    while not why:
-        patience = min(SECONDS_PER_CASE, deadline - time.monotonic())
-        try:
-            line = lines.get(timeout=max(0.0, patience))
-        except queue.Empty:
-            why = f"killed: no answer in {max(0.0, patience):.0f} s"
-            process.kill()
-        else:
-            if line is not None:
-                group.take(line, table)
-                continue
-            why = f"the process ended with status {process.wait()}: {group.said[:200]}"
-    process.wait()
-    return why
 
 
 def coverage(groups: list[Group], out: Path, table: FlushedCsv) -> str:

@@ -58,7 +58,7 @@ TEAMS: dict[str, tuple[str, bool, tuple[int, ...], Layout]] = {
     "runs, masked": ("along_s", False, (8, 2, 21, 27), cases.contiguous),
     "along C": ("along_c", True, (300, 64), cases.contiguous),
     "along a row": ("along_row", True, (18, 24, 7, 7), cases.contiguous),
-    "along a row, masked": ("along_row", False, (18, 17, 7, 7), cases.contiguous),
+    "along a row, masked": ("along_row", False, (8, 17, 7, 7), cases.contiguous),
 }
 DEPTHS = ("middle", "deep", "stream")
 
@@ -209,7 +209,7 @@ def _teams(dtype: str, device: Mapping[str, Any]) -> Iterator[Case]:
         scopes += [("cluster", 2)]
     for depth, (pattern, target), (scope, size) in product(DEPTHS, TEAMS.items(), scopes):
         for op, form in product(("forward", "backward"), ("", "residual+relu", "relu")):
-            if depth != "middle" and "row" in pattern or (depth == "deep" and form):
+            if (depth != "middle" and "row" in pattern) or (depth == "deep" and form):
                 continue  # there are no such kernels
             if form != "relu" or depth == "middle":
                 yield Case(dtype, op, pattern, *target[2:], form, scope, size, depth)

@@ -2,16 +2,15 @@
 
     python3 -m bench.smoke_worker fp16 [--first 0] [--all]
 
-Answers are lines of JSON behind "@", each as soon as there is one: {"cases", "library", "device"},
-then {"start"} and {"row"} of every case, {"ran"} with names of kernels, and {"end"}. Whatever stops
-the process, the one that reads knows at which case. Ends with status 3 after an error that leaves
-the CUDA context without use: the next cases need another process.
+Answers (bench/worker.py) come as soon as there is one: {"cases", "library", "device"}, then
+{"start"} and {"row"} of every case, {"ran"} with names of kernels, and {"end"}. Whatever stops the
+process, the one that reads knows at which case. Ends with status 3 after an error that leaves the
+CUDA context without use: the next cases need another process.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -28,16 +27,13 @@ from batchnorm_cuda import _extension, build_info
 
 from . import check, smoke_cases
 from .smoke_problem import Problem
+from .worker import say
 
 PASS, FAIL, UNREACHED, NOT_RUN = "PASS", "FAIL", "UNREACHED", "NOT RUN"
 CONTEXT_LOST = 3
 CASES_PER_PROFILE = 50  # so that a lost process leaves most of the names
 
 Say = Callable[[dict[str, Any]], None]
-
-
-def say(message: dict[str, Any]) -> None:
-    print("@" + json.dumps(message), flush=True)
 
 
 @contextmanager
