@@ -27,7 +27,6 @@ class Machine:
 def gpu() -> Machine:
     """The current CUDA device."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    pool = torch.cuda.graph_pool_handle()
     l2 = properties.L2_cache_size
     return Machine(
         device="cuda",
@@ -35,7 +34,7 @@ def gpu() -> Machine:
         l2_bytes=l2,
         memory_bytes=properties.total_memory,
         clock=lambda fill: CudaClock(l2, fill),
-        capture=lambda call: capture(call, pool),
+        capture=capture,
         peak_bytes=_peak_bytes,
         # Graphs cannot be captured on the default stream.
         scope=lambda: torch.cuda.stream(torch.cuda.Stream()),
