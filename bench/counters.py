@@ -38,6 +38,7 @@ KERNELS = (
     *("team_kernel", "collect_statistics_kernel", "merge_kernel", "transform_input_kernel"),
     *("backward_reduce_kernel", "backward_elementwise_kernel", MARKER),
 )
+NAMED = ("strategy", "dtype", "layout", "op", "form", "shape")  # of a problem in the summary
 PER_RUN = 6  # ncu answers when its program ends: rows of the first run are safe from the second
 COUNTED, FAILED = "counted", "FAILED"
 
@@ -104,18 +105,15 @@ def rows_of(
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    factors = {
-        f"{r['dtype']} {r['layout']} {r['op']} {r['shape']}": float(r["counted_over_predicted"])
-        for r in rows
-        if r["status"] == COUNTED
-    }
+    counts = [row for row in rows if row["status"] == COUNTED]
     device = next((r["device"] for r in rows if r.get("device")), "no device")
-    verdict = "PASS" if len(factors) == len(PROBLEMS) else "FAIL"
-    text = f"counters: {verdict} on {device}: {len(factors)} of {len(PROBLEMS)} problems counted"
-    if factors:
-        low, high = min(factors.values()), max(factors.values())
-        far = max(factors, key=lambda name: abs(factors[name] - 1))
-        text += f"; DRAM bytes {low:.3f} to {high:.3f} of the prediction, farthest {far}"
+    verdict = "PASS" if len(counts) == len(PROBLEMS) else "FAIL"
+    text = f"counters: {verdict} on {device}: {len(counts)} of {len(PROBLEMS)} problems counted"
+    if counts:
+        factors = [float(row["counted_over_predicted"]) for row in counts]
+        far = max(counts, key=lambda row: abs(float(row["counted_over_predicted"]) - 1))
+        text += f"; DRAM bytes {min(factors):.3f} to {max(factors):.3f} of the prediction, "
+        text += "farthest " + " ".join(str(far[c]) for c in NAMED if far.get(c))
     failed = next((r["note"] for r in rows if r["status"] == FAILED), "")
     return f"{text}; {failed}" if failed else text
 

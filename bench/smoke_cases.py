@@ -43,7 +43,8 @@ Layout = Callable[[torch.Tensor], torch.Tensor]
 # Of two passes: the first shape of a name is tried alone, since any plan of it is welcome.
 STAGES: dict[str, tuple[tuple[int, ...], Layout]] = {
     "along S": ((4, 10, 8, 8), cases.contiguous),
-    "along S, channels split": ((2, 3, 56, 56), cases.contiguous),
+    "along S, split": ((8, 3, 56, 56), cases.contiguous),
+    "along C, split": ((3000, 24), cases.contiguous),
     "runs, masked": ((1, 2, 131, 77), cases.contiguous),
     "off boundaries": ((3, 10, 8, 8), cases.odd_offset),
     "along C": ((300, 64), cases.contiguous),
@@ -60,6 +61,7 @@ TEAMS: dict[str, tuple[str, bool, tuple[int, ...], Layout]] = {
     "along a row": ("along_row", True, (18, 24, 7, 7), cases.contiguous),
     "along a row, masked": ("along_row", False, (8, 17, 7, 7), cases.contiguous),
 }
+SPLITS = {"along S, split": 176, "along C, split": 200}  # rows of partial results a channel
 DEPTHS = ("middle", "deep", "stream")
 
 
@@ -74,20 +76,22 @@ class Case:
     scope: str = ""  # of a team; two passes without one
     size: int = 0
     depth: str = ""
+    rounds: int = 1  # of a team, at least
     index_bits: int = 0
 
     @property
     def id(self) -> str:
         team = f"team {self.scope} {self.size} {self.depth}" if self.scope else "two passes"
+        team += ", in rounds" if self.rounds > 1 else ""
         wide = ", 64-bit indices" if self.index_bits else ""
         fused = f", {self.form}" if self.form else ""
         return f"{self.dtype} {self.op}{fused}, {self.pattern}, {team}{wide}"
 
     @property
-    def family(self) -> tuple[str, ...]:
+    def family(self) -> tuple[object, ...]:
         """What a cut run takes one case of."""
-        kind = "fused" if self.form else ""
-        return (self.op, self.pattern, kind, self.scope, self.depth, str(self.index_bits))
+        team = self.scope, self.depth, self.rounds
+        return (self.op, self.pattern, bool(self.form), *team, self.index_bits)
 
     @property
     def geometry(self) -> tuple[int, int, int]:
@@ -125,7 +129,8 @@ class Planner:
     def options(self, case: Case) -> dict[str, Any]:
         """What is forced for a case."""
         if not case.scope:
-            return {"strategy": "two_pass", "index_bits": case.index_bits}
+            splits = SPLITS.get(case.pattern, 0)
+            return {"strategy": "two_pass", "index_bits": case.index_bits, "splits": splits}
         options = {"strategy": "team", "scope": case.scope, "team_size": case.size}
         return options | ({"depth": case.depth} if self.takes_depth else {})
 
@@ -153,6 +158,8 @@ class Planner:
         found = (team["pattern"], team["traversal"]["exact"], team["scope"], team["size"])
         if found != (pattern, exact, case.scope, case.size) or team["depth"] != case.depth:
             return False
+        if team["rounds"] < case.rounds:
+            return False
         return (team["streamed_bytes"] > 0) == (case.depth == "stream")
 
     def reach(self, case: Case) -> Case | None:
@@ -169,9 +176,14 @@ class Planner:
         return None
 
 
-def all_cases(dtype: str, device: Mapping[str, Any]) -> list[Case]:
+def all_cases(dtype: str, planner: Planner) -> list[Case]:
     """Of one dtype, stages first: they share no state that a fault could leave behind."""
-    return [*_stages(dtype), *_sync(dtype), *_teams(dtype, device)]
+    return [
+        *_stages(dtype),
+        *_sync(dtype),
+        *_teams(dtype, planner.device),
+        *_pipelined(dtype, planner),
+    ]
 
 
 def cut(found: list[Case], dtype: str) -> list[Case]:
@@ -223,3 +235,14 @@ def _teams(dtype: str, device: Mapping[str, Any]) -> Iterator[Case]:
         for form in ("", "residual+relu"):
             target = TEAMS[pattern][2:]
             yield Case(dtype, "eval_backward", pattern, *target, form, "grid", 3, "middle")
+
+
+def _pipelined(dtype: str, planner: Planner) -> Iterator[Case]:
+    """Deep kernels that load a round while they write the one before, a team of all SMs each."""
+    if not planner.takes_depth:
+        return  # only a problem of the size of the device gets there of itself
+    for pattern, many in (("along S", 5), ("runs, masked", 5), ("along C", 64 * 5)):
+        _, _, (n, _, *spatial), layout = TEAMS[pattern]
+        for op in ("forward", "backward"):
+            shape, size = (n, many, *spatial), planner.device["sm_count"]
+            yield Case(dtype, op, pattern, shape, layout, "", "grid", size, "deep", rounds=2)

@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(smoke_cases.DTYPES)))
     extension = _extension.load_cuda() if gpu else _extension.load_emulated()
     library = build_info()["loaded"]["cuda" if gpu else "emulated"]["path"]
-    found = smoke_cases.all_cases(options.dtype, extension.device_info())
+    found = smoke_cases.all_cases(options.dtype, smoke_cases.Planner(extension))
     if not gpu and not options.all:
         found = smoke_cases.cut(found, options.dtype)
     name = torch.cuda.get_device_name() if gpu else "the host model"

@@ -18,8 +18,8 @@ _MARK = "@"  # of answers, among whatever else a process prints
 
 
 def say(message: dict[str, Any]) -> None:
-    """An answer of this process."""
-    print(_MARK + json.dumps(message), flush=True)
+    """An answer of this process, on a line of its own whatever a warning left behind."""
+    print("\n" + _MARK + json.dumps(message), flush=True)
 
 
 def listen(
