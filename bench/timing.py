@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -45,8 +46,8 @@ def rotation(nbytes: int, l2_bytes: int) -> tuple[int, bool]:
     return max(2, min(needed, _MOST_SETS)), needed > _MOST_SETS
 
 
-def rounds_for(seconds: float, round_ms: float) -> int:
-    fewest, most = _ROUNDS
+def rounds_for(seconds: float, round_ms: float, limits: tuple[int, int] = _ROUNDS) -> int:
+    fewest, most = limits
     return max(fewest, min(most, math.ceil(seconds * 1000 / max(round_ms, 1e-6))))
 
 
@@ -112,6 +113,23 @@ class CudaClock:
         first, last = handle
         self._events += handle
         return first.elapsed_time(last)
+
+
+class HostClock:
+    """The host's time of a call, for the model of CUDA: it says nothing of a GPU."""
+
+    idle_ms = 0.0
+
+    def start(self, call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1000
+
+    def wait(self) -> None:
+        pass
+
+    def milliseconds(self, handle: float) -> float:
+        return handle
 
 
 def capture(call: Call) -> tuple[Call, object]:

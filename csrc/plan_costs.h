@@ -27,6 +27,11 @@ struct CostModel {
   double sm_rate = 1.3;
   // Moves, of a launch more, or a device-wide drain (about 3 microseconds). Assumed.
   double launch = 5.0;
+  // What is not in the formula weighs as a factor on a cost, however small that is; at 1 the least
+  // cost alone decides. The first for each walk that a better one comes before, such as slabs of
+  // half a cache line; the second for whatever reads a part twice where a team reads all once. Such
+  // factors as these mean never. Assumed.
+  double later_walk = 1e9, reread = 1e30;
 };
 
 // Bytes per round that a block reads of others' slots above which the ranks merge a slice each. A

@@ -37,6 +37,8 @@ void visit_costs(Model& m, F&& f) {
   f("exposed", m.exposed);
   f("sm_rate", m.sm_rate);
   f("launch", m.launch);
+  f("later_walk", m.later_walk);
+  f("reread", m.reread);
 }
 
 // Takes what it knows out of `left`; what stays was misspelt.

@@ -1,8 +1,9 @@
 // The choice of a team: how many blocks share a channel group, and how much each thread holds. Part
 // of the plan (plan.h).
 //
-// A team that reads everything once comes before any that does not. Among those that do, and among
-// the rest together with the stage kernels, the least cost decides (plan_costs.h).
+// A team that reads everything once comes before whatever does not, and one of an earlier walk
+// before one of a later, as far as the cost model's preferences say. Among equals, the least cost
+// decides (plan_costs.h).
 #include "plan_team.h"
 
 #include <algorithm>
@@ -82,20 +83,24 @@ std::vector<int64_t> team_sizes(const TeamRequest& r, const Traversal& t, Depth 
 
 // The best team so far.
 struct Choice {
-  Team team;
-  double cost = std::numeric_limits<double>::infinity();
-  bool once = false;  // reads everything once
+  const CostModel& costs;
+  Team team{};
+  double cost = 0;
+  double weighed = std::numeric_limits<double>::infinity();  // the cost and what else weighs
+  bool once = false;                                         // reads everything once
 
-  void offer(const TeamRequest& r, const Team& candidate) {
+  // `preference`: the factor on the cost of a team that reads once.
+  void offer(const TeamRequest& r, const Team& candidate, double preference) {
     const bool reads_once = candidate.streamed_bytes == 0;
     const bool less_held = candidate.depth == Depth::kStream && team.depth != Depth::kStream;
-    if (once && (!reads_once || less_held)) return;
+    if (once && reads_once && less_held) return;
     const double candidate_cost = team_cost(r, candidate);
-    if ((reads_once && !once) || candidate_cost < cost) {
-      team = candidate;
-      cost = candidate_cost;
-      once = reads_once;
-    }
+    const double candidate_weighed = candidate_cost * (reads_once ? preference : costs.reread);
+    if (candidate_weighed >= weighed) return;
+    team = candidate;
+    cost = candidate_cost;
+    weighed = candidate_weighed;
+    once = reads_once;
   }
 };
 
@@ -114,8 +119,7 @@ struct Walk {
   int slab;
 };
 
-// The walks that suit the tensor, the best first: a team that reads everything once is taken from
-// the first walk that has one.
+// The walks that suit the tensor, the best first.
 std::vector<Walk> walks_of(const Problem& problem, const DeviceInfo& device,
                            const PlanOptions& options, const CostModel& costs) {
   const int vec = kWindowBytes / dtype_bytes(problem.dtype);
@@ -173,16 +177,19 @@ TeamChoice plan_team(const Problem& problem, const DeviceInfo& device, const Pla
                      const CostModel& costs, double two_pass_cost) {
   std::string reason = unsuitable(problem, options);
   if (!reason.empty()) return {{}, 0, reason};
-  Choice choice;
+  Choice choice{costs};
+  double preference = 1;
   for (const Walk& walk : walks_of(problem, device, options, costs)) {
-    if (choice.once) break;
-    offer_teams(walk, [&](const TeamRequest& r, const Team& team) { choice.offer(r, team); });
+    offer_teams(walk,
+                [&](const TeamRequest& r, const Team& team) { choice.offer(r, team, preference); });
+    preference *= costs.later_walk;
   }
   if (choice.team.size == 0) return {{}, 0, reason_without_team(problem)};
   const bool forced = options.strategy == Strategy::kTeam;
-  if (!choice.once && !forced && choice.cost >= two_pass_cost) {
-    reason =
-        "no team holds a channel group, and two passes cost less than reading part of it again";
+  if (!forced && choice.weighed >= two_pass_cost * costs.reread) {
+    reason = choice.once ? "two passes cost less than a team that holds each channel group"
+                         : "no team holds a channel group, and two passes cost less than reading "
+                           "part of it again";
     return {{}, 0, reason};
   }
   return {choice.team, choice.cost, reason_for(choice, device)};
