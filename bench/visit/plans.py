@@ -119,6 +119,7 @@ def device(found: Path, options: list[str]) -> Part:
 
 
 _BUILD = Part("build", _build, 100, host=True, limit=200)
+_SAVE_BUILD = module_part("bench.visit.save_build", 10, name="save-build", limit=30)
 _SMOKE = module_part("bench.smoke", 40, limit=120, budget=True)
 _DETERMINISM = Part("determinism", _repeat("runs", str(RUNS)), 10, True, limit=60, needs=("build",))
 
@@ -138,7 +139,7 @@ _HOST_BUILD = Part(
 VISITS: dict[str, tuple[Part, ...]] = {
     "first": (
         _BUILD,
-        module_part("bench.visit.save_build", 5, name="save-build", limit=30),
+        _SAVE_BUILD,
         _SMOKE,
         Part("graph", _repeat("graph"), 10, limit=60, needs=("build",)),
         _DETERMINISM,
@@ -151,7 +152,7 @@ VISITS: dict[str, tuple[Part, ...]] = {
     ),
     "tune": (
         _BUILD,
-        module_part("bench.visit.save_build", 5, name="save-build", limit=30),
+        _SAVE_BUILD,
         _SMOKE,
         module_part("bench tune", 180, name="tune", budget=True, limit=300),
         module_part("bench exchange", 20, name="exchange", limit=60),

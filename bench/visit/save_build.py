@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import sys
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,14 +45,16 @@ def find_recipe(cache: Path) -> Recipe | None:
 
 
 def pack(cache: Path, target: Path, files: Sequence[Path], most: int) -> bool:
-    """Whether it fits; what does not is not left behind."""
-    with tarfile.open(target, "w:gz", compresslevel=6) as archive:
-        for file in files:
-            archive.add(file, file.relative_to(cache))
-    if target.stat().st_size < most:
+    """Whether it fits. `target` is whole or not there, also after a kill."""
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = Path(folder) / target.name
+        with tarfile.open(fresh, "w:gz", compresslevel=6) as archive:
+            for file in files:
+                archive.add(file, file.relative_to(cache))
+        if fresh.stat().st_size >= most:
+            return False
+        shutil.move(fresh, target)
         return True
-    target.unlink()
-    return False
 
 
 def unpack(archive: Path, cache: Path) -> int:
