@@ -1,7 +1,8 @@
 """`python -m bench exchange`: what a launch costs, and an exchange between the blocks of a team.
 
-Launches: a tiny problem, again and again in one CUDA graph, by one block (a plain launch), two
-blocks of a cluster, and two of a cooperative grid; the latter two include one exchange.
+Launches: a tiny problem, again and again, by one block (a plain launch), two blocks of a cluster,
+and two of a cooperative grid; the latter two include one exchange. In one CUDA graph, where a
+grid's flags are cleared by a node of their own, and launch by launch, where they need not be.
 
 Exchanges: teams of each scope and size on problems of which every block holds the same few bytes,
 warm in the L2 cache, in a few rounds and in many. The slope is the time of a round; what it exceeds
@@ -47,18 +48,21 @@ class ExchangeRow:
     two_level: int = 0
     us: float | None = None  # median, of a launch or of a round
     us_exchange: float | None = None  # of a round, beyond that of a lone block
+    method: str = (
+        ""  # graph, or launch by launch between two events; on the model, the host's clock
+    )
     status: str = OK
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Effort:
-    calls: int  # of a graph
+    calls: int  # in a row; the host must be done with them while the clock's spin runs
     rounds: tuple[int, int]  # of a team: few and many
     samples: int
 
 
-GPU_EFFORT = Effort(calls=20, rounds=(2, 8), samples=20)
+GPU_EFFORT = Effort(calls=10, rounds=(2, 8), samples=20)
 HOST_EFFORT = Effort(calls=1, rounds=(1, 2), samples=1)
 
 
@@ -105,7 +109,7 @@ def planned(setting: Setting, team: Forced, sizes: tuple[int, int, int]) -> dict
 
 
 def make_call(setting: Setting, team: Forced, sizes: tuple[int, int, int], calls: int) -> Call:
-    """The problem so many times in a row: as one graph, on a GPU."""
+    """The problem so many times in a row."""
     n, c, s = sizes
     x = torch.randn((n, c, s) if s > 1 else (n, c), device=setting.machine.device).half()
 
@@ -115,7 +119,7 @@ def make_call(setting: Setting, team: Forced, sizes: tuple[int, int, int], calls
             setting.extension.forward(x, *(None,) * 5, True, MOMENTUM, EPS)
 
     run()  # loads the kernel, before a graph may capture it
-    return setting.machine.capture(run)[0] if setting.machine.capture else run
+    return run
 
 
 def time_calls(setting: Setting, effort: Effort, calls: dict[str, Call]) -> dict[str, Spread]:
@@ -127,22 +131,19 @@ def time_calls(setting: Setting, effort: Effort, calls: dict[str, Call]) -> dict
 
 
 def launch_rows(setting: Setting, effort: Effort) -> Iterator[ExchangeRow]:
-    kinds = {
-        team.scope: team
-        for team in (
-            Forced("along_s", "middle", "block", 1),
-            Forced("along_s", "middle", "cluster", 2),
-            Forced("along_s", "middle", "grid", 2),
-        )
-    }
-    for team in kinds.values():
+    for scope, size in (("block", 1), ("cluster", 2), ("grid", 2)):
+        team = Forced("along_s", "middle", scope, size)
         row = _row(setting, "launch", team)
         if planned(setting, team, team.sizes(1)) is None:
             yield replace(row, status=UNSUPPORTED, note="the device has no such teams")
             continue
         try:
-            calls = {"launch": make_call(setting, team, team.sizes(1), effort.calls)}
-            yield replace(row, us=time_calls(setting, effort, calls)["launch"].median)
+            call = make_call(setting, team, team.sizes(1), effort.calls)
+            calls = {_eager(setting): call}
+            if setting.machine.capture is not None:
+                calls["graph"] = setting.machine.capture(call)[0]
+            for method, times in time_calls(setting, effort, calls).items():
+                yield replace(row, us=times.median, method=method)
         except RuntimeError as reason:
             yield replace(row, status=FAILED, note=_first_line(reason))
 
@@ -166,12 +167,17 @@ def exchange_row(
         return replace(row, status=FAILED, note=_first_line(reason))
     us = (times[str(many)].median - times[str(few)].median) / (many - few)
     more = None if block_us is None else us - block_us
-    return replace(row, us=us, us_exchange=more, two_level=int(most["two_level"]))
+    found = {"us": us, "us_exchange": more, "two_level": int(most["two_level"])}
+    return replace(row, **found, method=_eager(setting))
 
 
 def _places(setting: Setting, team: dict[str, Any]) -> int:
     """Lone blocks at work at once, where the grid is of all of them."""
     return team["blocks_per_sm"] * setting.planner_device["sm_count"]
+
+
+def _eager(setting: Setting) -> str:
+    return "host" if setting.kind == HOST else "events"
 
 
 def _row(setting: Setting, what: str, team: Forced) -> ExchangeRow:
@@ -228,4 +234,4 @@ def _line(row: ExchangeRow) -> str:
         return f"{name}  {row.status}: {row.note}"
     unit = "us" if row.kind != HOST else "host us"
     beyond = "" if row.us_exchange is None else f", exchange {row.us_exchange:.3f}"
-    return f"{name}{row.us:12.3f} {unit}{beyond}{' in two levels' * row.two_level}"
+    return f"{name}{row.us:12.3f} {unit} by {row.method}{beyond}{', two levels' * row.two_level}"

@@ -69,6 +69,16 @@ def test_the_slope_over_rounds() -> None:
     assert row.us_exchange == pytest.approx(1500.0 - 1000.0)
 
 
+def test_launches_in_a_graph_and_one_by_one() -> None:
+    """In turns; the graph's take half as long."""
+    found = setting(took=lambda start: 4.0 - 2.0 * (start % 2), capture=lambda call: (call, None))
+    rows = list(exchange.launch_rows(found, EFFORT))
+    assert [(row.scope, row.method) for row in rows] == [
+        (scope, method) for scope in ("block", "cluster", "grid") for method in ("host", "graph")
+    ]
+    assert [row.us for row in rows] == [2000.0, 1000.0] * 3
+
+
 def test_what_fails_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("too many resources requested")
