@@ -21,19 +21,21 @@ std::string name_of(const Team& team) {
 void warn_once(const Team& team, LaunchStatus status) {
   static std::atomic<bool> warned{false};
   if (warned.exchange(true)) return;
-  const char* cost = ", which move up to 1.7 times the bytes. This is said once in a process.";
+  const char* cost =
+      "two passes, which move up to 1.5 times the bytes forward and 1.7 times backward. This is "
+      "said once in a process.";
   if (status == kNotResident) {
-    TORCH_WARN("batch_norm: ", name_of(team), " of a kernel were planned, of which the device ",
-               "holds fewer by the kernel's own occupancy; this problem runs in two passes", cost);
+    TORCH_WARN("batch_norm: the device holds fewer blocks of a kernel than planned in ",
+               name_of(team), ". This problem is solved in ", cost);
     return;
   }
   const LaunchStatus error = -status;
   TORCH_WARN("batch_norm: the device refused to launch ", name_of(team), " (",
              name_of_status(error), ": ", describe_status(error),
-             "), although the kernel's occupancy allows it: is the device shared, by MPS, MIG or ",
-             "green contexts? From now on it is planned without ",
+             "), which its occupancy allows: it may be shared, by MPS, MIG or green contexts. ",
+             "From now on this process plans without ",
              team.scope == Scope::kCluster ? "clusters" : "cooperative grids",
-             " in this process, where nothing else serves in two passes", cost);
+             " on it; what needs them is solved in ", cost);
 }
 
 }  // namespace

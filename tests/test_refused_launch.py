@@ -302,7 +302,7 @@ def said(options: dict, device: dict, refusals: dict) -> list:
 def test_one_warning_says_why(scope: str, error: int, parts: tuple[str, ...]) -> None:
     messages, _, _ = said(FORCED[scope], {}, {KINDS[scope]: error})
     (message,) = messages
-    for part in (*parts, "MPS", "two passes", "1.7 times the bytes"):
+    for part in (*parts, "MPS", "two passes", "1.5 times the bytes forward and 1.7 times backward"):
         assert part in message
 
 
@@ -312,5 +312,5 @@ def test_a_kernel_that_fits_less_often_than_planned(scope: str) -> None:
     options = {"strategy": "team", "scope": scope, "team_size": 4}
     messages, cooperative, max_cluster = said(options, CROWDED, {})
     (message,) = messages
-    assert "holds fewer by the kernel's own occupancy" in message and "two passes" in message
+    assert "holds fewer blocks of a kernel than planned" in message and "two passes" in message
     assert cooperative and max_cluster > 0

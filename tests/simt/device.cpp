@@ -166,7 +166,8 @@ cudaError_t function_attributes(const void* kernel, cudaFuncAttributes* attribut
   attributes->maxThreadsPerBlock = described.max_threads_per_block;
   attributes->numRegs = described.registers_per_thread;
   attributes->binaryVersion = described.compute_major * 10 + described.compute_minor;
-  attributes->ptxVersion = attributes->binaryVersion;
+  attributes->ptxVersion =
+      described.ptx_version > 0 ? described.ptx_version : attributes->binaryVersion;
   attributes->maxDynamicSharedSizeBytes = settings_of(kernel).max_dynamic_shared;
   return cudaSuccess;
 }

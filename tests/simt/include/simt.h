@@ -77,6 +77,7 @@ struct DeviceDescription {
   int max_cluster_size = 16;  // above 8 only for kernels that allow a non-portable size
   // Clusters resident at once with one block on an SM; 0: as many as there are SMs for.
   int clusters_of_2 = 0, clusters_of_4 = 0, clusters_of_8 = 0;
+  int ptx_version = 0;  // that kernels were compiled for, such as 80; 0: this device's
   bool cooperative_launch = true;
   bool cluster_launch = true;
 };

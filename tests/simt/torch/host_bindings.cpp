@@ -20,7 +20,8 @@ void take(const py::dict& from, const char* key, T& value) {
   if (from.contains(key)) value = from[key].cast<T>();
 }
 
-// Keys are those of device_info() and registers_per_thread; what is absent keeps its default.
+// Keys are those of device_info(), registers_per_thread and ptx_version; what is absent keeps its
+// default.
 void set_device(const py::dict& device) {
   static std::string name;  // DeviceDescription holds a pointer to it
   simt::DeviceDescription d;
@@ -33,6 +34,7 @@ void set_device(const py::dict& device) {
   take(device, "max_threads_per_sm", d.max_threads_per_sm);
   take(device, "registers_per_sm", d.registers_per_sm);
   take(device, "registers_per_thread", d.registers_per_thread);
+  take(device, "ptx_version", d.ptx_version);
   take(device, "shared_bytes_per_sm", d.shared_per_sm);
   take(device, "shared_bytes_per_block", d.shared_per_block);
   take(device, "shared_bytes_per_block_optin", d.shared_per_block_optin);
