@@ -10,53 +10,83 @@ namespace {
 constexpr double kMoveThreads = 512;
 constexpr double kMoveBytes = kMoveThreads * kWindowBytes;
 
+const WalkCost& walk_cost(const CostModel& costs, Pattern pattern, bool exact) {
+  if (pattern == Pattern::kAlongC) return costs.along_c;
+  if (pattern == Pattern::kAlongRow) return costs.along_row;
+  return exact ? costs.along_s : costs.runs;
+}
+
+// Moves on the busiest SM, of `blocks` equal blocks of so many moves each.
+double busiest_moves(double per_block, int64_t blocks, const DeviceInfo& device,
+                     const CostModel& costs) {
+  const double mean = per_block * static_cast<double>(blocks) / device.sm_count;
+  const auto on_busiest = static_cast<double>(ceil_div(blocks, device.sm_count));
+  return std::max(mean, per_block * on_busiest / costs.sm_rate);
+}
+
 double exchange_cost(const TeamRequest& r, const Team& team) {
   if (team.scope == Scope::kBlock) return 0;
+  if (team.scope == Scope::kCluster) return r.costs.cluster_wait;
   const double slot = static_cast<double>(team.slot_values * acc_bytes(r.problem.dtype));
   const double blocks = team.blocks_per_sm;  // each reads them for itself
   const double read = (team.two_level ? 2.0 : static_cast<double>(team.size)) * slot;
-  const double wait = team.scope == Scope::kCluster ? r.costs.cluster_wait : r.costs.grid_wait;
-  return wait * (team.two_level ? 2 : 1) + read * blocks / (kMoveBytes * r.costs.slot_rate);
+  return r.costs.grid_wait * (team.two_level ? 2 : 1) +
+         read * blocks / (kMoveBytes * r.costs.slot_rate);
 }
 
-// Moves of one round in which `blocks` blocks are at work.
-double round_cost(const TeamRequest& r, const Team& team, int64_t blocks) {
-  const Traversal& t = team.traversal;
-  const int members = team_members(t, r.pattern);
-  const double held = static_cast<double>(t.per_split) / members;
-  const double capacity = team.register_windows + team.shared_windows;
-  const double moves = held * (r.tensors + r.passing) + std::max(0.0, held - capacity) * r.tensors;
-  const double per_block = moves * kTeamThreads / kMoveThreads;
-  const double sms = r.device.sm_count;
-  const auto on_busiest = static_cast<double>(ceil_div(blocks, r.device.sm_count));
-  const bool shared = on_busiest > 1 && blocks > team.size;  // by blocks of several teams
-  const double latency = r.costs.latency + exchange_cost(r, team);
-  const double moving = std::max(per_block * static_cast<double>(blocks) / sms,
-                                 per_block * on_busiest / r.costs.sm_rate);
-  return moving + latency * (shared ? r.costs.exposed : 1.0);
+// Moves of a round beside those of data.
+double empty_round(const TeamRequest& r, const Team& team, const WalkCost& walk) {
+  const PassCost& pass = team.depth == Depth::kDeep     ? walk.deep
+                         : team.depth == Depth::kMiddle ? walk.middle
+                                                        : walk.stream;
+  const double code = r.tensors == 1 ? pass.forward : pass.backward;
+  return code * (dtype_bytes(r.problem.dtype) > 2 ? r.costs.wide : 1.0) + exchange_cost(r, team);
 }
 
 }  // namespace
 
 double team_cost(const TeamRequest& r, const Team& team) {
-  const int64_t groups = team.traversal.channel_blocks;
+  const Traversal& t = team.traversal;
+  const WalkCost& walk = walk_cost(r.costs, r.pattern, r.exact);
+  const double streamed = static_cast<double>(team.streamed_bytes) /
+                          static_cast<double>(t.numel * dtype_bytes(r.problem.dtype));
+  const double windows = static_cast<double>(t.per_split) *
+                         (r.pattern == Pattern::kAlongS ? t.threads_y : t.threads_x);
+  const double moves =
+      windows / kMoveThreads * (r.tensors + r.passing + streamed * r.costs.streamed);
+  const double rate = walk.rate * (team.depth == Depth::kDeep ? r.costs.deep_rate : 1.0);
   const int64_t places = int64_t{team.blocks_per_sm} * r.device.sm_count;
-  const int64_t at_once =
-      team.scope == Scope::kBlock ? std::min(groups, places) : std::min(groups, team.teams);
+  const int64_t groups = t.channel_blocks;
+  const int64_t at_once = std::min(groups, team.scope == Scope::kBlock ? places : team.teams);
+  const auto round = [&](int64_t teams) {
+    return busiest_moves(moves, teams * team.size, r.device, r.costs) * rate +
+           empty_round(r, team, walk);
+  };
   const int64_t last = groups % at_once;
-  double cost = static_cast<double>(groups / at_once) * round_cost(r, team, at_once * team.size);
-  if (last > 0) cost += round_cost(r, team, last * team.size);
-  return cost + r.costs.launch;
+  return r.costs.launch + static_cast<double>(groups / at_once) * round(at_once) +
+         (last > 0 ? round(last) : 0.0);
 }
 
-// What a team holds twice, all else once.
 double two_pass_cost(const Plan& stages, const Problem& p, const DeviceInfo& device,
                      const CostModel& costs) {
   const bool forward = p.op == Op::kForwardTraining || p.op == Op::kForwardEval;
-  const int reads = (forward ? 1 : 2) * (stages.has_reduce ? 2 : 1);
+  const int tensors = forward ? 1 : 2;
   const int passing = p.outputs + (p.residual_shift >= 0);
-  const double windows = static_cast<double>(p.n * p.c * p.s) / stages.vec / kMoveThreads;
-  return windows / device.sm_count * (reads + passing) + stages.launches * costs.launch;
+  const double all = static_cast<double>(p.n * p.c * p.s) / stages.vec / kMoveThreads;
+  const auto moves = [&](const Traversal& t, int tensors) {
+    return busiest_moves(all / static_cast<double>(t.tasks) * tensors, t.tasks, device, costs);
+  };
+  double cost = stages.launches * costs.stage_launch;
+  if (stages.has_reduce) {
+    cost += moves(stages.reduce, tensors) * costs.reduce +
+            static_cast<double>(stages.merge.rows) * costs.merge_row;
+  }
+  if (stages.has_elementwise) {
+    const Traversal& t = stages.elementwise;
+    const WalkCost& walk = walk_cost(costs, t.pattern, t.exact);
+    cost += moves(t, tensors + passing) * walk.elementwise;
+  }
+  return cost;
 }
 
 }  // namespace batchnorm_cuda

@@ -30,18 +30,36 @@ void visit_fields(Info& d, F&& f) {
   f("clusters_of_8", d.clusters_of_8);
 }
 
-// The same of the cost model.
+// The same of the cost model: `along_s.deep.forward` and the like in a walk's costs.
+template <typename Walk, typename F>
+void visit_walk(Walk& walk, const std::string& name, F&& f) {
+  f(name + ".rate", walk.rate);
+  f(name + ".elementwise", walk.elementwise);
+  const auto visit_pass = [&](const char* depth, auto& pass) {
+    f(name + depth + ".forward", pass.forward);
+    f(name + depth + ".backward", pass.backward);
+  };
+  visit_pass(".middle", walk.middle);
+  visit_pass(".deep", walk.deep);
+  visit_pass(".stream", walk.stream);
+}
 template <typename Model, typename F>
 void visit_costs(Model& m, F&& f) {
+  f("launch", m.launch);
+  f("stage_launch", m.stage_launch);
   f("grid_wait", m.grid_wait);
   f("cluster_wait", m.cluster_wait);
   f("slot_rate", m.slot_rate);
-  f("latency", m.latency);
-  f("exposed", m.exposed);
   f("sm_rate", m.sm_rate);
-  f("launch", m.launch);
-  f("later_walk", m.later_walk);
-  f("reread", m.reread);
+  f("streamed", m.streamed);
+  f("deep_rate", m.deep_rate);
+  f("wide", m.wide);
+  f("reduce", m.reduce);
+  f("merge_row", m.merge_row);
+  visit_walk(m.along_s, "along_s", f);
+  visit_walk(m.runs, "runs", f);
+  visit_walk(m.along_c, "along_c", f);
+  visit_walk(m.along_row, "along_row", f);
 }
 
 // Takes what it knows out of `left`; what stays was misspelt.
@@ -272,7 +290,8 @@ std::vector<py::dict> candidates_as_dicts(const std::string& op, int64_t n, int6
   const Problem problem = take_problem(op, n, c, s, dtype, left);
   CostModel model;
   py::dict costs_left(costs.attr("copy")());
-  visit_costs(model, [&](const char* key, double& value) { take(costs_left, key, value); });
+  visit_costs(model,
+              [&](const std::string& key, double& value) { take(costs_left, key.c_str(), value); });
   check_empty(costs_left, "cost");
   std::vector<py::dict> result;
   for (const PlanCandidate& each :
@@ -287,7 +306,7 @@ std::vector<py::dict> candidates_as_dicts(const std::string& op, int64_t n, int6
 py::dict cost_model_as_dict() {
   py::dict result;
   const CostModel model;
-  visit_costs(model, [&](const char* key, double value) { result[key] = value; });
+  visit_costs(model, [&](const std::string& key, double value) { result[key.c_str()] = value; });
   return result;
 }
 

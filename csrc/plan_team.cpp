@@ -1,9 +1,7 @@
 // The choice of a team: how many blocks share a channel group, and how much each thread holds. Part
 // of the plan (plan.h).
 //
-// A team that reads everything once comes before whatever does not, and one of an earlier walk
-// before one of a later, as far as the cost model's preferences say. Among equals, the least cost
-// decides (plan_costs.h).
+// The least cost decides (plan_costs.h), among teams and between the best of them and two passes.
 #include "plan_team.h"
 
 #include <algorithm>
@@ -81,26 +79,16 @@ std::vector<int64_t> team_sizes(const TeamRequest& r, const Traversal& t, Depth 
   return sizes;
 }
 
-// The best team so far.
+// The best team so far; of equals, the first.
 struct Choice {
-  const CostModel& costs;
   Team team{};
-  double cost = 0;
-  double weighed = std::numeric_limits<double>::infinity();  // the cost and what else weighs
-  bool once = false;                                         // reads everything once
+  double cost = std::numeric_limits<double>::infinity();
 
-  // `preference`: the factor on the cost of a team that reads once.
-  void offer(const TeamRequest& r, const Team& candidate, double preference) {
-    const bool reads_once = candidate.streamed_bytes == 0;
-    const bool less_held = candidate.depth == Depth::kStream && team.depth != Depth::kStream;
-    if (once && reads_once && less_held) return;
+  void offer(const TeamRequest& r, const Team& candidate) {
     const double candidate_cost = team_cost(r, candidate);
-    const double candidate_weighed = candidate_cost * (reads_once ? preference : costs.reread);
-    if (candidate_weighed >= weighed) return;
+    if (candidate_cost >= cost) return;
     team = candidate;
     cost = candidate_cost;
-    weighed = candidate_weighed;
-    once = reads_once;
   }
 };
 
@@ -160,10 +148,17 @@ std::string reason_without_team(const Problem& p) {
                : "channels last whose rows make no whole windows, or begin off 16-byte boundaries";
 }
 
-std::string reason_for(const Choice& choice, const DeviceInfo& device) {
-  std::string reason = choice.once ? "a team holds each channel group on chip"
-                                   : "a team holds part of each channel group on chip";
-  const double idle = idle_share(choice.team, device);
+std::string reason_for_two_passes(const Team& best) {
+  return best.streamed_bytes == 0
+             ? "two passes cost less than a team that holds each channel group"
+             : "no team holds a channel group, and two passes cost less than reading part of it "
+               "again";
+}
+
+std::string reason_for(const Team& team, const DeviceInfo& device) {
+  std::string reason = team.streamed_bytes == 0 ? "a team holds each channel group on chip"
+                                                : "a team holds part of each channel group on chip";
+  const double idle = idle_share(team, device);
   if (idle > kIdleUnexplained) {
     reason += "; " + std::to_string(static_cast<int>(idle * 100 + 0.5)) +
               "% of the places for blocks idle: teams that leave fewer cost more";
@@ -177,22 +172,15 @@ TeamChoice plan_team(const Problem& problem, const DeviceInfo& device, const Pla
                      const CostModel& costs, double two_pass_cost) {
   std::string reason = unsuitable(problem, options);
   if (!reason.empty()) return {{}, 0, reason};
-  Choice choice{costs};
-  double preference = 1;
+  Choice choice;
   for (const Walk& walk : walks_of(problem, device, options, costs)) {
-    offer_teams(walk,
-                [&](const TeamRequest& r, const Team& team) { choice.offer(r, team, preference); });
-    preference *= costs.later_walk;
+    offer_teams(walk, [&](const TeamRequest& r, const Team& team) { choice.offer(r, team); });
   }
   if (choice.team.size == 0) return {{}, 0, reason_without_team(problem)};
-  const bool forced = options.strategy == Strategy::kTeam;
-  if (!forced && choice.weighed >= two_pass_cost * costs.reread) {
-    reason = choice.once ? "two passes cost less than a team that holds each channel group"
-                         : "no team holds a channel group, and two passes cost less than reading "
-                           "part of it again";
-    return {{}, 0, reason};
+  if (options.strategy != Strategy::kTeam && choice.cost >= two_pass_cost) {
+    return {{}, 0, reason_for_two_passes(choice.team)};
   }
-  return {choice.team, choice.cost, reason_for(choice, device)};
+  return {choice.team, choice.cost, reason_for(choice.team, device)};
 }
 
 std::vector<PlanOptions> team_candidates(const Problem& given, const DeviceInfo& device,
