@@ -78,11 +78,12 @@ def test_a_part_that_crashes_is_named_by_its_signal() -> None:
     assert found["after"].status == PASS
 
 
-@pytest.mark.parametrize("end", ["", "; sleep 600"])
-def test_children_in_a_group_of_their_own_are_ended(end: str) -> None:
+@pytest.mark.parametrize("end, status", [("", PASS), ("; sleep 600", FAIL)])
+def test_children_in_a_group_of_their_own_are_ended(end: str, status: str) -> None:
     """ninja gives one to every compiler. The pipe that they hold open must not be waited for."""
     started = time.monotonic()
     found = run(shell("leaves", f"setsid sleep 600 & echo $!{end}", limit=1))
+    assert found["leaves"].status == status
     pid = int(found["leaves"].text.split()[-1])
     assert not is_running(pid)
     assert time.monotonic() - started < 10
@@ -185,6 +186,16 @@ def test_a_visit_from_its_parts_to_its_files(visit: Callable, tmp_path: Path) ->
     said = (tmp_path / "stdout").read_text().splitlines()
     assert said[0].startswith("PASS     one ") and said[1].startswith("FAIL     two ")
     assert said[-1] == "1 of 2 passed on a GPU; FAIL: two"
+
+
+def test_a_visit_of_parts_that_write_too_much(visit: Callable, tmp_path: Path) -> None:
+    process, out = visit(
+        shell("one", f"for n in 1 2 3 4 5 6 7 8 9; do : > {tmp_path}/out/$n.csv; done")
+    )
+    process.join()
+    assert folder.problems(out) == []
+    with tarfile.open(out / "extras.tar.gz") as archive:
+        assert sorted(archive.getnames()) == ["6.csv", "7.csv", "8.csv", "9.csv", "table.txt"]
 
 
 def test_a_kill_in_the_middle_leaves_valid_files(visit: Callable, tmp_path: Path) -> None:
@@ -311,14 +322,18 @@ def test_a_build_goes_from_one_visit_to_the_next(tmp_path: Path) -> None:
     [
         (["--parts=smoke,smok"], "expected --parts to be of build, "),
         (["--build=none.tar.gz"], "No such file"),
-        (["--out=."], "expected --out to be a new or an empty folder, got"),
+        (["--out={full}"], "expected --out to be a new or an empty folder, got"),
     ],
 )
 def test_wrong_arguments(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
     given = ["--plan=first", "--minutes=1", f"--out={tmp_path / 'out'}", *arguments]
-    assert command.main(given) == 2
+    monkeypatch.setattr(command, "run", lambda options, parts: 0)
+    assert command.main([word.format(full=tmp_path / "full") for word in given]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -381,6 +396,12 @@ def test_the_table_fits_whatever_there_is_to_say(tmp_path: Path) -> None:
     assert lines[-1].startswith("0 of 15 passed on a GPU; FAIL: part 0, part 1")
 
 
+def test_short_lines_fit_too() -> None:
+    lines = table.fit([f"line {n}" for n in range(100)], "the last").splitlines()
+    assert len(lines) == table.MOST_LINES
+    assert lines[-2:] == [f"line {table.MOST_LINES - 2}", "the last"]
+
+
 def test_the_table_without_any_file(tmp_path: Path) -> None:
     about = {"plan": "first", "commit": "c0ffee"}
     text = table.text(about, [Verdict("one", Outcome(PASS, "fine"), 1)], tmp_path, tmp_path)
@@ -398,14 +419,20 @@ def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
 def test_figures_of_the_benchmark(tmp_path: Path) -> None:
     times = {"ours": 2.0, "cudnn": 3.0, "native": 4.0, "copy": 1.0}
     rows = [row(provider=name, ms=ms, op="both") for name, ms in times.items()]
+    rows += [row(provider=name, ms=1.0, op="forward", dtype="bf16") for name in times]
     rows.append(row(provider="ours", status="failed", op="forward", ms=None, note="why"))
     write_csv(tmp_path / "bench.csv", rows)
     read = table.read(tmp_path / "bench.csv")
     summary = figures.summary(read)
-    assert summary[0].endswith("of 1 cases; ours failed in 1")
+    assert summary[0].endswith("of 2 cases; ours failed in 1")
     assert "both: cudnn 1.50 native 2.00 compile - copy 0.50" in summary[1]
-    assert summary[2].endswith("failed why")
-    assert "both 0.67" in figures.worst(read)[1] and "both 2.00" in figures.worst(read)[3]
+    assert summary[3].endswith("failed why")
+    assert figures.worst(read) == [
+        "== ours over the fastest peer, the worst:",
+        "2x3x5x5 nchw bf16 forward 1.00 | 2x3x5x5 nchw fp16 both 0.67",
+        "== ours over the copy, the worst:",
+        "2x3x5x5 nchw fp16 both 2.00 | 2x3x5x5 nchw bf16 forward 1.00",
+    ]
     assert figures.cases(read)[1].endswith("both 2.0000/3.0000/4.0000/- 50%")
 
 

@@ -65,7 +65,7 @@ def worst(rows: Sequence[Row]) -> list[str]:
         ordered = sorted(ratios, key=lambda case: -ratios[case])[:_WORST]
         if ordered:
             said = [f"{' '.join(case)} {ratios[case]:.2f}" for case in ordered]
-            lines.append(f"== ours over {title}, the worst: ")
+            lines.append(f"== ours over {title}, the worst:")
             lines += [" | ".join(said[at : at + 3]) for at in range(0, len(said), 3)]
     return lines
 
