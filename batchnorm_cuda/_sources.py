@@ -24,6 +24,8 @@ HOST_SOURCES = (
     "plan.cpp",
     "plan_bytes.cpp",
     "plan_cache.cpp",
+    "plan_candidates.cpp",
+    "plan_costs.cpp",
     "plan_dict.cpp",
     "plan_rows.cpp",
     "plan_team.cpp",

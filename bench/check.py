@@ -20,7 +20,7 @@ from torch import Tensor
 from .loading import load
 from .providers import EPS, MOMENTUM, Tensors
 
-MOST_ELEMENTS = 2**25  # of float64 on the CPU: a few seconds, and about 2 GB
+MOST_ELEMENTS = 2**22  # of float64 on the CPU: a fraction of a second
 
 
 reference = load("tests", "reference")

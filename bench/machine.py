@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from .timing import Call, Clock, CudaClock, capture
+from .timing import Call, Clock, CudaClock, HostClock, capture
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Machine:
 def gpu() -> Machine:
     """The current CUDA device."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    pool = torch.cuda.graph_pool_handle()
     l2 = properties.L2_cache_size
     return Machine(
         device="cuda",
@@ -35,11 +34,26 @@ def gpu() -> Machine:
         l2_bytes=l2,
         memory_bytes=properties.total_memory,
         clock=lambda fill: CudaClock(l2, fill),
-        capture=lambda call: capture(call, pool),
+        capture=capture,
         peak_bytes=_peak_bytes,
         # Graphs cannot be captured on the default stream.
         scope=lambda: torch.cuda.stream(torch.cuda.Stream()),
         release=torch.cuda.empty_cache,
+    )
+
+
+def host_model() -> Machine:
+    """The model of CUDA on this CPU: what a GPU would be asked, answered in host time."""
+    return Machine(
+        device="cpu",
+        name="model of CUDA",
+        l2_bytes=1,  # two sets of inputs in rotation
+        memory_bytes=2**30,
+        clock=lambda fill: HostClock(),
+        capture=None,
+        peak_bytes=lambda call: None,
+        scope=nullcontext,
+        release=lambda: None,
     )
 
 

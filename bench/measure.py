@@ -17,7 +17,7 @@ from .machine import Machine
 from .providers import COPY, Tensors, make, missing
 from .results import FAILED, INACCURATE, UNSUPPORTED, Row
 from .samples import Spread
-from .steps import copy_of, make_call, make_copy, make_tensors, run_once
+from .steps import copy_of, make_call, make_copy, make_tensors, own_statistics, run_once
 from .timing import CACHES, Call, measure, rotation
 
 # x, dy, output and gradient of each set, and as much again that providers keep.
@@ -101,8 +101,8 @@ def _prepare(
                 # Large ones follow each other through the cache, and memory may be short.
                 large = case.compulsory_bytes >= CACHES * machine.l2_bytes
                 copies = [make_copy(case, machine.device) for _ in sets[: 1 if large else None]]
-                calls, method = captured(copies, machine)
-                values = {"backend": "device to device copy", "method": method}
+                calls, method, why = captured(copies, machine)
+                values = {"backend": "device to device copy", "method": method, "note": why}
                 entries[name] = Entry(values, calls)
             else:
                 entries[name] = _entry(case, name, sets, expected, machine, peer_tolerance)
@@ -136,27 +136,33 @@ def _entry(
         return Entry(values | {"status": INACCURATE, "note": note})
     if values["error"] > 1:
         values["note"] = "; ".join(filter(None, [expected.note, "beyond the tolerance"]))
-    own = [copy_of(t) for t in sets] if provider.in_place else sets
+    own = [copy_of(t) if provider.in_place else own_statistics(t) for t in sets]
     calls = [make_call(case, provider, run, t) for t in own]
     values["peak_bytes"] = machine.peak_bytes(calls[0])
-    calls, values["method"] = captured(calls, machine)
+    calls, values["method"], why = captured(calls, machine)
+    values["note"] = "; ".join(filter(None, [values["note"], why]))
     return Entry(values, calls)
 
 
-def captured(calls: list[Call], machine: Machine) -> tuple[list[Call], str]:
-    """The calls as graphs, if every one can be captured and the first computes the same again."""
+def captured(calls: list[Call], machine: Machine) -> tuple[list[Call], str, str]:
+    """The calls as graphs, if every one can be captured and the first computes the same again.
+
+    Returns them, the method by which they are then timed, and why that is not graphs.
+    """
     if machine.capture is None:
-        return calls, "events"
+        return calls, "events", ""
     eager = calls[0]()
     for call in calls[1:]:  # each must have run once: that loads kernels
         call()
     try:
         graphs = [machine.capture(call) for call in calls]
-    except RuntimeError:
-        return calls, "events"
+    except RuntimeError as reason:
+        return calls, "events", f"no graph: {_first_line(reason)}"
     replay, results = graphs[0]
     replay()
-    return ([graph for graph, _ in graphs], "graph") if _same(results, eager) else (calls, "events")
+    if not _same(results, eager):
+        return calls, "events", "no graph: its results differ from those of the call"
+    return [graph for graph, _ in graphs], "graph", ""
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -165,9 +171,12 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def _failure(reason: BaseException) -> dict[str, Any]:
+    return {"status": FAILED, "note": f"{type(reason).__name__}: {_first_line(reason)}"}
+
+
+def _first_line(reason: BaseException) -> str:
     lines = str(reason).strip().splitlines()
-    text = f"{type(reason).__name__}: {lines[0] if lines else 'no message'}"
-    return {"status": FAILED, "note": text[:200]}
+    return lines[0][:180] if lines else "no message"
 
 
 def _times(case: BenchCase, name: str, spreads: dict[str, Spread]) -> dict[str, Any]:

@@ -7,13 +7,13 @@ model's: then every figure stands in a column whose name begins with "model", an
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
+
+from . import records
 
 MEASURED, MODEL = "measured", "model"
 
@@ -65,24 +65,9 @@ class Row:
         return self.model_bytes / self.compulsory_bytes if self.model_bytes is not None else None
 
 
-COLUMNS = [field.name for field in fields(Row)]
-_TYPES = get_type_hints(Row)
-
-
-class ResultsError(ValueError):
-    """A file is not one of ours."""
-
-
-def append_row(path: Path, row: Row) -> None:
-    """Adds a line, and before the first one the header."""
-    new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow({name: _text(value) for name, value in asdict(row).items()})
-        file.flush()
-        os.fsync(file.fileno())
+ResultsError = records.RecordsError
+COLUMNS = records.columns(Row)
+append_row = records.append
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
@@ -93,14 +78,7 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
 
 def read_csv(path: Path) -> list[Row]:
     """Raises ResultsError where the file is missing, has other columns or unreadable values."""
-    try:
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames != COLUMNS:
-                raise ResultsError(f"{path}: expected the columns {', '.join(COLUMNS)}")
-            return [_row(path, reader.line_num, record) for record in reader]
-    except OSError as error:
-        raise ResultsError(f"{path}: {error.strerror}") from None
+    return records.read(path, Row)
 
 
 def write_json(path: Path, environment: Mapping[str, Any], rows: Iterable[Row]) -> None:
@@ -114,31 +92,3 @@ def read_environment(path: Path) -> dict[str, Any]:
     """Of the JSON file beside a CSV file; empty where there is none."""
     beside = path.with_suffix(".json")
     return json.loads(beside.read_text())["environment"] if beside.exists() else {}
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _row(path: Path, line: int, record: Mapping[str, Any]) -> Row:
-    values: dict[str, Any] = {}
-    for name, text in record.items():
-        try:
-            values[name] = _value(str(_TYPES[name]), text)
-        except (KeyError, TypeError, ValueError):
-            raise ResultsError(f"{path}, line {line}: {name} cannot be {text!r}") from None
-    return Row(**values)
-
-
-def _value(kind: str, text: str) -> object:
-    if "None" in kind and text == "":
-        return None
-    if "float" in kind:
-        return float(text)
-    if "int" in kind:
-        return int(text)
-    if text is None:
-        raise ValueError("the line is cut short")
-    return text

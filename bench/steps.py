@@ -34,6 +34,13 @@ def copy_of(t: Tensors) -> Tensors:
     return Tensors(*(tensor.detach().clone() for tensor in vars(t).values()))
 
 
+def own_statistics(t: Tensors) -> Tensors:
+    """The same with running statistics apart: a call updates them, and the next provider's check
+    starts from what they were.
+    """
+    return replace(t, running_mean=t.running_mean.clone(), running_var=t.running_var.clone())
+
+
 def make_call(
     case: BenchCase, provider: Provider, run: Run, t: Tensors
 ) -> Callable[[], dict[str, Tensor]]:

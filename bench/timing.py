@@ -8,8 +8,10 @@ a clock that drifts weighs on all alike.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -26,6 +28,8 @@ _WARM_UP = 3
 
 
 class Clock(Protocol):
+    idle_ms: float  # that a call costs besides what is timed
+
     def start(self, call: Call) -> object:
         """Runs `call`, perhaps later; gives what `milliseconds` takes."""
 
@@ -42,8 +46,8 @@ def rotation(nbytes: int, l2_bytes: int) -> tuple[int, bool]:
     return max(2, min(needed, _MOST_SETS)), needed > _MOST_SETS
 
 
-def rounds_for(seconds: float, round_ms: float) -> int:
-    fewest, most = _ROUNDS
+def rounds_for(seconds: float, round_ms: float, limits: tuple[int, int] = _ROUNDS) -> int:
+    fewest, most = limits
     return max(fewest, min(most, math.ceil(seconds * 1000 / max(round_ms, 1e-6))))
 
 
@@ -69,7 +73,7 @@ def measure(calls: Mapping[str, Sequence[Call]], clock: Clock, seconds: float) -
         return {}
     trial = interleave(calls, clock, _WARM_UP)
     # The last of the warm-up alone: the first calls load kernels.
-    rounds = rounds_for(seconds, sum(times[-1] for times in trial.values()))
+    rounds = rounds_for(seconds, sum(times[-1] + clock.idle_ms for times in trial.values()))
     return {name: spread(times) for name, times in interleave(calls, clock, rounds).items()}
 
 
@@ -80,7 +84,8 @@ class CudaClock:
     two events, not even that of an autograd step that is launched kernel by kernel.
     """
 
-    _SPIN_CYCLES = 1_000_000  # some 0.5 ms
+    _SPIN_CYCLES = 1_000_000
+    idle_ms = 0.5  # of the spin, about
 
     def __init__(self, l2_bytes: int, fill_cache: bool) -> None:
         self._filler = None
@@ -110,17 +115,39 @@ class CudaClock:
         return first.elapsed_time(last)
 
 
-def capture(call: Call, pool: object) -> tuple[Call, object]:
+class HostClock:
+    """The host's time of a call, for the model of CUDA: it says nothing of a GPU."""
+
+    idle_ms = 0.0
+
+    def start(self, call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1000
+
+    def wait(self) -> None:
+        pass
+
+    def milliseconds(self, handle: float) -> float:
+        return handle
+
+
+def capture(call: Call) -> tuple[Call, object]:
     """The call as a CUDA graph, and what it computes into. The call must have run before.
 
     Raises RuntimeError where something in it cannot be captured. Not by `torch.cuda.graph`, which
-    empties the allocator's cache each time: there are hundreds of graphs.
+    empties the allocator's cache each time: there are hundreds of graphs. Each has a memory pool of
+    its own, because a capture that failed leaves its pool without use. What threads do besides, as
+    those of autograd, breaks no capture.
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    graph.capture_begin(pool=pool)
+    graph.capture_begin(capture_error_mode="relaxed")
     try:
         results = call()
-    finally:
-        graph.capture_end()
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # the first error says what is wrong
+            graph.capture_end()
+        raise
+    graph.capture_end()
     return graph.replay, results

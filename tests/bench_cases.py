@@ -51,6 +51,8 @@ def row(**values: Any) -> Row:
 class FakeClock:
     """Runs the calls, and says that they took what `took` gives for the number of the start."""
 
+    idle_ms = 0.0
+
     def __init__(self, took: Callable[[int], float]) -> None:
         self.took = took
         self.starts = 0

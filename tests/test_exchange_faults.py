@@ -34,6 +34,7 @@ PLAIN = [
     for name in (
         "plan.cpp",
         "plan_bytes.cpp",
+        "plan_costs.cpp",
         "plan_rows.cpp",
         "plan_team.cpp",
         "plan_team_layout.cpp",

@@ -1,0 +1,200 @@
+"""`python -m bench calibrate`: constants are recovered from files made from a known cost model, and
+the planner answers to files that GPUs have made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from batchnorm_cuda import devices
+from bench import calibrate, records
+from bench.__main__ import main
+from bench.candidates import geometry, list_plans, thin
+from bench.loading import ROOT
+from bench.tune_problems import problems
+from bench.tune_rows import FAILED, MEASURED, OK, OPTIONS, SYNTHETIC, TuneRow, forced_by
+
+TRUTHS = {
+    "waits are dear": {
+        "grid_wait": 5.0,
+        "cluster_wait": 0.3,
+        "slot_rate": 1.0,
+        "latency": 2.5,
+        "exposed": 0.9,
+        "sm_rate": 2.0,
+        "launch": 3.0,
+    },
+    "waits are cheap": {
+        "grid_wait": 0.8,
+        "cluster_wait": 0.4,
+        "slot_rate": 4.0,
+        "latency": 0.5,
+        "exposed": 0.3,
+        "sm_rate": 1.1,
+        "launch": 9.0,
+    },
+}
+UNIT_MS = 3.2e-4
+MEASURED_FILES = sorted((ROOT / "bench" / "results").glob("*tune*.csv"))
+
+
+def write(
+    path: Path, extension: ModuleType, truth: dict[str, float], noise: float, seed: int = 1
+) -> None:
+    """A tune file of an H100 whose plans take what `truth` says, give or take the noise."""
+    device = devices.planner_properties(devices.describe("h100"))
+    draw = random.Random(seed)
+    for case in problems()[:60]:
+        sizes = geometry(case)
+        plans = list_plans(extension, case.op, case.dtype, sizes, device)
+        true = list_plans(extension, case.op, case.dtype, sizes, device, truth)
+        cost = {forced_by(plan["options"]): plan["cost"] for plan in true}
+        for plan in thin(plans, 16):
+            forced = {name: plan["options"].get(name, none) for name, none in OPTIONS.items()}
+            row = TuneRow(
+                kind=SYNTHETIC,
+                device="made up",
+                set=case.shape.name,
+                shape=case.shape.text,
+                layout=case.layout,
+                dtype=case.dtype,
+                op=case.op,
+                count=1,
+                **dict(zip(("n", "c", "s"), sizes, strict=True)),
+                **forced,
+                chosen=int(plan["chosen"]),
+                cost=plan["cost"],
+                predicted_bytes=plan["predicted_bytes"],
+                status=OK,
+                ms=cost[forced_by(plan["options"])] * UNIT_MS * math.exp(draw.gauss(0, noise)),
+            )
+            records.append(path, row)
+    facts = {"planner_device": device, "commit": "0123456789ab"}
+    path.with_suffix(".json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("truth", TRUTHS.values(), ids=TRUTHS)
+def test_recovers_a_known_model(
+    extension: ModuleType, tmp_path: Path, truth: dict[str, float]
+) -> None:
+    path = tmp_path / "made-up-tune.csv"
+    write(path, extension, truth, noise=0.02)
+    data = calibrate.load(path)
+    start = extension.cost_model()
+    fitted = calibrate.fit(extension, data, start)
+    for name, value in truth.items():
+        assert fitted.costs[name] == pytest.approx(value, rel=0.15), name
+    assert fitted.unit_ms == pytest.approx(UNIT_MS, rel=0.02)
+    assert fitted.error == pytest.approx(0.02, rel=0.2)
+    before = calibrate.regrets(data, calibrate.predict_all(extension, data, start))
+    after = calibrate.regrets(data, calibrate.predict_all(extension, data, fitted.costs))
+    assert statistics.fmean(after) < statistics.fmean(before)
+    assert statistics.median(after) <= 1.03
+
+
+def test_what_is_right_already_stays(extension: ModuleType, tmp_path: Path) -> None:
+    """Without noise, from the defaults: nothing moves, and least cost is the best plan."""
+    path = tmp_path / "made-up-tune.csv"
+    start = extension.cost_model()
+    write(path, extension, start, noise=0.0)
+    data = calibrate.load(path)
+    fitted = calibrate.fit(extension, data, start)
+    for name, value in start.items():
+        if name not in calibrate._PREFERENCES:
+            assert fitted.costs[name] == pytest.approx(value, rel=1e-3), name
+    assert fitted.error < 1e-4
+
+
+def test_preferences_are_given_up_where_they_lose(extension: ModuleType, tmp_path: Path) -> None:
+    """The formula is the truth: a preference for anything else than the least cost is a loss."""
+    path = tmp_path / "made-up-tune.csv"
+    start = extension.cost_model()
+    write(path, extension, TRUTHS["waits are dear"], noise=0.0)
+    data = calibrate.load(path)
+    assert start["later_walk"] > 1e6
+    fitted = calibrate.fit(extension, data, start)
+    assert fitted.costs["later_walk"] < 1.1
+    kept = fitted.costs | {"later_walk": start["later_walk"]}
+    assert calibrate.mean_regret(extension, data, fitted.costs) < calibrate.mean_regret(
+        extension, data, kept
+    )
+
+
+def test_report(extension: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "made-up-tune.csv"
+    write(path, extension, TRUTHS["waits are dear"], noise=0.02)
+    assert main(["calibrate", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "synthetic: no time below is a GPU's"
+    text = "\n".join(lines)
+    assert "resnet50/128 128x256x56x56 nhwc bf16 forward" in text
+    for column in ("before", "after", "cost"):
+        assert f"regret, {column}: median 1." in text
+    assert "for csrc/plan_costs.h, synthetic (made up, made-up-tune.csv, 0123456789ab):" in text
+    for name in extension.cost_model():
+        assert f"  double {name} = " in text
+
+
+def test_rows_without_a_time_are_left_out(extension: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "made-up-tune.csv"
+    write(path, extension, extension.cost_model(), noise=0.0)
+    rows = records.read(path, TuneRow)
+    plans = sum(len(problem.ms) for problem in calibrate.load(path).problems)
+    text = path.read_text().replace(f",{OK},", f",{FAILED},", 3)
+    path.write_text(text)
+    assert plans == len(rows)
+    assert sum(len(problem.ms) for problem in calibrate.load(path).problems) == plans - 3
+
+
+@pytest.mark.parametrize(
+    "text, beside, message",
+    [
+        (None, None, "No such file"),
+        ("a,b\n1,2\n", "{}", "expected the columns kind, device"),
+        ("", None, "expected the columns kind, device"),
+    ],
+)
+def test_wrong_files(
+    tmp_path: Path,
+    text: str | None,
+    beside: str | None,
+    message: str,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    path = tmp_path / "tune.csv"
+    if text is not None:
+        path.write_text(text)
+    if beside is not None:
+        path.with_suffix(".json").write_text(beside)
+    assert main(["calibrate", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_planners_device(
+    extension: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "tune.csv"
+    write(path, extension, extension.cost_model(), noise=0.0)
+    path.with_suffix(".json").unlink()
+    assert main(["calibrate", str(path)]) == 2
+    assert "expected the planner's device" in capsys.readouterr().err
+
+
+def test_planner_answers_to_measurements(extension: ModuleType) -> None:
+    if not MEASURED_FILES:
+        pytest.skip("no GPU has timed the plans yet: there is no bench/results/*tune*.csv")
+    for path in MEASURED_FILES:
+        data = calibrate.load(path)
+        assert data.kind == MEASURED
+        found = calibrate.predict_all(extension, data, extension.cost_model())
+        regrets = calibrate.regrets(data, found)
+        assert statistics.median(regrets) <= 1.03, path.name
+        worst = max(zip(regrets, data.problems, strict=True), key=lambda pair: pair[0])
+        assert worst[0] <= 1.10, f"{path.name}: {worst[1].title}"
