@@ -299,7 +299,7 @@ def test_the_log_is_cut_part_by_part(tmp_path: Path) -> None:
 
 
 def test_a_build_goes_from_one_visit_to_the_next(tmp_path: Path) -> None:
-    cache, archive = tmp_path / "cache", tmp_path / "build.tar.gz"
+    cache = tmp_path / "cache"
     for name in ("C-1/_C.so", "C-1/build.json", "C-1/_C.o", "objects/merge-2.o", "C-3/_C.so"):
         (cache / name).parent.mkdir(parents=True, exist_ok=True)
         (cache / name).write_bytes(os.urandom(1000))
@@ -310,11 +310,19 @@ def test_a_build_goes_from_one_visit_to_the_next(tmp_path: Path) -> None:
     )
     whole, small = (save_build.contents(cache, recipe, objects) for objects in (True, False))
     assert [str(path.relative_to(cache)) for path in small] == ["C-1/_C.so", "C-1/build.json"]
-    assert not save_build.pack(cache, archive, whole, 2500) and not archive.exists()
-    assert save_build.pack(cache, archive, whole, 5000)
-    save_build.unpack(archive, tmp_path / "new")
+    assert save_build.pack(cache, tmp_path, whole, most=1000) == []
+    assert not list(tmp_path.glob("build.tar.gz*"))
+    assert save_build.pack(cache, tmp_path, whole, most=9000) == [tmp_path / "build.tar.gz"]
+    save_build.unpack([tmp_path / "build.tar.gz"], tmp_path / "one")
+    pieces = save_build.pack(cache, tmp_path, whole, most=2500)
+    assert [path.name for path in pieces] == ["build.tar.gz.0", "build.tar.gz.1"]
+    assert max(path.stat().st_size for path in pieces) == 2500
+    with pytest.raises(ValueError, match=r"all of build.tar.gz, got .*build.tar.gz.0: "):
+        save_build.unpack(pieces[:1], tmp_path / "half")
+    save_build.unpack(pieces[::-1], tmp_path / "new")
     for name in ("C-1/_C.so", "objects/merge-2.o"):
-        assert (tmp_path / "new" / name).read_bytes() == (cache / name).read_bytes()
+        for copy in ("one", "new"):
+            assert (tmp_path / copy / name).read_bytes() == (cache / name).read_bytes()
 
 
 @pytest.mark.parametrize(
