@@ -472,21 +472,68 @@ def test_tests_are_written_down_as_they_end(tmp_path: Path) -> None:
 # ---- parts that time, on a machine whose clock says 1 ms
 
 
-def test_timings_stop_in_time_and_say_how_far_they_came(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_timings_of_all_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     todo = [case(op=op) for op in ("forward", "backward", "both")]
     monkeypatch.setattr(timings, "work", lambda compiled: todo)
-    monkeypatch.setattr(timings.environment, "collect", lambda device: {"device": "GPU 1"})
-    assert timings.run(tmp_path, False, time.monotonic() + 60, machine()) == 0
+    told: list[dict] = []
+    assert timings.work_through(tmp_path, False, 1, machine(), told.append)
     rows = read_csv(tmp_path / "bench.csv")
     assert {row.provider for row in rows} == set(timings.PROVIDERS)
-    assert [row.op for row in rows if row.provider == "ours"] == ["forward", "backward", "both"]
+    assert [row.op for row in rows if row.provider == "ours"] == ["backward", "both"]
     assert all(row.ms == 1.0 for row in rows if row.provider in ("ours", "native", "copy"))
-    assert json.loads((tmp_path / "bench.json").read_text())["environment"]["complete"]
-    assert capsys.readouterr().out.endswith("3 of 3 cases; ours failed in 0\n")
-    assert timings.run(tmp_path, False, time.monotonic() - 1, machine()) == 0
-    assert capsys.readouterr().out.endswith("0 of 3 cases; ours failed in 0\n")
+    assert [message.get("done") for message in told] == [None, 2, None, 3, None]
+    assert told[-1] == {"end": True}
+
+
+def test_a_case_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timings, "work", lambda compiled: [case(), case()])
+    monkeypatch.setattr(timings, "_context_is_lost", lambda: True)
+    rows = [row(status="failed", ms=None, note="an illegal memory access")]
+    monkeypatch.setattr(timings, "case_rows", lambda *arguments: rows)
+    told: list[dict] = []
+    assert not timings.work_through(tmp_path, False, 0, machine(), told.append)
+    title = "tiny 2x3x5x5 nchw fp16 forward"
+    assert told[1:] == [{"done": 1, "wrong": [f"{title}: failed, an illegal memory access"]}]
+
+
+# What a worker does, by the case that it begins with.
+WORKER = """
+import json, os, sys, time
+first = int(sys.argv[-1].removeprefix("--first="))
+def say(**message): print("@" + json.dumps(message), flush=True)
+for n in range(first, 5):
+    say(start=n, title=f"case {n}")
+    if n == 1: os.kill(os.getpid(), 11)
+    if n == 3: time.sleep(600)
+    say(done=n + 1, wrong=[])
+say(end=True)
+"""
+
+
+def test_timings_go_on_behind_a_case_that_takes_the_process_along() -> None:
+    progress = timings.Progress(5)
+    command = [sys.executable, "-c", WORKER]
+    timings.follow(progress, command, time.monotonic() + 60, patience=1)
+    assert progress.ended and progress.done == 5
+    assert progress.wrong == [
+        "case 1: ended with status -11",
+        "case 3: killed: no answer in 1 s",
+    ]
+
+
+def test_timings_stop_in_time() -> None:
+    progress = timings.Progress(5)
+    timings.follow(progress, ["sh", "-c", "sleep 600"], time.monotonic() + 0.5)
+    assert not progress.ended and progress.wrong == []
+
+
+def test_a_worker_that_never_begins_is_not_started_again(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    progress = timings.Progress(5)
+    command = ["sh", "-c", f"echo x >> {count}; echo no module"]
+    timings.follow(progress, command, time.monotonic() + 60)
+    assert count.read_text() == "x\n"
+    assert progress.wrong == ["ended with status 0: no module"]
 
 
 def test_the_telling_cases_come_first() -> None:
