@@ -30,6 +30,7 @@ HOST_SOURCES = (
     "plan_rows.cpp",
     "plan_team.cpp",
     "plan_team_layout.cpp",
+    "refusals.cpp",
     "sync_batch_norm.cpp",
     "tensors.cpp",
 )
@@ -37,6 +38,7 @@ DEVICE_CONTEXT = "device_context.cpp"
 KERNEL_SOURCES = (
     "backward_elementwise.cu",
     "backward_reduce.cu",
+    "cluster_query.cu",
     "double_backward_elementwise.cu",
     "double_backward_reduce.cu",
     "merge.cu",

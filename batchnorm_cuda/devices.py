@@ -10,7 +10,7 @@ paper or data sheet of the product, named beside each entry.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 KIB, MIB = 1024, 1024 * 1024
@@ -26,7 +26,10 @@ _LIMITS = {
     (10, 0): (2048, 228 * KIB, 227 * KIB),
     (12, 0): (1536, 100 * KIB, 99 * KIB),
 }
-# Clusters came with 9.0; eight blocks are portable, and more are not asked for.
+# Clusters came with 9.0; eight blocks are portable, and more are not asked for. The SMs of a
+# cluster are of one GPC. How those of a product are dealt to its GPCs is not published, and may
+# differ from chip to chip: `gpcs` below is assumed, in pairs of SMs and as evenly as may be. On a
+# GPU csrc/cluster_query.cu asks the driver.
 _FIRST_WITH_CLUSTERS = (9, 0)
 _PORTABLE_CLUSTER = 8
 
@@ -47,7 +50,9 @@ def _device(
     l2_bytes: int,
     bandwidth_gb_s: float,
     boost_mhz: int,
+    gpcs: Sequence[int] = (),
 ) -> dict[str, Any]:
+    assert sum(gpcs) == (sm_count if capability >= _FIRST_WITH_CLUSTERS else 0)
     threads, shared_sm, shared_block = _LIMITS[capability]
     return {
         "name": name,
@@ -63,6 +68,7 @@ def _device(
         "max_grid": 2**31 - 1,
         "cooperative": True,
         "max_cluster": _PORTABLE_CLUSTER if capability >= _FIRST_WITH_CLUSTERS else 0,
+        **{f"clusters_of_{size}": sum(sms // size for sms in gpcs) for size in (2, 4, 8)},
         "bandwidth_gb_s": bandwidth_gb_s,
         "boost_mhz": boost_mhz,
     }
@@ -95,12 +101,20 @@ DEVICES: Mapping[str, Mapping[str, Any]] = {
     "l40s": _device(
         "L40S", (8, 9), sm_count=142, l2_bytes=96 * MIB, bandwidth_gb_s=864, boost_mhz=2520
     ),
-    # H100 white paper, SXM5: 132 SMs, five HBM3 stacks; 66.9 TFLOP/s are 1980 MHz.
+    # H100 white paper, SXM5: 132 SMs of 144 in 8 GPCs of up to 18, five HBM3 stacks; 66.9 TFLOP/s
+    # are 1980 MHz.
     "h100": _device(
-        "H100 SXM5", (9, 0), sm_count=132, l2_bytes=50 * MIB, bandwidth_gb_s=3350, boost_mhz=1980
+        "H100 SXM5",
+        (9, 0),
+        sm_count=132,
+        l2_bytes=50 * MIB,
+        bandwidth_gb_s=3350,
+        boost_mhz=1980,
+        gpcs=(16,) * 6 + (18,) * 2,
     ),
-    # B200: two dies of 74 SMs. Data sheets say "up to 8 TB/s"; a 7680-bit bus at 3996 MHz, as the
-    # driver reports them, is 7672 GB/s, and it reports 126.5 MB of L2 cache.
+    # B200: two dies of 74 SMs, taken to be in four GPCs each. Data sheets say "up to 8 TB/s"; a
+    # 7680-bit bus at 3996 MHz, as the driver reports them, is 7672 GB/s, and it reports 126.5 MB of
+    # L2 cache.
     "b200": _device(
         "B200",
         (10, 0),
@@ -108,9 +122,10 @@ DEVICES: Mapping[str, Mapping[str, Any]] = {
         l2_bytes=253 * MIB // 2,
         bandwidth_gb_s=7672,
         boost_mhz=1965,
+        gpcs=(18,) * 6 + (20,) * 2,
     ),
-    # RTX Blackwell white paper: GB202 with 170 of 192 SMs and 96 of 128 MB of L2 cache, 512-bit
-    # GDDR7 at 28 Gb/s.
+    # RTX Blackwell white paper: GB202 with 11 GPCs, 170 of 192 SMs and 96 of 128 MB of L2 cache,
+    # 512-bit GDDR7 at 28 Gb/s.
     "rtx5090": _device(
         "GeForce RTX 5090",
         (12, 0),
@@ -118,6 +133,7 @@ DEVICES: Mapping[str, Mapping[str, Any]] = {
         l2_bytes=96 * MIB,
         bandwidth_gb_s=1792,
         boost_mhz=2407,
+        gpcs=(16,) * 8 + (14,) * 3,
     ),
 }
 """Properties by name, of "t4", "a100", "rtx4090", "l40s", "h100", "b200" and "rtx5090"."""

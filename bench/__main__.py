@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-COMMANDS = ("compare", "report", "readme", "gpu-check", "visit", "tune", "calibrate")
+COMMANDS = ("compare", "report", "readme", "gpu-check", "visit", "tune", "exchange", "calibrate")
 EXTRA = ("matplotlib", "tqdm", "jinja2")  # "bench" of pyproject.toml
 
 

@@ -28,6 +28,7 @@ usage: python -m bench [OPTIONS]            time batch norm on this GPU; or with
        python -m bench gpu-check            everything there is to check on a machine with a GPU
        python -m bench visit --plan P ...   the same and more in parts, for a GPU lent for minutes
        python -m bench tune                 time every plan that the planner could have chosen
+       python -m bench exchange             what launches and exchanges between blocks cost
        python -m bench calibrate TUNE.csv   fit the constants of the planner's cost model to that
 
   --set NAME        shapes; repeatable: {", ".join(list(SETS)[:6])},

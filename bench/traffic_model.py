@@ -157,7 +157,7 @@ def scaled_device(name: str, sms: int | None = None) -> dict[str, Any]:
     """The described device, or what is left of it with `sms` SMs.
 
     L2 cache and bandwidth shrink in proportion; what is counted per SM stays. A tensor whose batch
-    shrinks with it keeps each SM's share of work, and of L2 cache.
+    shrinks with it keeps each SM's share of work, and of L2 cache. Clusters are those of whole GPCs.
     """
     device = devices.describe(name)
     if sms is not None and sms != device["sm_count"]:
@@ -166,6 +166,8 @@ def scaled_device(name: str, sms: int | None = None) -> dict[str, Any]:
         device["sm_count"] = sms
         device["l2_bytes"] = device["l2_bytes"] * sms // full
         device["bandwidth_gb_s"] = device["bandwidth_gb_s"] * sms / full
+        for size in (2, 4, 8):
+            device[f"clusters_of_{size}"] = min(device[f"clusters_of_{size}"], sms // size)
     return device
 
 

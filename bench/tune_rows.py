@@ -13,6 +13,7 @@ SYNTHETIC = "synthetic"  # made from a known cost model
 OK = "ok"
 INACCURATE = "inaccurate"  # beyond the tolerance from what the chosen plan computes
 FAILED = "failed"  # an error, in the note
+UNSUPPORTED = "unsupported"  # the device has no such plan
 COPY = "copy"  # the strategy of the row that copies as many bytes
 
 # What forces a plan, with the value of a row where it does not apply.

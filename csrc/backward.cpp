@@ -7,6 +7,7 @@
 #include "dispatch.h"
 #include "ops.h"
 #include "plan_cache.h"
+#include "refusals.h"
 #include "stages.h"
 
 namespace batchnorm_cuda {
@@ -36,15 +37,13 @@ LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) 
 
 template <typename scalar_t>
 void run(const Backward& b) {
-  const DeviceInfo& device = device_info(b.input.device());
-  const cudaStream_t stream = current_stream(b.input.device());
-  PlanOptions options = plan_options();
-  const Plan* plan = &cached_plan(b.problem, device, options);
-  if (plan->strategy == Strategy::kTeam) {
+  const c10::Device device = b.input.device();
+  const cudaStream_t stream = current_stream(device);
+  const Plan* plan = &cached_plan(b.problem, device_info(device), plan_options());
+  while (plan->strategy == Strategy::kTeam) {
     const LaunchStatus status = run_team<scalar_t>(b, *plan, stream);
-    if (status != kNotResident) return check_launch(status, "team_kernel");
-    options.strategy = Strategy::kTwoPass;
-    plan = &cached_plan(b.problem, device, options);
+    if (!is_refused(status)) return check_launch(status, "team_kernel");
+    plan = &plan_after_refusal(b.problem, device, plan->team, status);
   }
   Sums sums;
   if (b.training() && b.grad_input) sums = {channel_vector(b.input), channel_vector(b.input)};

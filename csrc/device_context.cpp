@@ -12,25 +12,37 @@
 
 #include "build_bindings.h"
 #include "device_query.h"
+#include "known_devices.h"
 
 namespace batchnorm_cuda {
+namespace {
+
+KnownDevices& known_devices() {
+  static KnownDevices known;
+  return known;
+}
+
+int index_of(c10::Device device) {
+  return device.has_index() ? device.index() : c10::cuda::current_device();
+}
+
+}  // namespace
 
 void bind_build(pybind11::module_&) {}
 
 c10::DeviceType supported_device_type() { return c10::DeviceType::CUDA; }
 
 const DeviceInfo& device_info(c10::Device device) {
-  static std::mutex mutex;
-  static std::map<int, DeviceInfo> known;  // references into a map stay valid
-  const int index = device.has_index() ? device.index() : c10::cuda::current_device();
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(index);
-  if (found != known.end()) return found->second;
-  DeviceInfo info;
-  const LaunchStatus status = query_device(index, &info);
-  TORCH_CHECK(status == 0, "batch_norm: querying CUDA device ", index,
-              " failed: ", describe_status(status));
-  return known.emplace(index, info).first->second;
+  const int index = index_of(device);
+  return known_devices().get(index, [&](DeviceInfo* info) {
+    const LaunchStatus status = query_device(index, info);
+    TORCH_CHECK(status == 0, "batch_norm: querying CUDA device ", index,
+                " failed: ", describe_status(status));
+  });
+}
+
+void refuse_scope(c10::Device device, Scope scope) {
+  known_devices().refuse(index_of(device), scope);
 }
 
 cudaStream_t current_stream(c10::Device device) {

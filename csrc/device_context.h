@@ -13,8 +13,11 @@ namespace batchnorm_cuda {
 // The device type whose tensors the kernels of this build take.
 c10::DeviceType supported_device_type();
 
-// Properties of the device, queried once per device and process.
+// Properties of the device, queried once per device and process, less what it refused since.
 const DeviceInfo& device_info(c10::Device device);
+
+// Plans no teams of this scope on the device from now on, in the whole process.
+void refuse_scope(c10::Device device, Scope scope);
 
 // The stream that torch work on the device goes to at present, in this thread.
 cudaStream_t current_stream(c10::Device device);

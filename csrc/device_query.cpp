@@ -4,9 +4,6 @@
 
 namespace batchnorm_cuda {
 
-// Blocks that a cluster may have on every device that has clusters.
-constexpr int kPortableCluster = 8;
-
 LaunchStatus query_device(int device, DeviceInfo* info) {
   cudaDeviceProp properties;
   const cudaError_t status = cudaGetDeviceProperties(&properties, device);
@@ -23,8 +20,12 @@ LaunchStatus query_device(int device, DeviceInfo* info) {
   info->l2_bytes = properties.l2CacheSize;
   info->max_grid = properties.maxGridSize[0];
   info->cooperative = properties.cooperativeLaunch != 0;
-  info->max_cluster = properties.major >= 9 ? kPortableCluster : 0;
-  return static_cast<LaunchStatus>(cudaSuccess);
+  int current = 0;
+  cudaError_t chosen = cudaGetDevice(&current);
+  if (chosen == cudaSuccess && current != device) chosen = cudaSetDevice(device);
+  if (chosen == cudaSuccess) query_clusters(info);
+  if (chosen == cudaSuccess && current != device) chosen = cudaSetDevice(current);
+  return static_cast<LaunchStatus>(chosen);
 }
 
 }  // namespace batchnorm_cuda

@@ -6,6 +6,7 @@
 #include "dispatch.h"
 #include "ops.h"
 #include "plan_cache.h"
+#include "refusals.h"
 #include "stages.h"
 
 namespace batchnorm_cuda {
@@ -42,15 +43,13 @@ void run_statistics(const Forward& f, const Plan& plan, cudaStream_t stream) {
 
 template <typename scalar_t>
 void run(const Forward& f) {
-  const DeviceInfo& device = device_info(f.input.device());
-  const cudaStream_t stream = current_stream(f.input.device());
-  PlanOptions options = plan_options();
-  const Plan* plan = &cached_plan(f.problem, device, options);
-  if (plan->strategy == Strategy::kTeam) {
+  const c10::Device device = f.input.device();
+  const cudaStream_t stream = current_stream(device);
+  const Plan* plan = &cached_plan(f.problem, device_info(device), plan_options());
+  while (plan->strategy == Strategy::kTeam) {
     const LaunchStatus status = run_team<scalar_t>(f, *plan, stream);
-    if (status != kNotResident) return check_launch(status, "team_kernel");
-    options.strategy = Strategy::kTwoPass;
-    plan = &cached_plan(f.problem, device, options);
+    if (!is_refused(status)) return check_launch(status, "team_kernel");
+    plan = &plan_after_refusal(f.problem, device, plan->team, status);
   }
   if (plan->has_reduce) run_statistics<scalar_t>(f, *plan, stream);
   run_normalize<scalar_t>(f, *plan, stream);

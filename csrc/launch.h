@@ -83,9 +83,12 @@ template <typename scalar_t>
 LaunchStatus launch_double_backward_elementwise(
     Pattern pattern, const DoubleBackwardElementwiseParams<scalar_t>& params, cudaStream_t stream);
 
-// The team kernels. kNotResident: a cooperative grid does not fit the device after all (other
-// limits than the plan knows of); nothing was launched.
+// The team kernels may come back refused: nothing was launched, and the work is still to be done.
+// kNotResident: by its occupancy this kernel fits the device less often than planned.
 constexpr LaunchStatus kNotResident = -1;
+// Else it was the launch that failed, by a CUDA error that concerns teams of this scope alone.
+constexpr LaunchStatus refused_by(int error) { return -error; }
+constexpr bool is_refused(LaunchStatus status) { return status < 0; }
 
 template <typename scalar_t>
 LaunchStatus launch_team_forward(const TeamForwardParams<scalar_t>& params, cudaStream_t stream);
@@ -99,7 +102,8 @@ template <typename scalar_t>
 LaunchStatus launch_team_backward(const TeamBackwardParams<scalar_t>& params,
                                   const FusedBackward<scalar_t>& fused, cudaStream_t stream);
 
-// The text of a LaunchStatus.
+// The text of a LaunchStatus, and the name of its error.
 const char* describe_status(LaunchStatus status);
+const char* name_of_status(LaunchStatus status);
 
 }  // namespace batchnorm_cuda

@@ -118,6 +118,10 @@ const char* describe_status(LaunchStatus status) {
   return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
 
+const char* name_of_status(LaunchStatus status) {
+  return cudaGetErrorName(static_cast<cudaError_t>(status));
+}
+
 template LaunchStatus launch_merge_statistics(const MergeGeometry&,
                                               const MergeStatisticsParams<float>&, cudaStream_t);
 template LaunchStatus launch_merge_statistics(const MergeGeometry&,

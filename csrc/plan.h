@@ -148,6 +148,9 @@ struct DeviceInfo {
   int64_t max_grid = 2147483647;
   bool cooperative = true;  // cooperative launch
   int max_cluster = 0;      // blocks of a portable cluster, 0 without clusters (before 9.0)
+  // Clusters of so many blocks that are resident at once with one block on an SM: the SMs of a
+  // cluster are of one GPC, whose number need not be a multiple. 0: not known, or none.
+  int clusters_of_2 = 0, clusters_of_4 = 0, clusters_of_8 = 0;
 };
 
 struct Problem {

@@ -25,6 +25,9 @@ void visit_fields(Info& d, F&& f) {
   f("max_grid", d.max_grid);
   f("cooperative", d.cooperative);
   f("max_cluster", d.max_cluster);
+  f("clusters_of_2", d.clusters_of_2);
+  f("clusters_of_4", d.clusters_of_4);
+  f("clusters_of_8", d.clusters_of_8);
 }
 
 // The same of the cost model.

@@ -96,6 +96,18 @@ int64_t resident_blocks(const TeamRequest& r, const Team& team) {
       {by_shared, by_threads, by_registers, int64_t{team.blocks_per_sm}, int64_t{kMaxBlocksPerSm}});
 }
 
+// Teams that are resident at once. As many clusters as fit with one block on an SM fit again for
+// each further block of the SM, which is what is sure.
+int64_t resident_teams(const TeamRequest& r, const Team& team) {
+  const DeviceInfo& d = r.device;
+  const int64_t by_places = int64_t{team.blocks_per_sm} * d.sm_count / team.size;
+  if (team.scope != Scope::kCluster) return by_places;
+  const int clusters = team.size > 4   ? d.clusters_of_8
+                       : team.size > 2 ? d.clusters_of_4
+                                       : d.clusters_of_2;
+  return clusters == 0 ? by_places : std::min(by_places, int64_t{team.blocks_per_sm} * clusters);
+}
+
 Scope scope_of(const TeamRequest& r, int64_t size) {
   const bool cluster = size <= r.device.max_cluster;
   if (size == 1) return Scope::kBlock;
@@ -192,11 +204,11 @@ bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, int64_
   const int64_t members = team_members(t, r.pattern);
   if (!place_windows(r, team, ceil_div(t.per_split, members))) return false;
   team.blocks_per_sm = static_cast<int>(resident_blocks(r, team));
-  const int64_t places = int64_t{team.blocks_per_sm} * r.device.sm_count;
+  if (team.blocks_per_sm == 0) return false;
   const bool one_round = team.scope == Scope::kBlock && !team_is_pipelined(depth);
-  team.teams =
-      std::min({t.channel_blocks, r.device.max_grid, one_round ? t.channel_blocks : places / size});
-  if (places == 0 || team.teams == 0) return false;
+  team.teams = std::min({t.channel_blocks, r.device.max_grid,
+                         one_round ? t.channel_blocks : resident_teams(r, team)});
+  if (team.teams == 0) return false;
   team.rounds = ceil_div(t.channel_blocks, team.teams);
   team.grid = team.teams * size;
   t.tasks = t.channel_blocks * size;

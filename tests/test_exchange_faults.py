@@ -38,6 +38,7 @@ PLAIN = [
         "plan_rows.cpp",
         "plan_team.cpp",
         "plan_team_layout.cpp",
+        "cluster_query.cu",
         "device_query.cpp",
     )
 ]

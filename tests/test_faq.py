@@ -75,7 +75,7 @@ def python_messages(path: Path) -> Iterator[str]:
 
 
 def cpp_messages(path: Path) -> Iterator[str]:
-    raised = r"(?:TORCH_CHECK\w*|throw [\w:]+)\((.*?)\);"
+    raised = r"(?:TORCH_(?:CHECK|WARN)\w*|throw [\w:]+)\((.*?)\);"
     for statement in re.findall(raised, path.read_text(), re.DOTALL):
         literals = re.findall(r'"((?:[^"\\]|\\.)*)"', statement)
         yield GAP.join([*literals, ""])

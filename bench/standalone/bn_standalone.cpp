@@ -84,6 +84,9 @@ void model(const DeviceInfo& device) {
   d.cooperative_launch = device.cooperative;
   d.max_cluster_size = device.max_cluster;
   d.cluster_launch = device.max_cluster > 0;
+  d.clusters_of_2 = device.clusters_of_2;
+  d.clusters_of_4 = device.clusters_of_4;
+  d.clusters_of_8 = device.clusters_of_8;
   simt::set_device(d);
 }
 #else

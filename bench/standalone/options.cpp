@@ -143,6 +143,9 @@ void read_device_json(const std::string& path, DeviceInfo* device) {
     field("max_grid", &device->max_grid);
     field("cooperative", &device->cooperative);
     field("max_cluster", &device->max_cluster);
+    field("clusters_of_2", &device->clusters_of_2);
+    field("clusters_of_4", &device->clusters_of_4);
+    field("clusters_of_8", &device->clusters_of_8);
     if (!known) throw std::invalid_argument("--device-json: unknown property '" + key + "'");
   }
 }

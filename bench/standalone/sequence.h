@@ -166,14 +166,14 @@ void launch_backward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pl
 }
 
 // Enqueues the operation as planned on the default stream. False, with nothing launched, where a
-// team's grid turns out not to fit the device.
+// team is refused.
 template <typename scalar_t>
 bool launch_call(const Call<scalar_t>& call, const batchnorm_cuda::Plan& plan) {
   const bool backward = call.problem.op == batchnorm_cuda::Op::kBackwardTraining;
   if (plan.strategy == batchnorm_cuda::Strategy::kTeam) {
     const batchnorm_cuda::LaunchStatus status =
         backward ? launch_backward_team(call, plan) : launch_forward_team(call, plan);
-    if (status == batchnorm_cuda::kNotResident) return false;
+    if (batchnorm_cuda::is_refused(status)) return false;
     check_launch(status, "team_kernel");
   } else if (backward) {
     launch_backward_stages(call, plan);

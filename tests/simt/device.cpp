@@ -63,6 +63,17 @@ Attributes attributes_of(const cudaLaunchConfig_t& config) {
   return attributes;
 }
 
+// What simt::refuse_launches asked for.
+std::atomic<int> cooperative_refusal{0}, cluster_refusal{0}, refusals{0};
+
+cudaError_t refusal(const Attributes& attributes) {
+  int error = 0;
+  if (attributes.has_cluster) error = cluster_refusal;
+  if (attributes.cooperative) error = cooperative_refusal;
+  if (error != 0) ++refusals;
+  return static_cast<cudaError_t>(error);
+}
+
 cudaError_t check_cluster(const void* kernel, const dim3& grid, const dim3& cluster) {
   if (!described.cluster_launch) return cudaErrorNotSupported;
   const size_t size = volume(cluster);
@@ -75,6 +86,16 @@ cudaError_t check_cluster(const void* kernel, const dim3& grid, const dim3& clus
     return cudaErrorInvalidConfiguration;
   }
   return cudaSuccess;
+}
+
+// Clusters of `size` blocks of which an SM holds so many. A device of several GPCs may hold fewer
+// than its SMs would make.
+int resident_clusters(int size, int blocks) {
+  const int by_sms = blocks * described.sm_count / size;
+  const int alone = size > 4   ? described.clusters_of_8
+                    : size > 2 ? described.clusters_of_4
+                               : described.clusters_of_2;
+  return alone == 0 ? by_sms : std::min(by_sms, blocks * alone);
 }
 
 int blocks_per_sm(int threads, size_t shared_bytes) {
@@ -117,11 +138,12 @@ cudaError_t check_launch(const LaunchRequest& request, dim3* cluster, bool* coop
     max_clusters(request.kernel, config, &clusters);
     if (clusters == 0) return cudaErrorInvalidClusterSize;
   }
-  if (!attributes.cooperative) return cudaSuccess;
+  if (!attributes.cooperative) return refusal(attributes);
   if (!described.cooperative_launch) return cudaErrorNotSupported;
   const size_t resident = static_cast<size_t>(blocks_per_sm(threads, config.dynamicSmemBytes)) *
                           static_cast<size_t>(described.sm_count);
-  return volume(config.gridDim) > resident ? cudaErrorCooperativeLaunchTooLarge : cudaSuccess;
+  if (volume(config.gridDim) > resident) return cudaErrorCooperativeLaunchTooLarge;
+  return refusal(attributes);
 }
 
 cudaError_t set_function_attribute(const void* kernel, cudaFuncAttribute attribute, int value) {
@@ -144,7 +166,8 @@ cudaError_t function_attributes(const void* kernel, cudaFuncAttributes* attribut
   attributes->maxThreadsPerBlock = described.max_threads_per_block;
   attributes->numRegs = described.registers_per_thread;
   attributes->binaryVersion = described.compute_major * 10 + described.compute_minor;
-  attributes->ptxVersion = attributes->binaryVersion;
+  attributes->ptxVersion =
+      described.ptx_version > 0 ? described.ptx_version : attributes->binaryVersion;
   attributes->maxDynamicSharedSizeBytes = settings_of(kernel).max_dynamic_shared;
   return cudaSuccess;
 }
@@ -164,7 +187,7 @@ cudaError_t max_clusters(const void* kernel, const cudaLaunchConfig_t& config, i
   int blocks = 0;
   max_blocks_per_sm(kernel, static_cast<int>(volume(config.blockDim)), config.dynamicSmemBytes,
                     &blocks);
-  *clusters = blocks * described.sm_count / static_cast<int>(volume(attributes.cluster));
+  *clusters = resident_clusters(static_cast<int>(volume(attributes.cluster)), blocks);
   return cudaSuccess;
 }
 
@@ -189,6 +212,12 @@ void set_device(const DeviceDescription& device) {
 }
 int64_t description_number() { return detail::description; }
 const DeviceDescription& device() { return detail::described; }
+
+int refuse_launches(int cooperative_error, int cluster_error) {
+  detail::cooperative_refusal = cooperative_error;
+  detail::cluster_refusal = cluster_error;
+  return detail::refusals.exchange(0);
+}
 
 }  // namespace simt
 

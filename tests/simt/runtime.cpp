@@ -44,6 +44,7 @@ constexpr ErrorText kErrors[] = {
      "too many resources requested for launch"},
     {cudaErrorCooperativeLaunchTooLarge, "cudaErrorCooperativeLaunchTooLarge",
      "too many blocks in cooperative launch"},
+    {cudaErrorNotPermitted, "cudaErrorNotPermitted", "operation not permitted"},
     {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
     {cudaErrorInvalidClusterSize, "cudaErrorInvalidClusterSize", "cluster size is invalid"},
 };

@@ -146,7 +146,8 @@ std::string launch(const batchnorm_cuda::Team& team, const HostCase<float>& host
   }
   const batchnorm_cuda::LaunchStatus status = launch_team_forward(params, cudaStream_t());
   if (status != 0) {
-    return std::string("status: ") + cudaGetErrorName(static_cast<cudaError_t>(status));
+    const int error = batchnorm_cuda::is_refused(status) ? -status : status;
+    return std::string("status: ") + cudaGetErrorName(static_cast<cudaError_t>(error));
   }
   return compare(host, output.download(), mean.download(), invstd.download());
 }

@@ -75,6 +75,9 @@ struct DeviceDescription {
   int shared_reserved_per_block = 1024;
   int l2_bytes = 4 * 1024 * 1024;
   int max_cluster_size = 16;  // above 8 only for kernels that allow a non-portable size
+  // Clusters resident at once with one block on an SM; 0: as many as there are SMs for.
+  int clusters_of_2 = 0, clusters_of_4 = 0, clusters_of_8 = 0;
+  int ptx_version = 0;  // that kernels were compiled for, such as 80; 0: this device's
   bool cooperative_launch = true;
   bool cluster_launch = true;
 };
@@ -87,6 +90,10 @@ int64_t description_number();
 // Seed of the order in which blocks and threads run. The environment variable
 // BATCHNORM_CUDA_EMULATE_SEED, read at each launch, overrides it.
 void set_seed(uint64_t seed);
+
+// From now on cooperative and cluster launches that the device has room for fail with these errors
+// (0: none), as on a device that others share. Returns how many have since the last call.
+int refuse_launches(int cooperative_error, int cluster_error);
 
 // From now on launches are checked but not run, and leave their outputs as they are: what a call
 // takes is then the host code's time alone, as where kernels run asynchronously.

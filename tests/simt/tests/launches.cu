@@ -96,6 +96,54 @@ SIMT_CASE(cluster_limits) {
   EXPECT(launched(shape) == cudaErrorNotSupported);
 }
 
+int active_clusters(unsigned int size, size_t shared_bytes) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {size, 1, 1};
+  cudaLaunchConfig_t config;
+  config.gridDim = dim3(size);
+  config.blockDim = dim3(256);
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = -1;
+  EXPECT(cudaOccupancyMaxActiveClusters(&clusters, empty_kernel, &config) == cudaSuccess);
+  return clusters;
+}
+
+// Of 132 SMs in GPCs of 16 and 18, a few are left over.
+SIMT_CASE(clusters_of_a_device_in_parts) {
+  const DeviceGuard guard;
+  simt::DeviceDescription device;
+  device.sm_count = 132;
+  device.registers_per_thread = 128;  // two blocks an SM
+  simt::set_device(device);
+  EXPECT(active_clusters(8, 0) == 33 && active_clusters(2, 0) == 132);
+  device.clusters_of_4 = 32;
+  device.clusters_of_8 = 16;
+  simt::set_device(device);
+  EXPECT(active_clusters(8, 0) == 32 && active_clusters(4, 0) == 64);
+  EXPECT(active_clusters(2, 0) == 132);
+  device.registers_per_thread = 255;
+  simt::set_device(device);
+  EXPECT(active_clusters(8, 0) == 16);
+}
+
+SIMT_CASE(refused_launches) {
+  struct Guard {
+    ~Guard() { simt::refuse_launches(0, 0); }
+  } guard;
+  Shape cluster{8, 64};
+  cluster.cluster = 2;
+  EXPECT(simt::refuse_launches(cudaErrorCooperativeLaunchTooLarge, 0) == 0);
+  EXPECT(launched(cooperative(4, 64)) == cudaErrorCooperativeLaunchTooLarge);
+  EXPECT(launched(cluster) == cudaSuccess && launched({8, 64}) == cudaSuccess);
+  EXPECT(simt::refuse_launches(0, cudaErrorLaunchOutOfResources) == 1);
+  EXPECT(launched(cluster) == cudaErrorLaunchOutOfResources);
+  EXPECT(launched(cooperative(4, 64)) == cudaSuccess && launched({8, 64}) == cudaSuccess);
+  EXPECT(simt::refuse_launches(0, 0) == 1 && launched(cluster) == cudaSuccess);
+}
+
 SIMT_CASE(described_device_is_reported) {
   const DeviceGuard guard;
   simt::DeviceDescription device;

@@ -6,23 +6,32 @@
 #include <c10/util/Exception.h>
 
 #include "device_query.h"
+#include "known_devices.h"
 #include "simt.h"
 
 namespace batchnorm_cuda {
+namespace {
+
+KnownDevices& known_devices() {
+  static KnownDevices known;
+  return known;
+}
+
+}  // namespace
 
 c10::DeviceType supported_device_type() { return c10::DeviceType::CPU; }
 
+// The model's device may be described anew (host_bindings.cpp), and is another one then.
 const DeviceInfo& device_info(c10::Device) {
-  static thread_local DeviceInfo info;
-  // The model's device may be described anew (host_bindings.cpp).
-  static thread_local int64_t known = 0;
-  const int64_t number = simt::description_number();
-  if (number == known) return info;
-  const LaunchStatus status = query_device(0, &info);
-  TORCH_CHECK(status == 0,
-              "batch_norm: querying the modelled device failed: ", describe_status(status));
-  known = number;
-  return info;
+  return known_devices().get(simt::description_number(), [](DeviceInfo* info) {
+    const LaunchStatus status = query_device(0, info);
+    TORCH_CHECK(status == 0,
+                "batch_norm: querying the modelled device failed: ", describe_status(status));
+  });
+}
+
+void refuse_scope(c10::Device, Scope scope) {
+  known_devices().refuse(simt::description_number(), scope);
 }
 
 cudaStream_t current_stream(c10::Device) { return nullptr; }

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "build_bindings.h"
+#include "cuda_runtime.h"
 #include "simt.h"
 #include "simt_traffic.h"
 
@@ -19,7 +20,8 @@ void take(const py::dict& from, const char* key, T& value) {
   if (from.contains(key)) value = from[key].cast<T>();
 }
 
-// Keys are those of device_info() and registers_per_thread; what is absent keeps its default.
+// Keys are those of device_info(), registers_per_thread and ptx_version; what is absent keeps its
+// default.
 void set_device(const py::dict& device) {
   static std::string name;  // DeviceDescription holds a pointer to it
   simt::DeviceDescription d;
@@ -32,12 +34,17 @@ void set_device(const py::dict& device) {
   take(device, "max_threads_per_sm", d.max_threads_per_sm);
   take(device, "registers_per_sm", d.registers_per_sm);
   take(device, "registers_per_thread", d.registers_per_thread);
+  take(device, "ptx_version", d.ptx_version);
   take(device, "shared_bytes_per_sm", d.shared_per_sm);
   take(device, "shared_bytes_per_block", d.shared_per_block);
   take(device, "shared_bytes_per_block_optin", d.shared_per_block_optin);
   take(device, "l2_bytes", d.l2_bytes);
   take(device, "cooperative", d.cooperative_launch);
-  d.cluster_launch = d.compute_major >= 9;
+  take(device, "max_cluster", d.max_cluster_size);
+  take(device, "clusters_of_2", d.clusters_of_2);
+  take(device, "clusters_of_4", d.clusters_of_4);
+  take(device, "clusters_of_8", d.clusters_of_8);
+  d.cluster_launch = d.compute_major >= 9 && d.max_cluster_size > 0;
   simt::set_device(d);
 }
 
@@ -63,6 +70,12 @@ void bind_build(py::module_& m) {
   py::module_ model = m.def_submodule("_host_model", "The CPU model of CUDA that runs the kernels");
   model.def("set_device", &set_device, py::arg("device"),
             "Describes the modelled device by the keys of device_info(); {} is the default one");
+  model.def("refuse_launches", &simt::refuse_launches, py::arg("cooperative") = 0,
+            py::arg("cluster") = 0,
+            "From now on such launches fail with these CUDA errors; how many did before");
+  model.def(
+      "last_error", [] { return static_cast<int>(cudaPeekAtLastError()); },
+      "The CUDA error that this thread's next check would find");
   model.def("skip_launches", &simt::skip_launches, py::arg("skip"),
             "Checks launches without running them, to time the host code alone");
   model.def("start_traffic", &simt::start_traffic, "Counts memory traffic from now on");
