@@ -390,7 +390,7 @@ def test_the_table_fits_whatever_there_is_to_say(tmp_path: Path) -> None:
     )
     failed = [{"outcome": "failed", "seconds": 1, "test": LONG, "why": f"{LONG}\n{LONG}"}] * 300
     csv_file(tmp_path / "tests.csv", failed)
-    for name in ("training.csv", "fusions.csv", "gpu-exchange.csv", "smoke.csv"):
+    for name in ("training.csv", "fusions.csv", "exchange.csv", "smoke.csv"):
         long = [{f"column {n}": f"{LONG}{m}" for n in range(9)} for m in range(40)]
         csv_file(tmp_path / name, long)
     verdicts = [Verdict(f"part {n}", Outcome(FAIL, f"{LONG}\n{LONG}"), 1) for n in range(15)]
@@ -590,3 +590,27 @@ def test_smoke_failures_are_named(tmp_path: Path) -> None:
     text = table.text({"plan": "first", "commit": ""}, [], tmp_path, tmp_path)
     assert "== smoke: 1 failed\nfp16 backward grid: beyond the tolerance\n1 instances did" in text
     assert "such as merge_kernel<half>" in text
+
+
+def test_the_regret_of_the_planner(tmp_path: Path) -> None:
+    about = {"shape": "2x3", "layout": "nchw", "dtype": "fp16", "pattern": "", "status": "ok"}
+    about |= {"depth": "", "slab": 0, "splits": 0, "team_size": 2}
+    csv_file(
+        tmp_path / "gpu-1-tune.csv",
+        [
+            about | {"op": op, "strategy": strategy, "scope": scope, "ms": ms, "chosen": chosen}
+            for op, strategy, scope, ms, chosen in (
+                ("forward", "team", "block", 1.0, 1),
+                ("forward", "team", "grid", 2.0, 0),
+                ("backward", "team", "block", 3.0, 1),
+                ("backward", "team", "grid", 2.0, 0),
+                ("backward", "copy", "", 0.5, 0),
+            )
+        ],
+    )
+    text = table.text({"plan": "tune", "commit": ""}, [], tmp_path, tmp_path)
+    assert text.splitlines()[1:4] == [
+        "== tune: regret of 2 problems, median 1.000",
+        "1.50 2x3 nchw fp16 backward: team block 2 3.0000 ms; best team grid 2 2.0000 ms",
+        "1.00 2x3 nchw fp16 forward: team block 2 1.0000 ms; best team block 2 1.0000 ms",
+    ]
