@@ -78,6 +78,13 @@ def test_a_part_that_crashes_is_named_by_its_signal() -> None:
     assert found["after"].status == PASS
 
 
+def test_a_program_that_is_not_there_fails_its_part_alone() -> None:
+    found = run(Part("driver", lambda site: [["no-such-make", "all"]], 1), AFTER)
+    assert found["driver"].text.startswith("exit status 127 of `no-such-make all`: ")
+    assert found["driver"].text.endswith("No such file or directory: 'no-such-make'")
+    assert found["after"].status == PASS
+
+
 @pytest.mark.parametrize("end, status", [("", PASS), ("; sleep 600", FAIL)])
 def test_children_in_a_group_of_their_own_are_ended(end: str, status: str) -> None:
     """ninja gives one to every compiler. The pipe that they hold open must not be waited for."""
