@@ -27,6 +27,7 @@ help:
 	@echo "make sass    report the kernels' machine code  make standalone  the driver without PyTorch"
 	@echo "make bench   time batch norm, or model it    make gpu-check   check all on a GPU, time it"
 	@echo "make readme  write its performance section   make clean   remove $(VENV) and build output"
+	@echo "make visit-rehearsal  the visit to a lent GPU, as far as it goes without one"
 
 venv: $(VENV)/.ready
 

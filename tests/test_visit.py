@@ -78,11 +78,19 @@ def test_a_part_that_crashes_is_named_by_its_signal() -> None:
     assert found["after"].status == PASS
 
 
-@pytest.mark.parametrize("end", ["", "; sleep 600"])
-def test_children_in_a_group_of_their_own_are_ended(end: str) -> None:
+def test_a_program_that_is_not_there_fails_its_part_alone() -> None:
+    found = run(Part("driver", lambda site: [["no-such-make", "all"]], 1), AFTER)
+    assert found["driver"].text.startswith("exit status 127 of `no-such-make all`: ")
+    assert found["driver"].text.endswith("No such file or directory: 'no-such-make'")
+    assert found["after"].status == PASS
+
+
+@pytest.mark.parametrize("end, status", [("", PASS), ("; sleep 600", FAIL)])
+def test_children_in_a_group_of_their_own_are_ended(end: str, status: str) -> None:
     """ninja gives one to every compiler. The pipe that they hold open must not be waited for."""
     started = time.monotonic()
     found = run(shell("leaves", f"setsid sleep 600 & echo $!{end}", limit=1))
+    assert found["leaves"].status == status
     pid = int(found["leaves"].text.split()[-1])
     assert not is_running(pid)
     assert time.monotonic() - started < 10
@@ -187,6 +195,16 @@ def test_a_visit_from_its_parts_to_its_files(visit: Callable, tmp_path: Path) ->
     assert said[-1] == "1 of 2 passed on a GPU; FAIL: two"
 
 
+def test_a_visit_of_parts_that_write_too_much(visit: Callable, tmp_path: Path) -> None:
+    process, out = visit(
+        shell("one", f"for n in 1 2 3 4 5 6 7 8 9; do : > {tmp_path}/out/$n.csv; done")
+    )
+    process.join()
+    assert folder.problems(out) == []
+    with tarfile.open(out / "extras.tar.gz") as archive:
+        assert sorted(archive.getnames()) == ["6.csv", "7.csv", "8.csv", "9.csv", "table.txt"]
+
+
 def test_a_kill_in_the_middle_leaves_valid_files(visit: Callable, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     process, out = visit(
@@ -288,7 +306,7 @@ def test_the_log_is_cut_part_by_part(tmp_path: Path) -> None:
 
 
 def test_a_build_goes_from_one_visit_to_the_next(tmp_path: Path) -> None:
-    cache, archive = tmp_path / "cache", tmp_path / "build.tar.gz"
+    cache = tmp_path / "cache"
     for name in ("C-1/_C.so", "C-1/build.json", "C-1/_C.o", "objects/merge-2.o", "C-3/_C.so"):
         (cache / name).parent.mkdir(parents=True, exist_ok=True)
         (cache / name).write_bytes(os.urandom(1000))
@@ -299,11 +317,19 @@ def test_a_build_goes_from_one_visit_to_the_next(tmp_path: Path) -> None:
     )
     whole, small = (save_build.contents(cache, recipe, objects) for objects in (True, False))
     assert [str(path.relative_to(cache)) for path in small] == ["C-1/_C.so", "C-1/build.json"]
-    assert not save_build.pack(cache, archive, whole, 2500) and not archive.exists()
-    assert save_build.pack(cache, archive, whole, 5000)
-    save_build.unpack(archive, tmp_path / "new")
+    assert save_build.pack(cache, tmp_path, whole, most=1000) == []
+    assert not list(tmp_path.glob("build.tar.gz*"))
+    assert save_build.pack(cache, tmp_path, whole, most=9000) == [tmp_path / "build.tar.gz"]
+    save_build.unpack([tmp_path / "build.tar.gz"], tmp_path / "one")
+    pieces = save_build.pack(cache, tmp_path, whole, most=2500)
+    assert [path.name for path in pieces] == ["build.tar.gz.0", "build.tar.gz.1"]
+    assert max(path.stat().st_size for path in pieces) == 2500
+    with pytest.raises(ValueError, match=r"all of build.tar.gz, got .*build.tar.gz.0: "):
+        save_build.unpack(pieces[:1], tmp_path / "half")
+    save_build.unpack(pieces[::-1], tmp_path / "new")
     for name in ("C-1/_C.so", "objects/merge-2.o"):
-        assert (tmp_path / "new" / name).read_bytes() == (cache / name).read_bytes()
+        for copy in ("one", "new"):
+            assert (tmp_path / copy / name).read_bytes() == (cache / name).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -311,14 +337,18 @@ def test_a_build_goes_from_one_visit_to_the_next(tmp_path: Path) -> None:
     [
         (["--parts=smoke,smok"], "expected --parts to be of build, "),
         (["--build=none.tar.gz"], "No such file"),
-        (["--out=."], "expected --out to be a new or an empty folder, got"),
+        (["--out={full}"], "expected --out to be a new or an empty folder, got"),
     ],
 )
 def test_wrong_arguments(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
     given = ["--plan=first", "--minutes=1", f"--out={tmp_path / 'out'}", *arguments]
-    assert command.main(given) == 2
+    monkeypatch.setattr(command, "run", lambda options, parts: 0)
+    assert command.main([word.format(full=tmp_path / "full") for word in given]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -367,7 +397,7 @@ def test_the_table_fits_whatever_there_is_to_say(tmp_path: Path) -> None:
     )
     failed = [{"outcome": "failed", "seconds": 1, "test": LONG, "why": f"{LONG}\n{LONG}"}] * 300
     csv_file(tmp_path / "tests.csv", failed)
-    for name in ("training.csv", "fusions.csv", "gpu-exchange.csv", "smoke.csv"):
+    for name in ("training.csv", "fusions.csv", "exchange.csv", "smoke.csv"):
         long = [{f"column {n}": f"{LONG}{m}" for n in range(9)} for m in range(40)]
         csv_file(tmp_path / name, long)
     verdicts = [Verdict(f"part {n}", Outcome(FAIL, f"{LONG}\n{LONG}"), 1) for n in range(15)]
@@ -379,6 +409,12 @@ def test_the_table_fits_whatever_there_is_to_say(tmp_path: Path) -> None:
     assert all(any(line.startswith(f"FAIL     part {n} ") for line in lines) for n in range(15))
     assert "== tests: 300 failed" in lines
     assert lines[-1].startswith("0 of 15 passed on a GPU; FAIL: part 0, part 1")
+
+
+def test_short_lines_fit_too() -> None:
+    lines = table.fit([f"line {n}" for n in range(100)], "the last").splitlines()
+    assert len(lines) == table.MOST_LINES
+    assert lines[-2:] == [f"line {table.MOST_LINES - 2}", "the last"]
 
 
 def test_the_table_without_any_file(tmp_path: Path) -> None:
@@ -398,14 +434,20 @@ def test_rows_that_were_cut_short_are_left_out(tmp_path: Path) -> None:
 def test_figures_of_the_benchmark(tmp_path: Path) -> None:
     times = {"ours": 2.0, "cudnn": 3.0, "native": 4.0, "copy": 1.0}
     rows = [row(provider=name, ms=ms, op="both") for name, ms in times.items()]
+    rows += [row(provider=name, ms=1.0, op="forward", dtype="bf16") for name in times]
     rows.append(row(provider="ours", status="failed", op="forward", ms=None, note="why"))
     write_csv(tmp_path / "bench.csv", rows)
     read = table.read(tmp_path / "bench.csv")
     summary = figures.summary(read)
-    assert summary[0].endswith("of 1 cases; ours failed in 1")
+    assert summary[0].endswith("of 2 cases; ours failed in 1")
     assert "both: cudnn 1.50 native 2.00 compile - copy 0.50" in summary[1]
-    assert summary[2].endswith("failed why")
-    assert "both 0.67" in figures.worst(read)[1] and "both 2.00" in figures.worst(read)[3]
+    assert summary[3].endswith("failed why")
+    assert figures.worst(read) == [
+        "== ours over the fastest peer, the worst:",
+        "2x3x5x5 nchw bf16 forward 1.00 | 2x3x5x5 nchw fp16 both 0.67",
+        "== ours over the copy, the worst:",
+        "2x3x5x5 nchw fp16 both 2.00 | 2x3x5x5 nchw bf16 forward 1.00",
+    ]
     assert figures.cases(read)[1].endswith("both 2.0000/3.0000/4.0000/- 50%")
 
 
@@ -437,21 +479,68 @@ def test_tests_are_written_down_as_they_end(tmp_path: Path) -> None:
 # ---- parts that time, on a machine whose clock says 1 ms
 
 
-def test_timings_stop_in_time_and_say_how_far_they_came(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_timings_of_all_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     todo = [case(op=op) for op in ("forward", "backward", "both")]
     monkeypatch.setattr(timings, "work", lambda compiled: todo)
-    monkeypatch.setattr(timings.environment, "collect", lambda device: {"device": "GPU 1"})
-    assert timings.run(tmp_path, False, time.monotonic() + 60, machine()) == 0
+    told: list[dict] = []
+    assert timings.work_through(tmp_path, False, 1, machine(), told.append)
     rows = read_csv(tmp_path / "bench.csv")
     assert {row.provider for row in rows} == set(timings.PROVIDERS)
-    assert [row.op for row in rows if row.provider == "ours"] == ["forward", "backward", "both"]
+    assert [row.op for row in rows if row.provider == "ours"] == ["backward", "both"]
     assert all(row.ms == 1.0 for row in rows if row.provider in ("ours", "native", "copy"))
-    assert json.loads((tmp_path / "bench.json").read_text())["environment"]["complete"]
-    assert capsys.readouterr().out.endswith("3 of 3 cases; ours failed in 0\n")
-    assert timings.run(tmp_path, False, time.monotonic() - 1, machine()) == 0
-    assert capsys.readouterr().out.endswith("0 of 3 cases; ours failed in 0\n")
+    assert [message.get("done") for message in told] == [None, 2, None, 3, None]
+    assert told[-1] == {"end": True}
+
+
+def test_a_case_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timings, "work", lambda compiled: [case(), case()])
+    monkeypatch.setattr(timings, "_context_is_lost", lambda: True)
+    rows = [row(status="failed", ms=None, note="an illegal memory access")]
+    monkeypatch.setattr(timings, "case_rows", lambda *arguments: rows)
+    told: list[dict] = []
+    assert not timings.work_through(tmp_path, False, 0, machine(), told.append)
+    title = "tiny 2x3x5x5 nchw fp16 forward"
+    assert told[1:] == [{"done": 1, "wrong": [f"{title}: failed, an illegal memory access"]}]
+
+
+# What a worker does, by the case that it begins with.
+WORKER = """
+import json, os, sys, time
+first = int(sys.argv[-1].removeprefix("--first="))
+def say(**message): print("@" + json.dumps(message), flush=True)
+for n in range(first, 5):
+    say(start=n, title=f"case {n}")
+    if n == 1: os.kill(os.getpid(), 11)
+    if n == 3: time.sleep(600)
+    say(done=n + 1, wrong=[])
+say(end=True)
+"""
+
+
+def test_timings_go_on_behind_a_case_that_takes_the_process_along() -> None:
+    progress = timings.Progress(5)
+    command = [sys.executable, "-c", WORKER]
+    timings.follow(progress, command, time.monotonic() + 60, patience=1)
+    assert progress.ended and progress.done == 5
+    assert progress.wrong == [
+        "case 1: ended with status -11",
+        "case 3: killed: no answer in 1 s",
+    ]
+
+
+def test_timings_stop_in_time() -> None:
+    progress = timings.Progress(5)
+    timings.follow(progress, ["sh", "-c", "sleep 600"], time.monotonic() + 0.5)
+    assert not progress.ended and progress.wrong == []
+
+
+def test_a_worker_that_never_begins_is_not_started_again(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    progress = timings.Progress(5)
+    command = ["sh", "-c", f"echo x >> {count}; echo no module"]
+    timings.follow(progress, command, time.monotonic() + 60)
+    assert count.read_text() == "x\n"
+    assert progress.wrong == ["ended with status 0: no module"]
 
 
 def test_the_telling_cases_come_first() -> None:
@@ -508,3 +597,27 @@ def test_smoke_failures_are_named(tmp_path: Path) -> None:
     text = table.text({"plan": "first", "commit": ""}, [], tmp_path, tmp_path)
     assert "== smoke: 1 failed\nfp16 backward grid: beyond the tolerance\n1 instances did" in text
     assert "such as merge_kernel<half>" in text
+
+
+def test_the_regret_of_the_planner(tmp_path: Path) -> None:
+    about = {"shape": "2x3", "layout": "nchw", "dtype": "fp16", "pattern": "", "status": "ok"}
+    about |= {"depth": "", "slab": 0, "splits": 0, "team_size": 2}
+    csv_file(
+        tmp_path / "gpu-1-tune.csv",
+        [
+            about | {"op": op, "strategy": strategy, "scope": scope, "ms": ms, "chosen": chosen}
+            for op, strategy, scope, ms, chosen in (
+                ("forward", "team", "block", 1.0, 1),
+                ("forward", "team", "grid", 2.0, 0),
+                ("backward", "team", "block", 3.0, 1),
+                ("backward", "team", "grid", 2.0, 0),
+                ("backward", "copy", "", 0.5, 0),
+            )
+        ],
+    )
+    text = table.text({"plan": "tune", "commit": ""}, [], tmp_path, tmp_path)
+    assert text.splitlines()[1:4] == [
+        "== tune: regret of 2 problems, median 1.000",
+        "1.50 2x3 nchw fp16 backward: team block 2 3.0000 ms; best team grid 2 2.0000 ms",
+        "1.00 2x3 nchw fp16 forward: team block 2 1.0000 ms; best team block 2 1.0000 ms",
+    ]

@@ -9,6 +9,7 @@ _PEERS = ("cudnn", "native", "compile")
 _SHORT = {"forward": "fwd", "backward": "bwd", "both": "both"}
 _OPS = tuple(_SHORT)
 _WORST = 6
+_WORST_PLANS = 12
 
 Row = Mapping[str, str]
 Case = tuple[str, str, str, str]  # shape, layout, dtype, op
@@ -65,7 +66,7 @@ def worst(rows: Sequence[Row]) -> list[str]:
         ordered = sorted(ratios, key=lambda case: -ratios[case])[:_WORST]
         if ordered:
             said = [f"{' '.join(case)} {ratios[case]:.2f}" for case in ordered]
-            lines.append(f"== ours over {title}, the worst: ")
+            lines.append(f"== ours over {title}, the worst:")
             lines += [" | ".join(said[at : at + 3]) for at in range(0, len(said), 3)]
     return lines
 
@@ -86,3 +87,31 @@ def cases(rows: Sequence[Row]) -> list[str]:
         lines.append(f"{' '.join(key)}  {'  '.join(words)}")
     title = "== ms of ours/cudnn/native/compile, percent of the copy's rate"
     return [title, *lines] if lines else []
+
+
+def regret(rows: Sequence[Row]) -> list[str]:
+    """Of a tune file: the chosen plan's time over that of the best, the worst first."""
+    plans: dict[Case, list[Row]] = {}
+    for row in rows:
+        if row["status"] == "ok" and row["ms"] and row["strategy"] != "copy":
+            case = (row["shape"], row["layout"], row["dtype"], row["op"])
+            plans.setdefault(case, []).append(row)
+    found = []
+    for case, timed in plans.items():
+        best = min(timed, key=lambda row: float(row["ms"]))
+        chosen = [row for row in timed if row["chosen"] == "1"]
+        if chosen:
+            ratio = float(chosen[0]["ms"]) / float(best["ms"])
+            found.append((ratio, case, f"{_plan(chosen[0])}; best {_plan(best)}"))
+    found.sort(reverse=True)
+    if not found:
+        return []
+    middle = found[len(found) // 2][0]
+    lines = [f"{ratio:.2f} {' '.join(case)}: {said}" for ratio, case, said in found[:_WORST_PLANS]]
+    return [f"== tune: regret of {len(found)} problems, median {middle:.3f}", *lines]
+
+
+def _plan(row: Row) -> str:
+    names = ("strategy", "pattern", "scope", "team_size", "depth", "slab", "splits")
+    said = [row[name] for name in names if row[name] not in ("", "0")]
+    return f"{' '.join(said)} {float(row['ms']):.4f} ms"

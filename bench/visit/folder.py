@@ -18,7 +18,7 @@ MOST_BYTES = 16 << 20
 
 RECORD, LOG, EXTRAS = "visit.json", "visit.log", "extras.tar.gz"
 # What stays where there are more files than may come back: the first of these. The rest is packed.
-_WORTH = (RECORD, LOG, EXTRAS, "build.tar.gz", "*.csv", "*.json")
+_WORTH = (RECORD, LOG, EXTRAS, "build.tar.gz*", "*.csv", "*.json")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 

@@ -25,6 +25,7 @@ _LOOK_SECONDS = 0.1  # between two looks at a process that says nothing
 _DYING_SECONDS = 5.0  # a process inside the driver does not die at once; do not wait for it long
 _KEPT_BYTES = 64 << 10  # of the output, for the line of the verdict
 _PR_SET_PDEATHSIG = 1
+_CANNOT_RUN = 127  # the shell's own exit status for it
 
 Sink = Callable[[bytes], None]
 
@@ -53,16 +54,19 @@ def run_command(
     if emulate:
         environment["BATCHNORM_CUDA_EMULATE"] = "1"
     deadline = time.monotonic() + max(1.0, seconds)
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=_die_with_parent,
-    )
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )
+    except OSError as error:  # there is no such program
+        return Done(_CANNOT_RUN, str(error))
     assert process.stdout is not None  # asked for above
     output = _Output(process.stdout.fileno(), sink)
     try:

@@ -127,11 +127,8 @@ def run_all(
 def _unmet(part: Part, verdicts: Sequence[Verdict]) -> Outcome | None:
     """What is missing, rather than failed, a part may have by other ways, or says so itself."""
     for verdict in verdicts:
-        if verdict.name in (FIRST, *part.needs) and verdict.outcome.status in (
-            FAIL,
-            SKIPPED,
-            NO_TIME,
-        ):
+        needed = verdict.name in (FIRST, *part.needs)
+        if needed and verdict.outcome.status in (FAIL, SKIPPED, NO_TIME):
             return Outcome(SKIPPED, f"needs {verdict.name}: {verdict.outcome.status}")
     return None
 

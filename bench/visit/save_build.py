@@ -1,6 +1,6 @@
-"""The build cache in one file, for a later visit's `--build FILE`: no second compilation.
+"""The build cache as a file, for a later visit's `--build FILE`: no second compilation.
 
-    python -m bench.visit.save_build --out FOLDER      writes FOLDER/build.tar.gz
+    python -m bench.visit.save_build --out FOLDER   writes build.tar.gz, or build.tar.gz.0 and .1
 
 The objects go along where they fit: after a change of one file the others are not compiled again.
 """
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import shutil
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from .folder import MOST_BYTES
 from .parts import NOTHING_TO_RUN_ON
 
 NAME = "build.tar.gz"
+_MOST_PIECES = 2  # other files are to come back, too
 
 
 def contents(cache: Path, recipe: Recipe, objects: bool) -> list[Path]:
@@ -44,43 +47,55 @@ def find_recipe(cache: Path) -> Recipe | None:
     return None
 
 
-def pack(cache: Path, target: Path, files: Sequence[Path], most: int) -> bool:
-    """Whether it fits. `target` is whole or not there, also after a kill."""
-    with tempfile.TemporaryDirectory() as folder:
-        fresh = Path(folder) / target.name
-        with tarfile.open(fresh, "w:gz", compresslevel=6) as archive:
+def pack(cache: Path, out: Path, files: Sequence[Path], most: int = MOST_BYTES - 1) -> list[Path]:
+    """One archive, cut into files of `most` bytes; none if there would be too many of them."""
+    with tempfile.TemporaryDirectory() as folder:  # none is there by half, also after a kill
+        whole = Path(folder) / NAME
+        with tarfile.open(whole, "w:gz", compresslevel=6) as archive:
             for file in files:
                 archive.add(file, file.relative_to(cache))
-        if fresh.stat().st_size >= most:
-            return False
-        shutil.move(fresh, target)
-        return True
+        data = whole.read_bytes()
+        pieces = [data[at : at + most] for at in range(0, len(data), most)]
+        if len(pieces) > _MOST_PIECES:
+            return []
+        ends = [""] if len(pieces) == 1 else [f".{n}" for n in range(len(pieces))]
+        written = []
+        for end, piece in zip(ends, pieces, strict=True):
+            (Path(folder) / f"piece{end}").write_bytes(piece)
+            written.append(Path(shutil.move(Path(folder) / f"piece{end}", out / f"{NAME}{end}")))
+        return written
 
 
-def unpack(archive: Path, cache: Path) -> int:
-    """How many files were unpacked. A file that is no archive, or names others, is an error."""
+def unpack(pieces: Sequence[Path], cache: Path) -> None:
+    """ValueError for what is no whole archive, or names a file elsewhere."""
+    data = b"".join(path.read_bytes() for path in sorted(pieces))
     cache.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive) as file:
-        file.extractall(cache, filter="data")
-        return len(file.getnames())
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            archive.extractall(cache, filter="data")
+    except (EOFError, tarfile.TarError, zlib.error) as error:
+        names = ", ".join(str(path) for path in pieces)
+        raise ValueError(f"expected --build to be all of {NAME}, got {names}: {error}") from None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.visit.save_build", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    cache, target = _build.cache_dir(), parser.parse_args().out / NAME
+    cache, out = _build.cache_dir(), parser.parse_args().out
     recipe = find_recipe(cache)
     if recipe is None:
         print(f"nothing is built in {cache}")
         return NOTHING_TO_RUN_ON
     for objects in (True, False):
         files = contents(cache, recipe, objects)
-        if pack(cache, target, files, MOST_BYTES):
+        written = pack(cache, out, files)
+        if written:
             kind = "with" if objects else "without"
-            size = target.stat().st_size / 1e6
-            print(f"{recipe.folder}: {len(files)} files, {kind} objects, {size:.1f} MB")
+            size = sum(path.stat().st_size for path in written) / 1e6
+            names = ", ".join(path.name for path in written)
+            print(f"{recipe.folder}: {len(files)} files, {kind} objects, {size:.1f} MB in {names}")
             return 0
-    print(f"{recipe.folder} takes {MOST_BYTES >> 20} MiB and more, compressed: not kept")
+    print(f"{recipe.folder} is too large to be kept, even compressed")
     return NOTHING_TO_RUN_ON
 
 

@@ -4,16 +4,20 @@
 
 Writes FOLDER/bench.csv, in the benchmark's own columns, and bench.json with the environment: what
 `python -m bench report` takes. torch.compile takes seconds a case, and may fail: with --compile its
-rows are added for a few cases, in a process of their own. Without a GPU the rows are the models'.
+rows are added for a few cases. A process of its own works through the cases; where one hangs or
+takes it along, the next goes on behind that case. Without a GPU the rows are the models'.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,14 +28,19 @@ from ..machine import Machine, gpu
 from ..measure import CheckCache, rows
 from ..options import positive
 from ..providers import COPY
-from ..results import FAILED, INACCURATE, Row, append_row, write_json
+from ..results import FAILED, INACCURATE, ResultsError, Row, append_row, read_csv, write_json
 from ..shapes import SETS
+from ..worker import listen, say
 
 PROVIDERS = ("ours", "cudnn", "native", COPY)
 LAYOUTS = ("nchw", "nhwc")
 _COMPILED = ("32x256x56x56", "32x1024x14x14")
 _SECONDS = 0.1  # of timing a case
 _CHECKED = 2**21  # elements of a case that are compared; the smoke test looks at more
+_PEER_TOLERANCE = 100.0  # a peer's time is worth having; its error is in the row
+_RESTARTS = 5
+_PATIENCE = 60.0  # seconds without a word: the case hangs
+_CONTEXT_LOST = 3
 _DEVICE = "h100"  # of the models
 
 
@@ -49,38 +58,106 @@ def case_rows(
     if machine is None:
         known = [name for name in names if name not in model.NO_MODEL]
         return model.rows(case, known, model.ModelSettings(_DEVICE, 0))
-    found = rows(case, names, machine, seconds=_SECONDS, peer_tolerance=1.0, cache=cache)
+    found = rows(
+        case, names, machine, seconds=_SECONDS, peer_tolerance=_PEER_TOLERANCE, cache=cache
+    )
     # The copy's row is that of the process which timed the others.
     return (row for row in found if not (compiled and row.provider == COPY))
 
 
-def run(out: Path, compiled: bool, deadline: float, machine: Machine | None) -> int:
-    path, cache, found = out / "bench.csv", CheckCache(_CHECKED), list[Row]()
-    todo = work(compiled)
-    done = 0
-    for case in todo:
-        if time.monotonic() > deadline:
-            break
+Tell = Callable[[dict[str, Any]], None]
+
+
+def work_through(
+    out: Path, compiled: bool, first: int, machine: Machine | None, tell: Tell
+) -> bool:
+    """In the worker: False where the CUDA context was lost."""
+    cache, todo = CheckCache(_CHECKED), work(compiled)
+    for number, case in enumerate(todo[first:], first):
+        tell({"start": number, "title": case.title})
+        failed, wrong = False, []
         for row in case_rows(case, machine, compiled, cache):
-            append_row(path, row)
-            found.append(row)
-        done += 1
-        if done % 20 == 0:
-            print(f"{done} of {len(todo)} cases: {case.title}")
-    if not compiled:
-        about = environment.collect(None if machine else _DEVICE)
-        write_json(path.with_suffix(".json"), about | {"complete": done == len(todo)}, found)
-    return _conclude(found, done, len(todo), machine)
+            append_row(out / "bench.csv", row)
+            failed |= row.status == FAILED
+            if row.provider == "ours" and row.status in (FAILED, INACCURATE):
+                wrong.append(f"{case.title}: {row.status}, {row.note}")
+        tell({"done": number + 1, "wrong": wrong})
+        if failed and machine is not None and _context_is_lost():
+            return False
+    tell({"end": True})
+    return True
 
 
-def _conclude(found: Iterable[Row], done: int, of: int, machine: Machine | None) -> int:
-    ours = [row for row in found if row.provider == "ours"]
-    wrong = [row for row in ours if row.status in (FAILED, INACCURATE)]
-    for row in wrong:
-        print(f"{' '.join(row.case)}: {row.status}, {row.note}")
-    kind = "" if machine else " of the models, nothing timed"
-    print(f"{done} of {of} cases{kind}; ours failed in {len(wrong)}")
-    return 1 if wrong else 0
+def _context_is_lost() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+@dataclass
+class Progress:
+    """What the workers have said."""
+
+    of: int
+    done: int = 0
+    title: str | None = None  # of the case that is begun and not done
+    wrong: list[str] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    ended: bool = False
+
+    def take(self, message: dict[str, Any]) -> None:
+        self.about |= message.get("about", {})
+        self.ended |= "end" in message
+        if "start" in message:
+            self.done, self.title = message["start"], message["title"]
+        if "done" in message:
+            self.done, self.title = message["done"], None
+            self.add_wrong(message["wrong"])
+            if self.done % 20 == 0:
+                print(f"{self.done} of {self.of} cases", flush=True)
+
+    def add_wrong(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            print(line, flush=True)
+        self.wrong += lines
+
+
+def follow(
+    progress: Progress, command: Sequence[str], deadline: float, patience: float = _PATIENCE
+) -> None:
+    """One worker after the other, until all cases are done or the time is over."""
+    for _ in range(_RESTARTS + 1):
+        before = progress.done
+        line = [*command, f"--first={progress.done}"]
+        why = listen(line, progress.take, deadline=deadline, patience=patience)
+        if progress.ended or time.monotonic() >= deadline:
+            return
+        if progress.title is not None:
+            progress.add_wrong([f"{progress.title}: {why}"])
+            progress.done, progress.title = progress.done + 1, None
+        elif progress.done == before:  # it does not even begin
+            progress.add_wrong([why])
+            return
+
+
+def run(out: Path, compiled: bool, seconds: float) -> int:
+    progress = Progress(len(work(compiled)))
+    command = [sys.executable, "-m", "bench.visit.timings", "--worker", f"--out={out}"]
+    follow(progress, command + ["--compile"] * compiled, time.monotonic() + seconds)
+    path = out / "bench.csv"
+    if path.exists() and not compiled:
+        complete = {"complete": progress.done == progress.of}
+        try:
+            write_json(path.with_suffix(".json"), progress.about | complete, read_csv(path))
+        except ResultsError as error:  # the worker was killed within a row
+            print(error)
+    kind = "" if torch.cuda.is_available() else " of the models, nothing timed"
+    print(f"{progress.done} of {progress.of} cases{kind}; {len(progress.wrong)} went wrong")
+    return 1 if progress.wrong else 0
 
 
 def main() -> int:
@@ -89,10 +166,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=positive, default=120.0)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    deadline = time.monotonic() + options.seconds
+    if not options.worker:
+        return run(options.out, options.compile, options.seconds)
     machine = gpu() if torch.cuda.is_available() else None
-    return run(options.out, options.compile, deadline, machine)
+    say({"about": environment.collect(None if machine else _DEVICE)})
+    if not work_through(options.out, options.compile, options.first, machine, say):
+        os._exit(_CONTEXT_LOST)  # destructors would only fail again
+    return 0
 
 
 if __name__ == "__main__":
