@@ -75,6 +75,10 @@ def run_case(case: smoke_cases.Case, planner: smoke_cases.Planner, device: str) 
     planner.extension.set_plan_options(planner.options(reached))
     try:
         verdict = judge(Problem(reached, planner.extension, device))
+        planner.device = planner.extension.device_info()  # less what it refused by now
+        if reached.scope and not planner.leads_there(reached):
+            note = "the device refused to launch this team, and other kernels took its place"
+            verdict = {"status": FAIL, "note": note}
     except Exception as error:  # whatever it is, it is this case's
         verdict = {"status": FAIL, "note": f"{type(error).__name__}: {error}"[:500]}
     finally:

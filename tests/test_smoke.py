@@ -145,6 +145,18 @@ def test_an_error_is_the_cases_own(
     assert (row["status"], row["note"]) == (FAIL, "RuntimeError: launching failed: too many blocks")
 
 
+def test_a_team_that_was_refused_did_not_run(
+    planner: smoke_cases.Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its results are right, for others computed them."""
+    teams = [c for c in smoke_cases.all_cases("fp32", planner) if c.scope == "cluster"][:1]
+    assert [row["status"] for row in verdicts(teams, planner)] == [PASS]
+    left = planner.extension.device_info() | {"max_cluster": 0}
+    monkeypatch.setattr(planner.extension, "device_info", lambda: left)
+    row = verdicts(teams, planner)[0]
+    assert row["status"] == FAIL and "refused" in row["note"]
+
+
 def test_what_the_device_cannot_reach_is_said(
     planner: smoke_cases.Planner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
