@@ -229,7 +229,7 @@ LARGEST = [
     Problem("rtx5090", BACKWARD, Case((1, 1, 340, 1024), "along S"), FLOAT, team(340, "grid")),
     Problem("rtx5090", BACKWARD, Case((2720, 3), "along a row"), FLOAT, team(340, "grid")),
     Problem("rtx5090", BACKWARD, Case((340, 16), "along C, two levels"), FLOAT, team(340, "grid")),
-    Problem("rtx5090", FORWARD, Case((2720, 12), "along a row"), FLOAT, team(340, "grid")),
+    Problem("rtx5090", BACKWARD, Case((2720, 12), "along a row"), FLOAT, team(340, "grid")),
     Problem("t4", BACKWARD, Case((80, 8), "along C, one level"), FLOAT, team(80, "grid")),
     # Slots, and the channels in them.
     Problem("rtx5090", FORWARD, Case((340, 544), "slots and totals"), FLOAT, team(20, "grid")),
