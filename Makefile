@@ -18,7 +18,7 @@ TOOLKIT := $(PYTHON) batchnorm_cuda/_toolkit.py >/dev/null 2>&1
 NVCC_EXTRA = $(shell nvidia-smi -L >/dev/null 2>&1 && ! $(TOOLKIT) && echo ,nvcc)
 
 .PHONY: help venv train test lint docs cuda sass extension extension-host standalone \
-	standalone-host bench gpu-check gpu-check-rehearsal readme clean FORCE
+	standalone-host bench gpu-check gpu-check-rehearsal visit-rehearsal readme clean FORCE
 
 help:
 	@echo "make train   train the digits example        make lint   check formatting and style"
@@ -102,6 +102,17 @@ gpu-check: venv
 # The same on a machine without one, which may be slow: what needs it is named and left out.
 gpu-check-rehearsal: venv
 	$(BIN)/python -m bench gpu-check --rehearse --minutes 40
+
+# A visit to a lent GPU as it will be there (bench/visit): with the interpreter of VISIT_PYTHON, which
+# is set up as there if it is missing, from a plain copy and without a network.
+VISIT_PYTHON ?= build/visit-venv/bin/python
+VISIT_PACKAGES := torch==2.11.0 torchvision==0.26.0 timm numpy scikit-learn matplotlib tqdm jinja2 \
+	pytest pytest-xdist pytest-timeout hypothesis setuptools wheel ninja pybind11
+VISIT_ARGS ?= --compile
+visit-rehearsal:
+	@test -x $(VISIT_PYTHON) || { $(PYTHON) -m venv build/visit-venv \
+		&& build/visit-venv/bin/python -m pip install --quiet $(VISIT_PACKAGES); }
+	$(VISIT_PYTHON) -m bench.visit.rehearse $(VISIT_ARGS)
 
 # The README's section on performance, from runs of the models or of a GPU in bench/results.
 readme: venv

@@ -175,6 +175,26 @@ def make_plan(
 ) -> dict[str, Any]:
     """The plan for [n, c, s] on a described device, as a dictionary."""
 
+def plan_candidates(
+    op: str,
+    n: int,
+    c: int,
+    s: int,
+    dtype: str,
+    device: dict[str, Any] = {},
+    options: dict[str, Any] = {},
+    costs: dict[str, Any] = {},
+) -> list[dict[str, Any]]:
+    """All plans that may be chosen for [n, c, s] on a described device.
+
+    Each with "options" that force it in make_plan and set_plan_options, its "cost" in moves
+    (csrc/plan_costs.h) and "predicted_bytes", and whether it is "chosen". `costs` overrides
+    constants of cost_model().
+    """
+
+def cost_model() -> dict[str, Any]:
+    """The constants of the planner's cost model (csrc/plan_costs.h)."""
+
 def device_info(index: int = 0) -> dict[str, Any]:
     """Properties of a device as the planner sees them."""
 

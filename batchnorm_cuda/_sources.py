@@ -24,6 +24,8 @@ HOST_SOURCES = (
     "plan.cpp",
     "plan_bytes.cpp",
     "plan_cache.cpp",
+    "plan_candidates.cpp",
+    "plan_costs.cpp",
     "plan_dict.cpp",
     "plan_rows.cpp",
     "plan_team.cpp",
@@ -41,10 +43,14 @@ KERNEL_SOURCES = (
     "merge_ranks.cu",
     "normalize.cu",
     "statistics.cu",
-    "team_backward.cu",
-    "team_backward_fused.cu",
-    "team_forward.cu",
-    "team_forward_fused.cu",
+    "team_backward_bfloat16.cu",
+    "team_backward_double.cu",
+    "team_backward_float.cu",
+    "team_backward_half.cu",
+    "team_forward_bfloat16.cu",
+    "team_forward_double.cu",
+    "team_forward_float.cu",
+    "team_forward_half.cu",
 )
 
 # Hidden symbols: `_C` and `_C_emulated` define the same functions and may share a process.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
-COMMANDS = ("compare", "report", "readme", "gpu-check")
+COMMANDS = ("compare", "report", "readme", "gpu-check", "visit")
 EXTRA = ("matplotlib", "tqdm", "jinja2")  # "bench" of pyproject.toml
 
 
@@ -34,21 +35,8 @@ def _run(arguments: list[str]) -> int:
 
 def _command(name: str, rest: list[str]) -> int:
     """Imported one by one: a comparison of files should not wait for torch."""
-    if name == "compare":
-        from . import compare
-
-        return compare.main(rest)
-    if name == "report":
-        from . import report
-
-        return report.main(rest)
-    if name == "readme":
-        from . import readme
-
-        return readme.main(rest)
-    from . import gpu_check
-
-    return gpu_check.main(rest)
+    module = import_module(f".{name.replace('-', '_')}", __package__)
+    return module.main(rest)
 
 
 if __name__ == "__main__":

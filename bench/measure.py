@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import byte_model
 from .case import BenchCase
-from .check import Expected, error, expect
+from .check import MOST_ELEMENTS, Expected, error, expect
 from .machine import Machine
 from .providers import COPY, Tensors, make, missing
 from .results import FAILED, INACCURATE, UNSUPPORTED, Row
@@ -35,14 +35,15 @@ class Entry:
 class CheckCache:
     """The expected results of the last inputs: the operations of a shape share them."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST_ELEMENTS) -> None:
+        self._most = most  # elements that are compared
         self._key: object = None
         self._expected: Expected | None = None
 
     def get(self, case: BenchCase, tensors: Tensors) -> Expected:
         key = (case.shape.sizes, case.layout, case.dtype)
         if self._expected is None or key != self._key:
-            self._key, self._expected = key, expect(tensors)
+            self._key, self._expected = key, expect(tensors, self._most)
         return self._expected
 
 
@@ -100,7 +101,7 @@ def _prepare(
                 # Large ones follow each other through the cache, and memory may be short.
                 large = case.compulsory_bytes >= CACHES * machine.l2_bytes
                 copies = [make_copy(case, machine.device) for _ in sets[: 1 if large else None]]
-                calls, method = _captured(copies, machine)
+                calls, method = captured(copies, machine)
                 values = {"backend": "device to device copy", "method": method}
                 entries[name] = Entry(values, calls)
             else:
@@ -138,11 +139,11 @@ def _entry(
     own = [copy_of(t) for t in sets] if provider.in_place else sets
     calls = [make_call(case, provider, run, t) for t in own]
     values["peak_bytes"] = machine.peak_bytes(calls[0])
-    calls, values["method"] = _captured(calls, machine)
+    calls, values["method"] = captured(calls, machine)
     return Entry(values, calls)
 
 
-def _captured(calls: list[Call], machine: Machine) -> tuple[list[Call], str]:
+def captured(calls: list[Call], machine: Machine) -> tuple[list[Call], str]:
     """The calls as graphs, if every one can be captured and the first computes the same again."""
     if machine.capture is None:
         return calls, "events"

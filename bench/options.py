@@ -26,6 +26,7 @@ usage: python -m bench [OPTIONS]            time batch norm on this GPU; or with
        python -m bench report RUN.csv       write Markdown, plots and HTML of a run again
        python -m bench readme [--recount]   write the README's section on performance
        python -m bench gpu-check            everything there is to check on a machine with a GPU
+       python -m bench visit --plan P ...   the same and more in parts, for a GPU lent for minutes
 
   --set NAME        shapes; repeatable: {", ".join(list(SETS)[:6])},
                     {", ".join(list(SETS)[6:])} (default: short)

@@ -181,7 +181,7 @@ def count(case: Case, device: dict[str, Any], strategy: str = "auto") -> Traffic
     module = _extension.load_emulated()
     model = module._host_model
     x = case.tensor()
-    call = _operation(case, module, x)
+    call = operation(case, module, x)
     fused = {"residual": case.residual, "activation": case.activation}
     plan = explain(x, device=device, op=case.op, strategy=strategy, **fused)
     model.set_device(devices.planner_properties(device))
@@ -204,7 +204,8 @@ def count(case: Case, device: dict[str, Any], strategy: str = "auto") -> Traffic
     )
 
 
-def _operation(case: Case, module: ModuleType, x: Tensor) -> Callable[[], object]:
+def operation(case: Case, module: ModuleType, x: Tensor) -> Callable[[], object]:
+    """The call that is counted. Its other tensors are made on torch's default device."""
     c = case.shape[1]
     dtype = torch.float64 if case.dtype == "fp64" else torch.float32
     weight, bias, mean, var = (torch.ones(c, dtype=dtype) for _ in range(4))

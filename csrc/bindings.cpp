@@ -58,6 +58,23 @@ void bind_fused(py::module_& m) {
         "(grad_input, grad_residual) of this rank's part, None where not needed");
 }
 
+void bind_plan(py::module_& m) {
+  m.def(
+      "make_plan",
+      [](const std::string& op, int64_t n, int64_t c, int64_t s, const std::string& dtype,
+         const py::dict& device, const py::dict& options) {
+        return bn::plan_as_dict(op, n, c, s, dtype, bn::DeviceInfo{}, device, options);
+      },
+      py::arg("op"), py::arg("n"), py::arg("c"), py::arg("s"), py::arg("dtype"),
+      py::arg("device") = py::dict(), py::arg("options") = py::dict(),
+      "The plan for [n, c, s] on a described device, as a dictionary");
+  m.def("plan_candidates", &bn::candidates_as_dicts, py::arg("op"), py::arg("n"), py::arg("c"),
+        py::arg("s"), py::arg("dtype"), py::arg("device") = py::dict(),
+        py::arg("options") = py::dict(), py::arg("costs") = py::dict(),
+        "All plans that may be chosen: options that force each, plan, cost, bytes, chosen or not");
+  m.def("cost_model", &bn::cost_model_as_dict, "The constants of the planner's cost model");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -79,15 +96,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "(grad_grad_output, grad_input, grad_weight), None where not needed");
   bind_sync(m);
   bind_fused(m);
-  m.def(
-      "make_plan",
-      [](const std::string& op, int64_t n, int64_t c, int64_t s, const std::string& dtype,
-         const py::dict& device, const py::dict& options) {
-        return bn::plan_as_dict(op, n, c, s, dtype, bn::DeviceInfo{}, device, options);
-      },
-      py::arg("op"), py::arg("n"), py::arg("c"), py::arg("s"), py::arg("dtype"),
-      py::arg("device") = py::dict(), py::arg("options") = py::dict(),
-      "The plan for [n, c, s] on a described device, as a dictionary");
+  bind_plan(m);
   m.def(
       "device_info",
       [](int index) {

@@ -5,18 +5,15 @@
 #include <limits>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 #include "plan_bytes.h"
+#include "plan_candidates.h"
 #include "plan_rows.h"
+#include "plan_team.h"
 
 namespace batchnorm_cuda {
 namespace {
-
-// Resident blocks of a stage kernel that the planner aims for: with kUnroll windows of 16 bytes in
-// flight per thread, 2 blocks of 256 threads keep 32 KB in flight on an SM.
-constexpr int64_t kBlocksPerSm = 4;
-// Rows of partial results per channel. More splits would cost the merge more than they bring.
-constexpr int64_t kMaxSplits = 1024;
 
 int64_t round_up_to_power_of_two(int64_t value) {
   int64_t power = 1;
@@ -39,8 +36,8 @@ void check_sizes(const Problem& p) {
 // an SM even where a batch is then not full.
 int64_t choose_splits(int64_t channel_blocks, int64_t work, int64_t work_per_block,
                       const DeviceInfo& device, const PlanOptions& options) {
-  const int64_t full =
-      std::min(ceil_div(device.sm_count * kBlocksPerSm, channel_blocks), work / work_per_block);
+  const int64_t full = std::min(ceil_div(device.sm_count * kStageBlocksWanted, channel_blocks),
+                                work / work_per_block);
   const int64_t fill =
       std::min(ceil_div(device.sm_count, channel_blocks), work * kUnroll / work_per_block);
   const int64_t wanted = options.splits > 0 ? options.splits : std::max(full, fill);
@@ -218,18 +215,14 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
   }
 }
 
-// The samples of a single channel are one run, of whole windows but for its ends.
-Problem in_one_run(Problem p) {
-  if (p.c == 1) {
-    p.s *= p.n;
-    p.n = 1;
-  }
-  return p;
-}
-
 }  // namespace
 
-Plan make_plan(const Problem& given, const DeviceInfo& device, const PlanOptions& options) {
+Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptions& options) {
+  return make_plan(problem, device, options, CostModel{});
+}
+
+Plan make_plan(const Problem& given, const DeviceInfo& device, const PlanOptions& options,
+               const CostModel& costs) {
   check_sizes(given);
   const Problem problem = in_one_run(given);
   Plan plan;
@@ -240,12 +233,14 @@ Plan make_plan(const Problem& given, const DeviceInfo& device, const PlanOptions
     return plan;
   }
   plan_stages(plan, problem, device, options);
+  plan.cost = two_pass_cost(plan, problem, device, costs);
   if (options.strategy == Strategy::kTwoPass) {
     plan.reason = "two passes are forced";
-  } else if (is_double_backward(problem.op)) {
-    plan.reason = "the double backward has no team kernel";
   } else {
-    plan.team = plan_team(problem, device, options, &plan.reason);
+    TeamChoice choice = plan_team(problem, device, options, costs, plan.cost);
+    plan.team = choice.team;
+    plan.reason = std::move(choice.reason);
+    if (plan.team.size > 0) plan.cost = choice.cost;
   }
   if (plan.team.size > 0) {
     plan.strategy = Strategy::kTeam;

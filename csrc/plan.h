@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 namespace batchnorm_cuda {
@@ -169,13 +170,17 @@ struct Problem {
   int residual_shift = -1;  // forward
 };
 
-// What a caller may force; 0 leaves the choice to the planner.
+// What a caller may force; 0, kAuto or nothing leaves the choice to the planner. What cannot be
+// honoured gives another plan: callers that care compare.
 struct PlanOptions {
   int index_bits = 0;  // 32 is honoured only where it is safe
-  int64_t splits = 0;  // blocks per channel group, clamped to what there is to split
+  int64_t splits = 0;  // of two passes: blocks per channel group, clamped to what there is to split
   Strategy strategy = Strategy::kAuto;
-  Scope scope = Scope::kAuto;  // of a team
-  int team_size = 0;           // blocks of a team
+  Scope scope = Scope::kAuto;      // of a team, and all that follows
+  int team_size = 0;               // blocks
+  std::optional<Depth> depth;      // windows that a thread holds
+  int slab = 0;                    // along C: windows of a channel group at most, 4, 8 or 16
+  std::optional<Pattern> pattern;  // walk over the tensor
 };
 
 // How the blocks of one kernel walk over the tensor. A task is one (channel block, split) pair;
@@ -242,14 +247,11 @@ struct Plan {
   MergeGeometry merge;
   int64_t workspace_bytes = 0;  // partial results, planes of [merge.rows, C]
   int launches = 0;
+  double cost = 0;               // predicted, in moves (plan_costs.h)
   int64_t compulsory_bytes = 0;  // every activation once
   int64_t reread_bytes = 0;      // read a second time, from the L2 cache at best
   int64_t predicted_bytes = 0;   // of activations, to and from DRAM; a cold L2 cache holds the rest
 };
-
-// The best team for the problem, or one with size 0 where there is none; `reason` says why.
-Team plan_team(const Problem& problem, const DeviceInfo& device, const PlanOptions& options,
-               std::string* reason);
 
 // Throws std::invalid_argument for sizes that are negative or overflow 63 bits.
 Plan make_plan(const Problem& problem, const DeviceInfo& device, const PlanOptions& options = {});

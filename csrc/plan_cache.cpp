@@ -11,7 +11,7 @@ namespace {
 // Training repeats a few hundred problems at most: a network's layers, forward and backward.
 constexpr size_t kMaxPlans = 1024;
 
-using Key = std::array<int64_t, 31>;
+using Key = std::array<int64_t, 34>;
 
 // Everything that a plan depends on. The bindings name every field, so that one more does not
 // compile until it is here.
@@ -20,7 +20,7 @@ Key key_of(const Problem& problem, const DeviceInfo& device, const PlanOptions& 
                residual] = problem;
   const auto& [name, major, minor, sms, threads, registers, shared_sm, shared, shared_optin, l2,
                max_grid, cooperative, max_cluster] = device;
-  const auto& [index_bits, splits, strategy, scope, team_size] = options;
+  const auto& [index_bits, splits, strategy, scope, team_size, depth, slab, pattern] = options;
   static_cast<void>(name);
   return {static_cast<int64_t>(op),
           static_cast<int64_t>(dtype),
@@ -52,7 +52,10 @@ Key key_of(const Problem& problem, const DeviceInfo& device, const PlanOptions& 
           splits,
           static_cast<int64_t>(strategy),
           static_cast<int64_t>(scope),
-          team_size};
+          team_size,
+          depth ? static_cast<int64_t>(*depth) : -1,
+          slab,
+          pattern ? static_cast<int64_t>(*pattern) : -1};
 }
 
 struct Hash {

@@ -2,6 +2,8 @@
 
 #include <stdexcept>
 
+#include "plan_candidates.h"
+
 namespace py = pybind11;
 
 namespace batchnorm_cuda {
@@ -23,6 +25,18 @@ void visit_fields(Info& d, F&& f) {
   f("max_grid", d.max_grid);
   f("cooperative", d.cooperative);
   f("max_cluster", d.max_cluster);
+}
+
+// The same of the cost model.
+template <typename Model, typename F>
+void visit_costs(Model& m, F&& f) {
+  f("grid_wait", m.grid_wait);
+  f("cluster_wait", m.cluster_wait);
+  f("slot_rate", m.slot_rate);
+  f("latency", m.latency);
+  f("exposed", m.exposed);
+  f("sm_rate", m.sm_rate);
+  f("launch", m.launch);
 }
 
 // Takes what it knows out of `left`; what stays was misspelt.
@@ -114,11 +128,44 @@ Strategy parse_strategy(const std::string& name) {
 
 Scope parse_scope(const std::string& name) {
   if (name == "auto") return Scope::kAuto;
-  if (name == "block") return Scope::kBlock;
-  if (name == "cluster") return Scope::kCluster;
-  if (name == "grid") return Scope::kGrid;
+  for (const Scope scope : {Scope::kBlock, Scope::kCluster, Scope::kGrid}) {
+    if (name == scope_name(scope)) return scope;
+  }
   throw py::value_error("make_plan: expected scope to be auto, block, cluster or grid, got " +
                         name);
+}
+
+std::optional<Depth> parse_depth(const std::string& name) {
+  if (name == "auto") return std::nullopt;
+  for (const Depth depth : {Depth::kMiddle, Depth::kDeep, Depth::kStream}) {
+    if (name == depth_name(depth)) return depth;
+  }
+  throw py::value_error("make_plan: expected depth to be auto, middle, deep or stream, got " +
+                        name);
+}
+
+std::optional<Pattern> parse_pattern(const std::string& name) {
+  if (name == "auto") return std::nullopt;
+  for (const Pattern pattern : {Pattern::kAlongS, Pattern::kAlongC, Pattern::kAlongRow}) {
+    if (name == pattern_name(pattern)) return pattern;
+  }
+  throw py::value_error(
+      "make_plan: expected pattern to be auto, along_s, along_c or along_row, got " + name);
+}
+
+// What is forced, as options_from_dict takes it.
+py::dict to_dict(const PlanOptions& options) {
+  py::dict result;
+  if (options.index_bits > 0) result["index_bits"] = options.index_bits;
+  if (options.splits > 0) result["splits"] = options.splits;
+  result["strategy"] = options.strategy == Strategy::kTeam ? "team" : "two_pass";
+  if (options.strategy == Strategy::kTwoPass) return result;
+  result["scope"] = scope_name(options.scope);
+  result["team_size"] = options.team_size;
+  if (options.depth) result["depth"] = depth_name(*options.depth);
+  if (options.slab > 0) result["slab"] = options.slab;
+  if (options.pattern) result["pattern"] = pattern_name(*options.pattern);
+  return result;
 }
 
 py::dict to_dict(const Plan& plan) {
@@ -157,25 +204,31 @@ PlanOptions options_from_dict(const py::dict& options) {
   take(left, "index_bits", parsed.index_bits);
   take(left, "splits", parsed.splits);
   take(left, "team_size", parsed.team_size);
-  std::string strategy = "auto", scope = "auto";
+  take(left, "slab", parsed.slab);
+  std::string strategy = "auto", scope = "auto", depth = "auto", pattern = "auto";
   take(left, "strategy", strategy);
   take(left, "scope", scope);
+  take(left, "depth", depth);
+  take(left, "pattern", pattern);
   parsed.strategy = parse_strategy(strategy);
   parsed.scope = parse_scope(scope);
+  parsed.depth = parse_depth(depth);
+  parsed.pattern = parse_pattern(pattern);
   check_empty(left, "options");
   return parsed;
 }
 
-py::dict plan_as_dict(const std::string& op, int64_t n, int64_t c, int64_t s,
-                      const std::string& dtype, const DeviceInfo& base, const py::dict& device,
-                      const py::dict& options) {
+namespace {
+
+// Takes the problem's part out of `left`.
+Problem take_problem(const std::string& op, int64_t n, int64_t c, int64_t s,
+                     const std::string& dtype, py::dict& left) {
   Problem problem;
   problem.op = parse_op(op);
   problem.dtype = parse_dtype(dtype);
   problem.n = n;
   problem.c = c;
   problem.s = s;
-  py::dict left(options.attr("copy")());
   take(left, "input_shift", problem.input_shift);
   take(left, "grad_output_shift", problem.grad_output_shift);
   take(left, "output_shift", problem.output_shift);
@@ -185,11 +238,52 @@ py::dict plan_as_dict(const std::string& op, int64_t n, int64_t c, int64_t s,
   take(left, "fused", problem.fused);
   take(left, "mask", problem.mask);
   take(left, "residual_shift", problem.residual_shift);
-  DeviceInfo described = base;
-  py::dict device_left(device.attr("copy")());
-  visit_fields(described, [&](const char* key, auto& value) { take(device_left, key, value); });
-  check_empty(device_left, "device property");
-  return to_dict(make_plan(problem, described, options_from_dict(left)));
+  return problem;
+}
+
+DeviceInfo described(const DeviceInfo& base, const py::dict& device) {
+  DeviceInfo result = base;
+  py::dict left(device.attr("copy")());
+  visit_fields(result, [&](const char* key, auto& value) { take(left, key, value); });
+  check_empty(left, "device property");
+  return result;
+}
+
+}  // namespace
+
+py::dict plan_as_dict(const std::string& op, int64_t n, int64_t c, int64_t s,
+                      const std::string& dtype, const DeviceInfo& base, const py::dict& device,
+                      const py::dict& options) {
+  py::dict left(options.attr("copy")());
+  const Problem problem = take_problem(op, n, c, s, dtype, left);
+  return to_dict(make_plan(problem, described(base, device), options_from_dict(left)));
+}
+
+std::vector<py::dict> candidates_as_dicts(const std::string& op, int64_t n, int64_t c, int64_t s,
+                                          const std::string& dtype, const py::dict& device,
+                                          const py::dict& options, const py::dict& costs) {
+  using py::literals::operator""_a;
+  py::dict left(options.attr("copy")());
+  const Problem problem = take_problem(op, n, c, s, dtype, left);
+  CostModel model;
+  py::dict costs_left(costs.attr("copy")());
+  visit_costs(model, [&](const char* key, double& value) { take(costs_left, key, value); });
+  check_empty(costs_left, "cost");
+  std::vector<py::dict> result;
+  for (const PlanCandidate& each :
+       plan_candidates(problem, described({}, device), options_from_dict(left), model)) {
+    result.push_back(py::dict("options"_a = to_dict(each.options), "cost"_a = each.plan.cost,
+                              "predicted_bytes"_a = each.plan.predicted_bytes,
+                              "chosen"_a = each.chosen));
+  }
+  return result;
+}
+
+py::dict cost_model_as_dict() {
+  py::dict result;
+  const CostModel model;
+  visit_costs(model, [&](const char* key, double value) { result[key] = value; });
+  return result;
 }
 
 }  // namespace batchnorm_cuda

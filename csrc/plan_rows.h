@@ -7,6 +7,15 @@
 
 namespace batchnorm_cuda {
 
+// The samples of a single channel are one run, of whole windows but for its ends.
+inline Problem in_one_run(Problem p) {
+  if (p.c == 1) {
+    p.s *= p.n;
+    p.n = 1;
+  }
+  return p;
+}
+
 struct RowLayout {
   int64_t elements = 0;  // of a row, which repeats; 0: the tensor does not suit
   int64_t windows = 0;   // of a channel block: whole channels, whole windows

@@ -2,9 +2,7 @@
 // of the plan (plan.h).
 //
 // A team that reads everything once comes before any that does not. Among those that do, and among
-// the rest together with the stage kernels, the least cost decides: the time of the busiest SM in
-// moves, where a move is 8 KB, one 16-byte access by each of 512 threads, at the SM's share of the
-// device's bandwidth. Only ratios matter, and only between choices for one problem.
+// the rest together with the stage kernels, the least cost decides (plan_costs.h).
 #include "plan_team.h"
 
 #include <algorithm>
@@ -14,21 +12,6 @@
 namespace batchnorm_cuda {
 namespace {
 
-constexpr double kMoveThreads = 512;
-constexpr double kMoveBytes = kMoveThreads * kWindowBytes;
-// Cost of a wait for other blocks. A cycle-level simulation put a round through global memory at
-// about 1100 cycles, in which an SM moves about 16 KB; a cluster at a third.
-constexpr double kGridWait = 2.0, kClusterWait = 0.7;
-// Slots are read from the L2 cache, at about twice the rate of DRAM.
-constexpr double kSlotRate = 2.0;
-// From the first load of a round to its use.
-constexpr double kLatency = 1.0;
-// Share of latencies and waits that still shows where another team's block on the SM fills them.
-constexpr double kExposed = 0.5;
-// What an SM can move of its share of the bandwidth while others are idle.
-constexpr double kSmRate = 1.3;
-// A launch more, or a device-wide drain (about 3 microseconds).
-constexpr double kLaunchCost = 5.0;
 // Places for blocks that may idle, of all over all rounds, without a word in the plan's reason.
 constexpr double kIdleUnexplained = 0.1;
 
@@ -42,63 +25,20 @@ bool all_aligned(const Problem& p) {
 bool along_c_is_exact(const Problem& p, int vec) { return all_aligned(p) && p.c % vec == 0; }
 
 TeamRequest make_request(const Problem& p, const DeviceInfo& device, const PlanOptions& options,
-                         Pattern pattern, const RowLayout& rows = {}) {
+                         const CostModel& costs, Pattern pattern, const RowLayout& rows = {}) {
   const bool forward = p.op == Op::kForwardTraining || p.op == Op::kForwardEval;
   const int vec = kWindowBytes / dtype_bytes(p.dtype);
   const bool exact =
       pattern == Pattern::kAlongS ? all_aligned(p) && p.s % vec == 0 : rows.channels == 0;
   const int channels = pattern == Pattern::kAlongS ? 1 : vec;
   const int passing = p.outputs + (p.residual_shift >= 0);
-  return {p,       device,          options,  pattern, exact, vec, forward ? 1 : 2,
-          passing, forward ? 4 : 2, channels, rows};
-}
-
-double exchange_cost(const TeamRequest& r, const Team& team) {
-  if (team.scope == Scope::kBlock) return 0;
-  const double slot = static_cast<double>(team.slot_values * acc_bytes(r.problem.dtype));
-  const double blocks = team.blocks_per_sm;  // each reads them for itself
-  const double read = (team.two_level ? 2.0 : static_cast<double>(team.size)) * slot;
-  const double wait = team.scope == Scope::kCluster ? kClusterWait : kGridWait;
-  return wait * (team.two_level ? 2 : 1) + read * blocks / (kMoveBytes * kSlotRate);
-}
-
-// Moves of one round in which `blocks` blocks are at work.
-double round_cost(const TeamRequest& r, const Team& team, int64_t blocks) {
-  const Traversal& t = team.traversal;
-  const int members = team_members(t, r.pattern);
-  const double held = static_cast<double>(t.per_split) / members;
-  const double capacity = team.register_windows + team.shared_windows;
-  const double moves = held * (r.tensors + r.passing) + std::max(0.0, held - capacity) * r.tensors;
-  const double per_block = moves * kTeamThreads / kMoveThreads;
-  const double sms = r.device.sm_count;
-  const auto on_busiest = static_cast<double>(ceil_div(blocks, r.device.sm_count));
-  const bool shared = on_busiest > 1 && blocks > team.size;  // by blocks of several teams
-  const double latency = kLatency + exchange_cost(r, team);
-  return std::max(per_block * static_cast<double>(blocks) / sms, per_block * on_busiest / kSmRate) +
-         latency * (shared ? kExposed : 1.0);
-}
-
-double team_cost(const TeamRequest& r, const Team& team) {
-  const int64_t groups = team.traversal.channel_blocks;
-  const int64_t places = int64_t{team.blocks_per_sm} * r.device.sm_count;
-  const int64_t at_once =
-      team.scope == Scope::kBlock ? std::min(groups, places) : std::min(groups, team.teams);
-  const int64_t last = groups % at_once;
-  double cost = static_cast<double>(groups / at_once) * round_cost(r, team, at_once * team.size);
-  if (last > 0) cost += round_cost(r, team, last * team.size);
-  return cost + kLaunchCost;
-}
-
-// The stage kernels' cost in the same unit: what a team holds twice, all else once.
-double two_pass_cost(const TeamRequest& r) {
-  const double windows =
-      static_cast<double>(r.problem.n * r.problem.c * r.problem.s) / r.vec / kMoveThreads;
-  return windows / r.device.sm_count * (2 * r.tensors + r.passing) + 3 * kLaunchCost;
+  return {p,   device,          options, costs,           pattern,  exact,
+          vec, forward ? 1 : 2, passing, forward ? 4 : 2, channels, rows};
 }
 
 // Share of the places for blocks that are empty, over all rounds.
-double idle_share(const TeamRequest& r, const Team& team) {
-  const int64_t places = int64_t{team.blocks_per_sm} * r.device.sm_count;
+double idle_share(const Team& team, const DeviceInfo& device) {
+  const int64_t places = int64_t{team.blocks_per_sm} * device.sm_count;
   const int64_t at_once = team.scope == Scope::kBlock ? places : team.grid;
   const int64_t waves = ceil_div(team.traversal.tasks, at_once);
   return 1.0 - static_cast<double>(team.traversal.tasks) / static_cast<double>(waves * places);
@@ -113,6 +53,8 @@ bool fits_32_bits(const TeamRequest& r, const Traversal& t) {
 }
 
 std::string unsuitable(const Problem& p, const PlanOptions& options) {
+  if (p.n == 0 || p.c == 0 || p.s == 0) return "there is nothing to do";
+  if (is_double_backward(p.op)) return "the double backward has no team kernel";
   if (p.op == Op::kForwardEval) return "eval forward reads its input once anyway";
   if (p.output_shift < 0) return "no elementwise output is wanted";
   if (p.op == Op::kBackwardEval && !p.need_sums) return "no sums are wanted";
@@ -146,7 +88,8 @@ struct Choice {
 
   void offer(const TeamRequest& r, const Team& candidate) {
     const bool reads_once = candidate.streamed_bytes == 0;
-    if (once && !reads_once) return;
+    const bool less_held = candidate.depth == Depth::kStream && team.depth != Depth::kStream;
+    if (once && (!reads_once || less_held)) return;
     const double candidate_cost = team_cost(r, candidate);
     if ((reads_once && !once) || candidate_cost < cost) {
       team = candidate;
@@ -160,69 +103,117 @@ struct Choice {
 // an odd number of windows starts in mid-sector, and costs each slab a sector more.
 std::vector<int> slab_widths(const TeamRequest& r) {
   if (r.pattern != Pattern::kAlongC) return {kSlabWindows};
+  if (r.options.slab > 0) return {std::min(r.options.slab, kWideSlabWindows)};
   if (r.problem.c / r.vec % 2 == 0) return {kSlabWindows, kNarrowSlabWindows};
-  return {2 * kSlabWindows, kSlabWindows, kNarrowSlabWindows};
+  return {kWideSlabWindows, kSlabWindows, kNarrowSlabWindows};
 }
 
-// Offers all teams of one access pattern and slab width.
-void offer_teams(const TeamRequest& r, int slab, Choice& choice) {
-  const Traversal base = team_traversal(r, slab);
+// A walk of the threads over the tensor, for teams of any depth and size.
+struct Walk {
+  TeamRequest request;
+  int slab;
+};
+
+// The walks that suit the tensor, the best first: a team that reads everything once is taken from
+// the first walk that has one.
+std::vector<Walk> walks_of(const Problem& problem, const DeviceInfo& device,
+                           const PlanOptions& options, const CostModel& costs) {
+  const int vec = kWindowBytes / dtype_bytes(problem.dtype);
+  const auto wanted = [&](Pattern pattern) { return options.pattern.value_or(pattern) == pattern; };
+  std::vector<Walk> walks;
+  const RowLayout rows = choose_rows(problem, vec, kTeamThreads);
+  if (rows.elements > 0 && wanted(Pattern::kAlongRow)) {
+    walks.push_back({make_request(problem, device, options, costs, Pattern::kAlongRow, rows), 0});
+  }
+  const Pattern pattern = problem.s > 1 ? Pattern::kAlongS : Pattern::kAlongC;
+  const bool whole = problem.s > 1 || along_c_is_exact(problem, vec);
+  if (!whole || !wanted(pattern)) return walks;
+  const TeamRequest request = make_request(problem, device, options, costs, pattern);
+  for (const int slab : slab_widths(request)) walks.push_back({request, slab});
+  return walks;
+}
+
+// Offers all teams of one walk: the one enumeration, of what is chosen from and what is listed.
+template <typename Offer>
+void offer_teams(const Walk& walk, const Offer& offer) {
+  const TeamRequest& r = walk.request;
+  const Traversal base = team_traversal(r, walk.slab);
   if (!fits_32_bits(r, base)) return;
   const bool shares_block = r.pattern == Pattern::kAlongS && base.threads_x < kTeamThreads;
   for (const Depth depth : kDepths) {
-    if (windows_of(r, depth) == 0) continue;
-    if (depth == Depth::kStream && choice.once) continue;
+    if (r.options.depth.value_or(depth) != depth || windows_of(r, depth) == 0) continue;
     for (const int64_t size : team_sizes(r, base, depth)) {
       Team team;
       if (shares_block && size > 1) continue;
-      if (build_team(r, base, depth, size, team)) choice.offer(r, team);
+      if (build_team(r, base, depth, size, team)) offer(r, team);
     }
   }
+}
+
+std::string reason_without_team(const Problem& p) {
+  const bool whole = p.s > 1 || along_c_is_exact(p, kWindowBytes / dtype_bytes(p.dtype));
+  return whole ? "no team fits, or the tensor needs 64-bit indices"
+               : "channels last whose rows make no whole windows, or begin off 16-byte boundaries";
+}
+
+std::string reason_for(const Choice& choice, const DeviceInfo& device) {
+  std::string reason = choice.once ? "a team holds each channel group on chip"
+                                   : "a team holds part of each channel group on chip";
+  const double idle = idle_share(choice.team, device);
+  if (idle > kIdleUnexplained) {
+    reason += "; " + std::to_string(static_cast<int>(idle * 100 + 0.5)) +
+              "% of the places for blocks idle: teams that leave fewer cost more";
+  }
+  return reason;
 }
 
 }  // namespace
 
-Team plan_team(const Problem& problem, const DeviceInfo& device, const PlanOptions& options,
-               std::string* reason) {
+TeamChoice plan_team(const Problem& problem, const DeviceInfo& device, const PlanOptions& options,
+                     const CostModel& costs, double two_pass_cost) {
+  std::string reason = unsuitable(problem, options);
+  if (!reason.empty()) return {{}, 0, reason};
   Choice choice;
-  choice.team.size = 0;
-  *reason = unsuitable(problem, options);
-  if (!reason->empty()) return choice.team;
-  const int vec = kWindowBytes / dtype_bytes(problem.dtype);
-  const bool whole = problem.s > 1 || along_c_is_exact(problem, vec);
-  const RowLayout rows =
-      all_aligned(problem) ? choose_rows(problem, vec, kTeamThreads) : RowLayout{};
-  if (rows.elements > 0) {
-    offer_teams(make_request(problem, device, options, Pattern::kAlongRow, rows), 0, choice);
+  for (const Walk& walk : walks_of(problem, device, options, costs)) {
+    if (choice.once) break;
+    offer_teams(walk, [&](const TeamRequest& r, const Team& team) { choice.offer(r, team); });
   }
-  const TeamRequest r =
-      make_request(problem, device, options, problem.s > 1 ? Pattern::kAlongS : Pattern::kAlongC);
-  if (choice.team.size == 0 && whole) {
-    for (const int slab : slab_widths(r)) {
-      if (!choice.once) offer_teams(r, slab, choice);
+  if (choice.team.size == 0) return {{}, 0, reason_without_team(problem)};
+  const bool forced = options.strategy == Strategy::kTeam;
+  if (!choice.once && !forced && choice.cost >= two_pass_cost) {
+    reason =
+        "no team holds a channel group, and two passes cost less than reading part of it again";
+    return {{}, 0, reason};
+  }
+  return {choice.team, choice.cost, reason_for(choice, device)};
+}
+
+std::vector<PlanOptions> team_candidates(const Problem& given, const DeviceInfo& device,
+                                         const PlanOptions& options) {
+  const Problem problem = in_one_run(given);
+  std::vector<PlanOptions> found;
+  if (!unsuitable(problem, options).empty()) return found;
+  const CostModel costs;  // of no matter: nothing is chosen
+  PlanOptions by_grid = options;
+  by_grid.scope = Scope::kGrid;
+  for (const PlanOptions& each : {options, by_grid}) {
+    const bool beside = each.scope != options.scope;  // what the planner would make a cluster
+    if (beside && options.scope != Scope::kAuto) continue;
+    for (const Walk& walk : walks_of(problem, device, each, costs)) {
+      offer_teams(walk, [&](const TeamRequest& r, const Team& team) {
+        if (beside && (team.size == 1 || team.size > device.max_cluster)) return;
+        PlanOptions forced = options;
+        forced.strategy = Strategy::kTeam;
+        forced.scope = team.scope;
+        forced.team_size = team.size;
+        forced.depth = team.depth;
+        forced.pattern = team.pattern;
+        forced.slab = r.pattern == Pattern::kAlongC ? walk.slab : 0;
+        found.push_back(forced);
+      });
     }
   }
-  if (choice.team.size == 0) {
-    *reason =
-        whole ? "no team fits, or the tensor needs 64-bit indices"
-              : "channels last whose rows make no whole windows, or begin off 16-byte boundaries";
-    return choice.team;
-  }
-  const bool forced = options.strategy == Strategy::kTeam;
-  if (!choice.once && !forced && choice.cost >= two_pass_cost(r)) {
-    *reason =
-        "no team holds a channel group, and two passes cost less than reading part of it again";
-    choice.team.size = 0;
-    return choice.team;
-  }
-  *reason = choice.once ? "a team holds each channel group on chip"
-                        : "a team holds part of each channel group on chip";
-  const double idle = idle_share(r, choice.team);
-  if (idle > kIdleUnexplained) {
-    *reason += "; " + std::to_string(static_cast<int>(idle * 100 + 0.5)) +
-               "% of the places for blocks idle: teams that leave fewer cost more";
-  }
-  return choice.team;
+  return found;
 }
 
 }  // namespace batchnorm_cuda

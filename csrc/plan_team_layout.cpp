@@ -106,10 +106,6 @@ Scope scope_of(const TeamRequest& r, int64_t size) {
   return cluster ? Scope::kCluster : r.device.cooperative ? Scope::kGrid : Scope::kAuto;
 }
 
-// Values per round that a block reads of others' slots above which the ranks merge a slice each. A
-// second wait takes about as long as reading 8 KB from the L2 cache.
-constexpr int64_t kTwoLevelBytes = 8192;
-
 void plan_workspace(const TeamRequest& r, Team& team) {
   if (team.scope != Scope::kGrid) return;
   const int acc = acc_bytes(r.problem.dtype);

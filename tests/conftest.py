@@ -6,6 +6,7 @@ of torch operators that serves CPU tensors without emulation.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -95,14 +96,21 @@ def pytest_configure(config: pytest.Config) -> None:
 _left_out: list[str] = []
 
 
+# Test files that stand on a package which may be missing: torchvision fits one build of torch only,
+# and torch's own test cases need expecttest.
+_STANDS_ON = {"test_torchvision.py": "torchvision", "test_torch_inputs.py": "expecttest"}
+
+
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Leave out torchvision's tests where none fits: each is made for one build of torch."""
-    if collection_path.name == "test_torchvision.py":
-        try:
-            import torchvision  # noqa: F401
-        except (ImportError, RuntimeError, OSError) as error:
-            _left_out.append(f"{collection_path.name} is left out: {error}")
-            return True
+    """Leave out, in words, what cannot run for want of a package."""
+    package = _STANDS_ON.get(collection_path.name)
+    if package is None:
+        return None
+    try:
+        importlib.import_module(package)
+    except (ImportError, RuntimeError, OSError) as error:
+        _left_out.append(f"{collection_path.name} is left out: {error}")
+        return True
     return None
 
 

@@ -14,12 +14,13 @@ import torch
 from bench_cases import row
 
 from batchnorm_cuda import devices, explain
-from bench import gpu_check, gpu_steps, repeat, sanitize
-from bench.gpu_check import Verdict, conclusion, exit_status, run_all, run_step
-from bench.gpu_steps import FAIL, HOST, MISSING, NO_GPU, PASS, Outcome, Plan, Step
+from bench import gpu_check, repeat, sanitize
 from bench.results import write_csv, write_json
+from bench.visit import parts, plans
+from bench.visit.parts import FAIL, HOST, MISSING, NO_GPU, PASS, Outcome, Part, Site
+from bench.visit.runner import Verdict, conclusion, exit_status, run_all, run_part
 
-HERE = Plan(gpu=True, device="GPU 1", out=Path("unused"), sanitizer=Path("sanitizer"))
+HERE = Site(gpu=True, device="GPU 1", out=Path("unused"), sanitizer=Path("sanitizer"))
 NOWHERE = replace(HERE, gpu=False, device="torch (CUDA 13.0) finds none")
 
 
@@ -27,53 +28,53 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def step(code: str, **values: object) -> Step:
-    return Step("a step", lambda plan: [python(code)], 1, **values)
+def part(code: str, **values: object) -> Part:
+    return Part("a part", lambda site: [python(code)], 1, **values)
 
 
-def test_verdicts_of_a_step() -> None:
-    fine, broken = step("print('== 7 passed =='); print()"), step("print('why'); exit(3)")
-    assert run_step(fine, HERE, 60) == Outcome(PASS, "7 passed")
-    outcome = run_step(broken, HERE, 60)
+def test_verdicts_of_a_part() -> None:
+    fine, broken = part("print('== 7 passed =='); print()"), part("print('why'); exit(3)")
+    assert run_part(fine, HERE, 60) == Outcome(PASS, "7 passed")
+    outcome = run_part(broken, HERE, 60)
     assert outcome.status == FAIL
     assert outcome.text.startswith("exit status 3 of `") and outcome.text.endswith("why")
-    assert run_step(broken, NOWHERE, 60) == Outcome(
+    assert run_part(broken, NOWHERE, 60) == Outcome(
         NO_GPU, "needs a GPU: torch (CUDA 13.0) finds none"
     )
     hosted = replace(fine, host=True)
-    assert run_step(hosted, NOWHERE, 60).status == HOST
-    assert run_step(hosted, NOWHERE, 60).text.startswith("7 passed [needs a GPU")
-    assert run_step(replace(broken, host=True), NOWHERE, 60).status == FAIL
-    lacking = replace(fine, tool=lambda plan: "no compiler")
-    assert run_step(lacking, HERE, 60) == Outcome(MISSING, "no compiler")
+    assert run_part(hosted, NOWHERE, 60).status == HOST
+    assert run_part(hosted, NOWHERE, 60).text.startswith("7 passed [needs a GPU")
+    assert run_part(replace(broken, host=True), NOWHERE, 60).status == FAIL
+    lacking = replace(fine, tool=lambda site: "no compiler")
+    assert run_part(lacking, HERE, 60) == Outcome(MISSING, "no compiler")
 
 
 def test_commands_after_one_that_fails_do_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
-    both = Step("two", lambda plan: [python("exit(1)"), ["touch", str(mark)]], 1)
-    assert run_step(both, HERE, 60).status == FAIL
+    both = Part("two", lambda site: [python("exit(1)"), ["touch", str(mark)]], 1)
+    assert run_part(both, HERE, 60).status == FAIL
     assert not mark.exists()
 
 
-def test_a_step_out_of_time_is_ended_with_its_children() -> None:
+def test_a_part_out_of_time_is_ended_with_its_children() -> None:
     started = time.monotonic()
     code = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '600'])"
-    outcome = run_step(step(code), HERE, 3)
+    outcome = run_part(part(code), HERE, 3)
     assert time.monotonic() - started < 60
     assert outcome == Outcome(FAIL, "out of time after 3 s: begun")
 
 
-def test_emulation_follows_the_plan() -> None:
-    shown = step("import os; print(os.environ.get('BATCHNORM_CUDA_EMULATE', 'off'))", host=True)
-    assert run_step(shown, HERE, 60).text == "off"
-    assert run_step(shown, NOWHERE, 60).text.startswith("1 [")
+def test_emulation_follows_the_site() -> None:
+    shown = part("import os; print(os.environ.get('BATCHNORM_CUDA_EMULATE', 'off'))", host=True)
+    assert run_part(shown, HERE, 60).text == "off"
+    assert run_part(shown, NOWHERE, 60).text.startswith("1 [")
 
 
-def test_later_steps_keep_their_reserve() -> None:
+def test_later_parts_keep_their_reserve() -> None:
     lines: list[str] = []
-    slow = Step("slow", lambda plan: [["sleep", "600"]], 1)
-    quick = Step("quick", lambda plan: [["echo", "done"]], 2)
-    verdicts = run_all([slow, quick], HERE, 4, lines.append)
+    slow = Part("slow", lambda site: [["sleep", "600"]], 1)
+    quick = Part("quick", lambda site: [["echo", "done"]], 2)
+    verdicts = run_all([slow, quick], HERE, 4, lambda verdict: lines.append(str(verdict)))
     assert [v.outcome.status for v in verdicts] == [FAIL, PASS]
     assert verdicts[0].outcome.text.startswith("out of time after 2 s")
     assert lines == [str(v) for v in verdicts]
@@ -107,8 +108,8 @@ def test_the_command_without_a_gpu(
 ) -> None:
     """Its long steps are left to `make gpu-check-rehearsal`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    few = [one for one in gpu_steps.STEPS if one.name in ("device", "graph", "tests")]
-    monkeypatch.setattr(gpu_steps, "STEPS", few)
+    few = [one for one in plans.CHECK if one.name in ("device", "graph", "tests")]
+    monkeypatch.setattr(plans, "CHECK", few)
     assert gpu_check.main([f"--out={tmp_path}"]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in lines[:-1]] == [
@@ -119,30 +120,30 @@ def test_the_command_without_a_gpu(
     assert gpu_check.main([f"--out={tmp_path}", "--rehearse"]) == 0
 
 
-def test_steps_cover_the_check() -> None:
-    names = [one.name for one in gpu_steps.STEPS]
+def test_parts_cover_the_check() -> None:
+    names = [one.name for one in plans.CHECK]
     assert names == [
         *("device", "build", "determinism", "graph"),
         *("memcheck", "racecheck", "initcheck", "synccheck", "tests", "bench"),
     ]
-    for one in gpu_steps.STEPS:
-        for plan in (HERE, NOWHERE):
-            for command in one.commands(plan):
+    for one in plans.CHECK:
+        for site in (HERE, NOWHERE):
+            for command in one.commands(site):
                 assert all(isinstance(word, str) for word in command)
-    sanitized = gpu_steps.STEPS[names.index("racecheck")].commands(HERE)[0]
+    sanitized = plans.CHECK[names.index("racecheck")].commands(HERE)[0]
     assert sanitized[-4:] == ["--tool", "racecheck", "--sanitizer", "sanitizer"]
-    assert sum(one.reserve for one in gpu_steps.STEPS) < 10 * 60
+    assert sum(one.reserve for one in plans.CHECK) < 10 * 60
     assert HERE.csv_path.name == "gpu-1.csv"
-    bench = gpu_steps.STEPS[-1].commands(replace(HERE, peer_tolerance=1e4))[0]
+    bench = plans.CHECK[-1].commands(replace(HERE, peer_tolerance=1e4))[0]
     assert bench[-1] == "--peer-tolerance=10000"
 
 
 def test_verdicts_go_into_the_report(tmp_path: Path) -> None:
-    plan = replace(HERE, out=tmp_path)
-    assert gpu_check.add_to_report(plan, verdicts(PASS)) == []
-    write_csv(plan.csv_path, [row()])
-    write_json(plan.csv_path.with_suffix(".json"), {"device": "GPU 1"}, [row()])
-    files = gpu_check.add_to_report(plan, verdicts(PASS, MISSING))
+    site = replace(HERE, out=tmp_path)
+    assert gpu_check.add_to_report(site, verdicts(PASS)) == []
+    write_csv(site.csv_path, [row()])
+    write_json(site.csv_path.with_suffix(".json"), {"device": "GPU 1"}, [row()])
+    files = gpu_check.add_to_report(site, verdicts(PASS, MISSING))
     assert {file.suffix for file in files} >= {".csv", ".md", ".html"}
     found = json.loads((tmp_path / "gpu-1.json").read_text())["environment"]
     assert found["check, step 1"] == "MISSING, text"
@@ -159,15 +160,15 @@ def executable(path: Path, text: str) -> Path:
 def test_where_the_sanitizer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
-    assert gpu_steps.find_sanitizer(tmp_path / "cuda") is None
+    assert parts.find_sanitizer(tmp_path / "cuda") is None
     missing = replace(HERE, sanitizer=None)
-    memcheck = next(one for one in gpu_steps.STEPS if one.name == "memcheck")
+    memcheck = next(one for one in plans.CHECK if one.name == "memcheck")
     assert "no compute-sanitizer" in memcheck.missing(missing).text
     pypi = executable(tmp_path / "site/nvidia/cu13/bin/compute-sanitizer", "")
-    assert gpu_steps.find_sanitizer(None) == pypi
+    assert parts.find_sanitizer(None) == pypi
     own = executable(tmp_path / "cuda/compute-sanitizer/compute-sanitizer", "")
-    assert gpu_steps.find_sanitizer(tmp_path / "cuda") == own
-    assert gpu_steps.find_sanitizer(None) == pypi
+    assert parts.find_sanitizer(tmp_path / "cuda") == own
+    assert parts.find_sanitizer(None) == pypi
 
 
 @pytest.fixture

@@ -259,7 +259,7 @@ def test_a_failure_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> Non
 
     model = _extension.load_emulated()
     before = model.device_info()
-    monkeypatch.setattr(traffic_model, "_operation", lambda *_: fail)
+    monkeypatch.setattr(traffic_model, "operation", lambda *_: fail)
     with pytest.raises(RuntimeError, match="no launch"):
         count(Case((4, 3)), scaled_device("t4", 2), "two_pass")
     assert model.device_info() == before

@@ -1,0 +1,72 @@
+"""Which kernel instances a compiled extension holds, and what a profiler calls them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from .machine_code.kernels import demangle, shorten
+from .toolkit import ToolkitError, resolve
+
+_KERNEL = re.compile(r"^\w+_kernel(<|$)")
+_SECONDS = 120
+
+
+def short_names(names: Iterable[str]) -> set[str]:
+    """Of our kernels among `names`, mangled or not, as both sides are compared."""
+    names = list(names)
+    mangled = [name for name in names if name.startswith("_Z")]
+    plain = [name for name in names if not name.startswith("_Z")]
+    if mangled:
+        plain += demangle(mangled).values()
+    return {short for short in map(shorten, plain) if _KERNEL.match(short)}
+
+
+def compiled(library: Path) -> tuple[set[str], str]:
+    """Names of the kernels in the library, and the tool that listed them.
+
+    Device code is what counts, which cuobjdump reads. Without it, and for the host model, the
+    symbols of the host's side are read: every kernel has one there.
+    """
+    tool = find_cuobjdump()
+    if tool is not None:
+        found = short_names(device_functions(_output([tool, "-res-usage", library])))
+        if found:
+            return found, "cuobjdump"
+    tool = shutil.which("nm")
+    if tool is None:
+        return set(), "neither cuobjdump nor nm is here"
+    return short_names(host_symbols(_output([tool, library]))), "nm"
+
+
+def device_functions(text: str) -> list[str]:
+    """Mangled names out of `cuobjdump -res-usage`: "Function NAME:", a line each."""
+    return re.findall(r"^\s*Function\s+([^\s:]+):", text, flags=re.MULTILINE)
+
+
+def host_symbols(text: str) -> list[str]:
+    """Mangled names of functions out of `nm`, without the stubs that launch them."""
+    found = re.findall(r"^[0-9a-f]+ [tTwW] (_Z\S*_kernel\S*)$", text, flags=re.MULTILINE)
+    return [name for name in found if "__device_stub__" not in name]
+
+
+def find_cuobjdump() -> str | None:
+    """Of the toolkit, or on PATH."""
+    try:
+        inside = resolve().home / "bin" / "cuobjdump"
+    except ToolkitError:
+        inside = None
+    if inside is not None and os.access(inside, os.X_OK):
+        return str(inside)
+    return shutil.which("cuobjdump")
+
+
+def _output(command: list[str | Path]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

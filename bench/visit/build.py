@@ -1,0 +1,46 @@
+"""Compiles the extension, or takes it from the cache, and imports it.
+
+    python -m bench.visit.build cuda|emulated
+
+Says what the compilers took, file by file.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from batchnorm_cuda import _extension
+
+KINDS = ("cuda", "emulated")
+
+
+def compile_seconds(log: Path) -> dict[str, float]:
+    """Of every object, from ninja's log."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    rows = [line.split("\t") for line in lines if line.count("\t") >= 4]
+    return {row[3]: (int(row[1]) - int(row[0])) / 1000 for row in rows}
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0] not in KINDS:
+        print(f"expected one of {', '.join(KINDS)}, got {' '.join(arguments) or 'nothing'}")
+        return 3
+    started = time.monotonic()
+    load = _extension.load_cuda if arguments[0] == "cuda" else _extension.load_emulated
+    module = load()
+    took = time.monotonic() - started
+    seconds = compile_seconds(Path(str(module.__file__)).with_name(".ninja_log"))
+    for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
+        print(f"{value:7.1f} s  {name}")
+    for name, value in _extension.build_info()["loaded"][arguments[0]].items():
+        print(f"{name}: {value}")
+    compiled = f", {len(seconds)} files in {sum(seconds.values()):.0f} s of compilers"
+    longest = f", the longest {max(seconds.values()):.0f} s" if seconds else ""
+    print(f"{arguments[0]}: loaded after {took:.0f} s{compiled if seconds else ''}{longest}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
