@@ -175,5 +175,6 @@ def options_of(plan: Plan) -> dict[str, Any]:
     """What to force for a smaller problem to be planned like this one."""
     if "team" in plan:
         team = plan["team"]
-        return {"strategy": "team", "scope": team["scope"], "team_size": team["size"]}
+        kept = {"strategy": "team", "scope": team["scope"], "team_size": team["size"]}
+        return kept | {"depth": team["depth"], "pattern": team["pattern"]}
     return {"strategy": "two_pass", "splits": plan["reduce"]["splits"]}
