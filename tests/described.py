@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from cases import Case, channels_last
+from cases import Case
 
 from batchnorm_cuda import devices
 from bench.traffic_model import scaled_device
@@ -60,7 +60,7 @@ class Problem:
         return make_plan(
             extension,
             self.op,
-            geometry(self.case),
+            self.case.geometry,
             dtype_name(self.dtype),
             self.properties(),
             **self.options,
@@ -69,13 +69,6 @@ class Problem:
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def geometry(case: Case) -> Sizes:
-    """[N, C, S] of a dense case."""
-    n, c, *spatial = case.shape
-    positions = math.prod(spatial)
-    return (n * positions, c, 1) if case.layout is channels_last else (n, c, positions)
 
 
 def make_plan(
@@ -101,12 +94,12 @@ def counts(plan: Plan) -> dict[str, int]:
 def _counts_of_team(plan: Plan) -> Iterator[tuple[str, int]]:
     team, t = plan["team"], plan["team"]["traversal"]
     scope, pattern = team["scope"], team["pattern"]
-    held = f"{pattern}, {team['depth']}, of {team['tensors']}"
+    held = team["register_windows"] + team["shared_windows"]
     yield f"rounds, {scope}", team["rounds"]
-    yield f"register windows, {held}", team["register_windows"]
-    yield f"shared windows, {held}", team["shared_windows"]
+    yield f"windows, {pattern}, {team['depth']}, of {team['tensors']}", held
     if pattern == "along_s":
         yield "channels of a block", t["threads_y"]
+        yield "edge runs, team", t["edge_runs"]
     if pattern == "along_row":
         form = "exact" if t["exact"] else "masked"
         yield f"row_repeat, team, {form}", t["row_repeat"]
@@ -131,7 +124,9 @@ def _counts_of_stages(plan: Plan) -> Iterator[tuple[str, int]]:
     for stage in ("reduce", "elementwise"):
         t = plan[stage]
         yield f"splits, {stage}, {t['pattern']}", t["splits"]
-        if t["pattern"] != "along_s":
+        if t["pattern"] == "along_s":
+            yield f"edge runs, {stage}", t["edge_runs"]
+        else:
             yield f"row_repeat, {stage}, {t['pattern']}", t["row_repeat"]
     merge = plan["merge"]
     yield "rows of a merge", merge["rows"]
