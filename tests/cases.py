@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,6 +82,13 @@ class Case:
     @property
     def channels(self) -> int:
         return self.shape[1]
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """[N, C, S] in memory, of a dense layout of the two that have names."""
+        n, c, *spatial = self.shape
+        positions = math.prod(spatial)
+        return (n * positions, c, 1) if self.layout is channels_last else (n, c, positions)
 
 
 CASES = [

@@ -5,6 +5,7 @@ it is the host model, which logs accesses and reports those that nothing orders.
 that claim on the real sources: a driver (tests/simt/exchange) runs the forward team kernels, for
 every scope and access pattern, over several rounds and launches; with no fault its results are
 those of a reference in double, and with a fault planted (planting.py) the model must report it.
+Beside them it merges the partial results of a large device, where a fault shows in the results.
 """
 
 import re
@@ -49,6 +50,7 @@ GRID = [*ONE_LEVEL, *TWO_LEVEL]
 CLUSTER = ["cluster_s", "cluster_c", "cluster_row"]
 NOT_RESIDENT = "grid_not_resident"
 WORKING = [case for case in CASES if case != NOT_RESIDENT]
+MERGE = "merge_rows"
 
 PLACE = r"team_kernel<.+>: block \(\d+,0,0\) thread \(\d+,\d+,0\) at {file}:\d+: "
 OTHER = r"by block \(\d+,0,0\) thread \(\d+,\d+,0\) with "
@@ -64,6 +66,7 @@ DEADLOCK = (
 )
 UNWRITTEN_SYNC = r"team_kernel<.+>: unwritten output: \d+ bytes of 'sync'"
 TOO_EARLY = f"{GLOBAL_RACE}|{UNWRITTEN}"
+WRONG = "wrong: mean"
 MISSING_BARRIER = f"{SHARED_RACE}|{TOO_EARLY}|{REMOTE}|{LEAVES}"
 
 PUBLISH = "store_release(flags + rank(), flag_);"
@@ -102,6 +105,12 @@ NOT_COOPERATIVE = Fault(
     "attribute.val.cooperative = 1;",
     "attribute.val.cooperative = 0;",
 )
+LAST_ROW_DROPPED = Fault(
+    "last of more than 64 rows dropped",
+    "merge.cu",
+    "row < p.partials.rows",
+    "row < p.partials.rows - (p.partials.rows > 64)",
+)
 
 # Fault, the cases that run with it, what each must report.
 TABLE = [
@@ -122,6 +131,7 @@ TABLE = [
     (NO_FINISH, GRID, UNWRITTEN_SYNC),
     (NO_FINISH, CLUSTER, LEAVES),
     (NOT_COOPERATIVE, [*GRID, NOT_RESIDENT], DEADLOCK),
+    (LAST_ROW_DROPPED, [MERGE], WRONG),
 ]
 SOURCES = {path.name: path.read_text() for path in CSRC.glob("*.*h")}
 KERNELS = """#include "team_forward_launch.cuh"
@@ -140,7 +150,8 @@ FAULTS = list(dict.fromkeys([*(row[0] for row in TABLE), *BARRIERS]))
 def driver():
     """The program with all faults, each behind its switch."""
     folder = build_folder()
-    sources = {**SOURCES, "kernels.cu": KERNELS}
+    kernels = {"kernels.cu": KERNELS, "merge.cu": (CSRC / "merge.cu").read_text()}
+    sources = {**SOURCES, **kernels}
     planted = {name: plant(name, text, enumerate(FAULTS)) for name, text in sources.items()}
     copy = folder / f"exchange-{digest_of(planted.values())}"
     copy.mkdir(exist_ok=True)
@@ -151,7 +162,7 @@ def driver():
     objects = compile_objects(ENGINE, folder)
     objects += compile_objects([*PLAIN, EXCHANGE / "driver.cpp"], folder, flags, headers)
     flags = [*KERNEL_FLAGS, f"-I{copy}", "-include", str(EXCHANGE / "planted.h")]
-    objects += compile_objects([copy / "kernels.cu"], folder, flags, headers)
+    objects += compile_objects([copy / name for name in kernels], folder, flags, headers)
     return link("exchange", objects, folder)
 
 
@@ -168,14 +179,15 @@ def run(driver, case, number=-1):
 
 def check_report(line, report):
     """That it is the expected one, and names, if any, a line that accesses memory."""
-    assert re.match(f"fault: (?:{report})", line), line
+    expected = report if report == WRONG else f"fault: (?:{report})"
+    assert re.match(expected, line), line
     place = re.search(r" at (\w+\.cuh):(\d+): ", line)
     if place:
         text = SOURCES[place[1]].splitlines()[int(place[2]) - 1]
         assert re.search(r"\b(?:load|store)_\w+\(", text), f"{line}\n{text}"
 
 
-@pytest.mark.parametrize("case", WORKING)
+@pytest.mark.parametrize("case", [*WORKING, MERGE])
 def test_right_without_faults(driver, case):
     assert run(driver, case) == ["ok"] * SEEDS
 

@@ -43,16 +43,6 @@ def compute(case: Case, kernels: Backend, dtype: torch.dtype) -> tuple[dict, dic
     return results, gradients
 
 
-def geometry(case: Case) -> tuple[int, int, int]:
-    """[N, C, S] of a dense case."""
-    numel, c = 1, case.shape[1]
-    for size in case.shape:
-        numel *= size
-    along_c = case.layout is channels_last or len(case.shape) == 2
-    s = 1 if along_c else numel // (case.shape[0] * c)
-    return numel // (c * s), c, s
-
-
 @every_case
 @every_team
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
@@ -70,7 +60,7 @@ def test_the_plan_obeys(extension: ModuleType, scope: str, size: int, case: Case
     """The tests here are empty unless forced teams are what runs."""
     options = {"strategy": "team", "scope": scope, "team_size": size, "grad_output_shift": 0}
     device = extension.device_info()
-    plan = extension.make_plan(op, *geometry(case), "float32", device, options)
+    plan = extension.make_plan(op, *case.geometry, "float32", device, options)
     assert plan["strategy"] == "team"
     assert (plan["team"]["scope"], plan["team"]["size"]) == (scope, size)
     assert plan["launches"] == 1
@@ -134,7 +124,7 @@ def test_deep_kernels(
     device = extension.device_info()
     name = str(dtype).removeprefix("torch.")
     known = options | {"grad_output_shift": 0}
-    team = extension.make_plan(op, *geometry(case), name, device, known)["team"]
+    team = extension.make_plan(op, *case.geometry, name, device, known)["team"]
     if not torch.cuda.is_available():  # the sizes are for the model's SMs
         assert (team["depth"], team["scope"]) == ("deep", scope)
         assert team["rounds"] > 1 and team["shared_windows"] > 0
@@ -156,7 +146,7 @@ def test_what_does_not_fit_is_read_again(
 ) -> None:
     options = {"strategy": "team", "team_size": 1}
     device = extension.device_info()
-    plan = extension.make_plan("forward_training", *geometry(case), "float32", device, options)
+    plan = extension.make_plan("forward_training", *case.geometry, "float32", device, options)
     assert plan["team"]["streamed_bytes"] > 0
     assert plan["reread_bytes"] == plan["team"]["streamed_bytes"]
     plan_options(options)

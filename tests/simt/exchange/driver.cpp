@@ -1,7 +1,7 @@
 // driver CASE FAULT SEEDS: trains a forward pass by the team kernels, several launches on the same
 // words of the workspace, with planted fault number FAULT (-1: none). Prints one line a seed: "ok",
 // "fault: ...", "status: ..." for a launch that was refused, or "wrong: ..." for results that are
-// off the reference in double.
+// off the reference in double. CASE merge_rows merges the partial results of the stage kernels.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -170,6 +170,52 @@ std::string run(const Case& c, const std::vector<std::unique_ptr<HostCase<float>
   return "ok";
 }
 
+// Partial results of a few values each, as the statistics kernel leaves them for three channels on
+// 132 SMs, merged: more rows than the block has threads for at once.
+std::string merge_rows() {
+  batchnorm_cuda::DeviceInfo device;
+  device.sm_count = 132;
+  batchnorm_cuda::Problem problem;
+  problem.n = 1 << 20;
+  problem.c = 3;
+  problem.s = 1;
+  batchnorm_cuda::PlanOptions options;
+  options.strategy = batchnorm_cuda::Strategy::kTwoPass;
+  const batchnorm_cuda::MergeGeometry merge = make_plan(problem, device, options).merge;
+  if (merge.rows <= merge.threads_y) throw std::runtime_error("the plan has few rows to merge");
+  const int64_t values = 5, plane = merge.rows * problem.c;
+  const batchnorm_cuda::Problem part{problem.op, problem.dtype, values, plane, 1};
+  const HostCase<float> host(part, 0);
+  std::vector<float> partials(static_cast<size_t>(4 * plane));  // count, shift, mean, M2
+  std::vector<std::vector<double>> channels(static_cast<size_t>(problem.c));
+  for (int64_t i = 0; i < plane; ++i) {
+    const std::vector<double> x = host.values(host.x, i);
+    const bn_standalone::Moments moments = bn_standalone::moments_of(x);
+    const double fields[] = {double{values}, 0, moments.mean, moments.var * values};
+    for (int f = 0; f < 4; ++f) {
+      partials[static_cast<size_t>(f * plane + i)] = static_cast<float>(fields[f]);
+    }
+    auto& channel = channels[static_cast<size_t>(i % problem.c)];
+    channel.insert(channel.end(), x.begin(), x.end());
+  }
+  const DeviceBuffer<float> workspace(partials);
+  DeviceBuffer<float> mean(channels.size()), invstd(channels.size());
+  batchnorm_cuda::MergeStatisticsParams<float> params{};
+  params.partials = {workspace.data(), merge.rows, problem.c};
+  params.statistics.c = problem.c;
+  params.statistics.count = values * merge.rows;
+  params.statistics.eps = bn_standalone::kEps;
+  params.statistics.save_mean = mean.data();
+  params.statistics.save_invstd = invstd.data();
+  check(static_cast<cudaError_t>(launch_merge_statistics(merge, params, cudaStream_t())), "merge");
+  Comparison means("mean", Dtype::kFloat, Dtype::kFloat);
+  for (size_t c = 0; c < channels.size(); ++c) {
+    const bn_standalone::Moments moments = bn_standalone::moments_of(channels[c]);
+    means.add(mean.download()[c], {moments.mean, moments.mean_magnitude});
+  }
+  return means.passed() ? "ok" : "wrong: mean";
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -178,15 +224,23 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
-    const Case& c = find_case(argv[1]);
     simt_exchange::planted = std::atoi(argv[2]);
+    const uint64_t seeds = std::strtoull(argv[3], nullptr, 10);
+    if (std::strcmp(argv[1], "merge_rows") == 0) {
+      for (uint64_t seed = 0; seed < seeds; ++seed) {
+        simt::set_seed(seed);
+        std::printf("%s\n", merge_rows().c_str());
+      }
+      return 0;
+    }
+    const Case& c = find_case(argv[1]);
     batchnorm_cuda::Problem problem;
     const batchnorm_cuda::Team team = plan_case(c, &problem);
     std::vector<std::unique_ptr<HostCase<float>>> inputs;
     for (uint64_t i = 0; i < kLaunches; ++i) {
       inputs.push_back(std::make_unique<HostCase<float>>(problem, i));
     }
-    for (uint64_t seed = 0; seed < std::strtoull(argv[3], nullptr, 10); ++seed) {
+    for (uint64_t seed = 0; seed < seeds; ++seed) {
       simt::set_seed(seed);
       std::printf("%s\n", run(c, inputs, team).c_str());
     }
