@@ -157,7 +157,8 @@ def scaled_device(name: str, sms: int | None = None) -> dict[str, Any]:
     """The described device, or what is left of it with `sms` SMs.
 
     L2 cache and bandwidth shrink in proportion; what is counted per SM stays. A tensor whose batch
-    shrinks with it keeps each SM's share of work, and of L2 cache. Clusters are those of whole GPCs.
+    shrinks with it keeps each SM's share of work, and of L2 cache.
+    Clusters are those of whole GPCs.
     """
     device = devices.describe(name)
     if sms is not None and sms != device["sm_count"]:
