@@ -8,6 +8,7 @@
 #include "device_context.h"
 #include "dispatch.h"
 #include "tensors.h"
+#include "text.h"
 
 namespace batchnorm_cuda {
 namespace {
@@ -47,11 +48,24 @@ const char* dtype_name(at::ScalarType type) {
   }
 }
 
-// As Python prints it, where there is one likely to come.
-std::string layout_name(at::Layout layout) {
-  return layout == at::kSparse      ? "torch.sparse_coo"
-         : layout == at::kSparseCsr ? "torch.sparse_csr"
-                                    : c10::str(layout);
+// As Python prints it.
+const char* layout_name(at::Layout layout) {
+  switch (layout) {
+    case at::kSparse:
+      return "torch.sparse_coo";
+    case at::kSparseCsr:
+      return "torch.sparse_csr";
+    case at::kSparseCsc:
+      return "torch.sparse_csc";
+    case at::kSparseBsr:
+      return "torch.sparse_bsr";
+    case at::kSparseBsc:
+      return "torch.sparse_bsc";
+    case at::kMkldnn:
+      return "torch._mkldnn";
+    default:
+      return "another layout";
+  }
 }
 
 void check_strided(const at::Tensor& tensor, const char* name) {
@@ -68,12 +82,12 @@ void check_strided(const at::Tensor& tensor, const char* name) {
 
 void check_same_device(const at::Tensor& tensor, const char* name, const at::Tensor& input) {
   TORCH_CHECK(tensor.device() == input.device(), "batch_norm: expected ", name, " to be on ",
-              input.device(), ", the device of input, got ", tensor.device());
+              text(input.device()), ", the device of input, got ", text(tensor.device()));
 }
 
 void check_supported_device(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.device().type() == supported_device_type(), "batch_norm: expected ", name,
-              " to be on ", supported_device_type(), ", got ", tensor.device());
+              " to be on ", text(supported_device_type()), ", got ", text(tensor.device()));
 }
 
 void check_input(const at::Tensor& input) {
@@ -85,12 +99,12 @@ void check_input(const at::Tensor& input) {
                    dtype_name(input.scalar_type()));
   TORCH_CHECK_VALUE(input.dim() >= 2,
                     "batch_norm: expected input to have at least 2 dimensions, got shape ",
-                    input.sizes());
+                    text(input.sizes()));
 }
 
 void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef expected) {
   TORCH_CHECK_VALUE(tensor.sizes() == expected, "batch_norm: expected ", name, " to have shape ",
-                    expected, ", got ", tensor.sizes());
+                    text(expected), ", got ", text(tensor.sizes()));
 }
 
 // A gradient of the output or of the input, or a residual: like input.
@@ -162,7 +176,7 @@ void check_forward(const at::Tensor& input, const OptionalTensor& weight,
   check_param(bias, "bias", input);
   check_running(input, running_mean, running_var, training);
   TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0,
-                    "batch_norm: expected eps to be finite and not negative, got ", eps);
+                    "batch_norm: expected eps to be finite and not negative, got ", text(eps));
   if (num_batches_tracked) {
     check_strided(*num_batches_tracked, "num_batches_tracked");
     check_same_device(*num_batches_tracked, "num_batches_tracked", input);
@@ -171,7 +185,7 @@ void check_forward(const at::Tensor& input, const OptionalTensor& weight,
                      dtype_name(num_batches_tracked->scalar_type()));
     TORCH_CHECK_VALUE(num_batches_tracked->numel() == 1,
                       "batch_norm: expected num_batches_tracked to have one element, got shape ",
-                      num_batches_tracked->sizes());
+                      text(num_batches_tracked->sizes()));
   }
   TORCH_CHECK_VALUE(momentum || !training || !running_mean || num_batches_tracked,
                     "batch_norm: expected momentum to be a number where num_batches_tracked is not "
@@ -242,8 +256,8 @@ void check_sync_forward(const at::Tensor& input, const OptionalTensor& weight,
   check_accumulated(gathered, "gathered", input);
   const int64_t values = moments_values(input);
   TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.size(0) > 0 && gathered.size(1) == values,
-                    "batch_norm: expected gathered to hold one row of ", values,
-                    " values a rank, got shape ", gathered.sizes());
+                    "batch_norm: expected gathered to hold one row of ", std::to_string(values),
+                    " values a rank, got shape ", text(gathered.sizes()));
 }
 
 void check_sum_ranks(const at::Tensor& gathered) {
@@ -256,7 +270,7 @@ void check_sum_ranks(const at::Tensor& gathered) {
   TORCH_CHECK_VALUE(gathered.dim() >= 2 && gathered.size(0) > 0,
                     "batch_norm: expected gathered to have the ranks as its first dimension, got "
                     "shape ",
-                    gathered.sizes());
+                    text(gathered.sizes()));
 }
 
 void check_sync_backward_elementwise(const at::Tensor& grad_output, const at::Tensor& input,

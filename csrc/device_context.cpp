@@ -8,6 +8,7 @@
 
 #include <map>
 #include <mutex>
+#include <string>
 #include <utility>
 
 #include "build_bindings.h"
@@ -36,7 +37,7 @@ const DeviceInfo& device_info(c10::Device device) {
   const int index = index_of(device);
   return known_devices().get(index, [&](DeviceInfo* info) {
     const LaunchStatus status = query_device(index, info);
-    TORCH_CHECK(status == 0, "batch_norm: querying CUDA device ", index,
+    TORCH_CHECK(status == 0, "batch_norm: querying CUDA device ", std::to_string(index),
                 " failed: ", describe_status(status));
   });
 }

@@ -18,7 +18,7 @@ inline bool is_supported(at::ScalarType type) {
 }
 
 inline Dtype to_dtype(at::ScalarType type) {
-  TORCH_INTERNAL_ASSERT(is_supported(type), "unchecked dtype ", type);
+  TORCH_INTERNAL_ASSERT(is_supported(type), "unchecked dtype ", c10::toString(type));
   return type == at::kHalf       ? Dtype::kHalf
          : type == at::kBFloat16 ? Dtype::kBFloat16
          : type == at::kFloat    ? Dtype::kFloat

@@ -15,6 +15,10 @@
 namespace batchnorm_cuda {
 namespace {
 
+// Channels of a block that merges partial results: a sector of 4-byte values in each row. The fewer,
+// the more rows at once, whose number is what the kernel waits for.
+constexpr int64_t kMergeColumns = 8;
+
 int64_t round_up_to_power_of_two(int64_t value) {
   int64_t power = 1;
   while (power < value) power *= 2;
@@ -172,7 +176,7 @@ MergeGeometry plan_merge(const Traversal& reduce, int fields, int acc_size,
                          const DeviceInfo& device) {
   MergeGeometry m;
   m.rows = reduce.splits * reduce.row_repeat;
-  m.threads_x = static_cast<int>(std::min<int64_t>(reduce.c, kWarpSize / 2));
+  m.threads_x = static_cast<int>(std::min<int64_t>(reduce.c, kMergeColumns));
   m.threads_y = static_cast<int>(
       std::min<int64_t>(round_up_to_power_of_two(m.rows), kMergeThreads / m.threads_x));
   m.grid = std::min(ceil_div(reduce.c, m.threads_x), device.max_grid);

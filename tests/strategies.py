@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from batchnorm_cuda import explain, ops
@@ -39,7 +40,7 @@ def expected(name: str, extension: ModuleType) -> str:
 
 
 def launched(extension: ModuleType, step: Callable[[], object]) -> list[str]:
-    """Names of the kernels that `step` launches."""
+    """Names of the kernels that `step` launches, in order."""
     if not torch.cuda.is_available():
         extension._host_model.start_traffic()
         step()
@@ -47,7 +48,13 @@ def launched(extension: ModuleType, step: Callable[[], object]) -> list[str]:
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         step()
         torch.cuda.synchronize()
-    return [event.key for event in record.key_averages()]
+    ran = [e for e in record.events() if e.device_type == DeviceType.CUDA]
+    copies = ("Memcpy", "Memset")
+    return [
+        e.name
+        for e in sorted(ran, key=lambda e: e.time_range.start)
+        if not e.name.startswith(copies)
+    ]
 
 
 def force(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 from fake_toolkit import make_toolkit
 
-from batchnorm_cuda import _extension, _recipes, _sources, _toolkit
+from batchnorm_cuda import _build, _extension, _recipes, _sources, _toolkit
 from batchnorm_cuda._compile import BuildError
 
 JIT = ModuleType("just in time")
@@ -159,3 +161,16 @@ def test_threads_load_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for thread in threads:
         thread.join()
     assert loads == ["emulated"]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_no_number_of_a_message_goes_through_a_stream(extension: ModuleType) -> None:
+    """csrc/text.h says why."""
+    with_gpu = torch.cuda.is_available()
+    recipe = _recipes.cuda_recipe() if with_gpu else _recipes.emulated_recipe()
+    compiled = recipe.object_name(_sources.csrc_dir() / "checks.cpp")
+    path = _build.cache_dir() / "objects" / compiled
+    symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
+    assert "c10::ValueError" in symbols  # the file of the messages
+    streams = ("ostream::_M_insert", "ostream::operator<<", "operator<<(std::ostream&, c10")
+    assert not [line for line in symbols.splitlines() if any(name in line for name in streams)]

@@ -209,7 +209,7 @@ def test_a_kill_in_the_middle_leaves_valid_files(visit: Callable, tmp_path: Path
     pid_file = tmp_path / "pid"
     process, out = visit(
         shell("one", f"printf 'a,b\\n1,2\\n' > {tmp_path}/out/step.csv; echo done"),
-        shell("two", f"echo begun; echo $$ > {pid_file}; sleep 600"),
+        shell("two", f"echo begun; setsid sleep 600 & echo $! > {pid_file}; wait"),
     )
     wait_for(lambda: pid_file.exists() and pid_file.read_text().strip() != "")
     wait_for(lambda: "begun" in (out / "visit.log").read_text().splitlines())
@@ -530,7 +530,7 @@ def test_timings_go_on_behind_a_case_that_takes_the_process_along() -> None:
 
 def test_timings_stop_in_time() -> None:
     progress = timings.Progress(5)
-    timings.follow(progress, ["sh", "-c", "sleep 600"], time.monotonic() + 0.5)
+    timings.follow(progress, ["sh", "-c", "exec sleep 600"], time.monotonic() + 0.5)
     assert not progress.ended and progress.wrong == []
 
 

@@ -7,14 +7,14 @@ gives every compiler a group of its own.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
 import subprocess
+import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ _MARK = "BATCHNORM_CUDA_PART"
 _LOOK_SECONDS = 0.1  # between two looks at a process that says nothing
 _DYING_SECONDS = 5.0  # a process inside the driver does not die at once; do not wait for it long
 _KEPT_BYTES = 64 << 10  # of the output, for the line of the verdict
-_PR_SET_PDEATHSIG = 1
 _CANNOT_RUN = 127  # the shell's own exit status for it
 
 Sink = Callable[[bytes], None]
@@ -63,16 +62,16 @@ def run_command(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )
     except OSError as error:  # there is no such program
         return Done(_CANNOT_RUN, str(error))
     assert process.stdout is not None  # asked for above
     output = _Output(process.stdout.fileno(), sink)
     try:
-        ended = _follow(process, output, deadline)
+        with _guarded(mark):
+            ended = _follow(process, output, deadline)
     finally:
-        end_all(process.pid, mark)
+        end_all(mark)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_DYING_SECONDS)
         output.drain()
@@ -80,10 +79,8 @@ def run_command(
     return Done(process.returncode if ended else None, output.text)
 
 
-def end_all(group: int, mark: str) -> None:
-    """The group of a command and all others with its mark, until none is left to start more."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
+def end_all(mark: str) -> None:
+    """All processes with the mark, until none is left to start more."""
     give_up = time.monotonic() + _DYING_SECONDS
     while marked := _with_mark(mark):
         for pid in marked:
@@ -104,9 +101,18 @@ def _with_mark(mark: str) -> list[int]:
     return found
 
 
-def _die_with_parent() -> None:
-    """Also when the visit itself is killed and can end nothing."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+@contextlib.contextmanager
+def _guarded(mark: str) -> Iterator[None]:
+    """Ends all with the mark also when the visit itself is killed and can end nothing: a process
+    waits for that, on a pipe whose other end only the visit holds.
+    """
+    command = [sys.executable, "-m", __name__, mark]
+    guard = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        yield
+    finally:
+        guard.kill()
+        guard.communicate()
 
 
 class _Output:
@@ -150,3 +156,8 @@ def _follow(process: subprocess.Popen, output: _Output, deadline: float) -> bool
         else:
             output.take(min(left, _LOOK_SECONDS))
     return True
+
+
+if __name__ == "__main__":
+    sys.stdin.read()
+    end_all(sys.argv[1])
