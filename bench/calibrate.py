@@ -2,10 +2,10 @@
 
 The formula is C++'s (csrc/plan_costs.cpp), asked for the cost of every measured plan under other
 constants. Times are taken as cost times one unit, the time of a move, and the constants that make
-the logarithms agree best are found by damped least squares; the preferences, which are no part of a
-time, by a search for the least regret. Per problem it prints the regret, the time of the chosen
-plan over that of the best one measured: before, after, and of the least cost without preferences.
-A plan that was not measured stands for the measured one that differs least, and is marked by ~.
+the logarithms agree best are found by damped least squares; one that no measured plan depends on
+stays. Per problem it prints the regret, the time of the chosen plan over that of the best one
+measured, before and after. A chosen plan that was not measured stands for the measured one that
+differs least, and is marked by ~.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,13 +34,9 @@ Costs = dict[str, float]
 Forced = tuple[Any, ...]
 
 _STEPS = 40
-# Factors for what the formula does not know (csrc/plan_costs.h), and what is tried for each.
-_PREFERENCES = ("later_walk", "reread")
-_FACTORS = (1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0)
-_WORTH = 0.001  # of mean regret, to give a preference up
-# What a constant can be: a share, and a rate that is no less than an SM's part.
-_BOUNDS = {"exposed": (0.01, 1.0), "sm_rate": (1.0, 16.0), "slot_rate": (0.1, 100.0)}
-_BOUND = (0.01, 1000.0)
+# What a constant can be: an SM moves no less than its share.
+_BOUNDS = {"sm_rate": (1.0, 16.0)}
+_BOUND = (0.001, 1000.0)
 _MOVE_BYTES = 8192  # csrc/plan_costs.h
 
 
@@ -198,28 +194,8 @@ class _Fitter:
         return Fit(self.costs(logs), math.exp(unit), error)
 
 
-def mean_regret(extension: ModuleType, data: Data, costs: Costs) -> float:
-    """Of the logarithms: a problem that loses much counts more than many that lose little."""
-    found = regrets(data, predict_all(extension, data, costs))
-    return statistics.fmean(math.log(regret) for regret in found)
-
-
-def search_preferences(extension: ModuleType, data: Data, costs: Costs) -> Costs:
-    best, least = dict(costs), mean_regret(extension, data, costs)
-    for name in _PREFERENCES:
-        for factor in _FACTORS:
-            tried = best | {name: factor}
-            regret = mean_regret(extension, data, tried)
-            if regret < least - _WORTH:
-                best, least = tried, regret
-    return best
-
-
 def fit(extension: ModuleType, data: Data, start: Costs) -> Fit:
-    constants = {name: value for name, value in start.items() if name not in _PREFERENCES}
-    found = _Fitter(extension, data, list(constants)).run(constants)
-    costs = search_preferences(extension, data, start | found.costs)
-    return replace(found, costs=costs)
+    return _Fitter(extension, data, list(start)).run(start)
 
 
 def _name(plan: Forced) -> str:
@@ -231,11 +207,7 @@ def _name(plan: Forced) -> str:
 
 
 def _print_problems(data: Data, before: Sequence[Prediction], after: Sequence[Prediction]) -> None:
-    cheapest = []
-    for problem, p in zip(data.problems, after, strict=True):
-        plan, _ = min(zip(problem.ms, p.costs, strict=True), key=lambda pair: pair[1])
-        cheapest.append(Prediction(p.costs, plan))
-    columns = {"before": before, "after": after, "cost": cheapest}
+    columns = {"before": before, "after": after}
     found = {name: regrets(data, each) for name, each in columns.items()}
     print("".join(f"{name:>7}" for name in found) + f"  {'best':23}{'chosen after':23}problem")
     for i, (problem, p) in enumerate(zip(data.problems, after, strict=True)):
@@ -278,4 +250,4 @@ def _report(extension: ModuleType, data: Data, path: Path) -> None:
     print(f"times are off the prediction by {100 * fitted.error:.1f}% (root mean square)")
     print(f"for csrc/plan_costs.h, {data.kind} ({data.name}, {path.name}, {data.commit}):")
     for name, value in fitted.costs.items():
-        print(f"  double {name} = {value:.3g};  // {start[name]:g} before")
+        print(f"  {name:28} {value:8.3g}   {start[name]:g} before")

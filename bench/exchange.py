@@ -161,14 +161,17 @@ def exchange_row(
     try:
         for rounds in effort.rounds:
             sizes = team.sizes(at_once * rounds)
+            found = planned(setting, team, sizes)
+            if team.scope != "block" and (found is None or found["rounds"] != rounds):
+                return replace(row, status=UNSUPPORTED, note=f"no plan of {rounds} rounds")
             calls[str(rounds)] = make_call(setting, team, sizes, effort.calls)
         times = time_calls(setting, effort, calls)
     except RuntimeError as reason:
         return replace(row, status=FAILED, note=_first_line(reason))
     us = (times[str(many)].median - times[str(few)].median) / (many - few)
     more = None if block_us is None else us - block_us
-    found = {"us": us, "us_exchange": more, "two_level": int(most["two_level"])}
-    return replace(row, **found, method=_eager(setting))
+    values = {"us": us, "us_exchange": more, "two_level": int(most["two_level"])}
+    return replace(row, **values, method=_eager(setting))
 
 
 def _places(setting: Setting, team: dict[str, Any]) -> int:

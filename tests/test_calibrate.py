@@ -21,28 +21,32 @@ from bench.loading import ROOT
 from bench.tune_problems import problems
 from bench.tune_rows import FAILED, MEASURED, OK, OPTIONS, SYNTHETIC, TuneRow, forced_by
 
+# Factors on the constants of the planner.
 TRUTHS = {
     "waits are dear": {
-        "grid_wait": 5.0,
-        "cluster_wait": 0.3,
-        "slot_rate": 1.0,
-        "latency": 2.5,
-        "exposed": 0.9,
-        "sm_rate": 2.0,
-        "launch": 3.0,
-    },
-    "waits are cheap": {
-        "grid_wait": 0.8,
+        "grid_wait": 2.5,
         "cluster_wait": 0.4,
-        "slot_rate": 4.0,
-        "latency": 0.5,
-        "exposed": 0.3,
-        "sm_rate": 1.1,
-        "launch": 9.0,
+        "launch": 0.5,
+        "along_s.rate": 1.3,
+        "along_c.middle.forward": 0.5,
+    },
+    "launches are dear": {
+        "grid_wait": 0.5,
+        "cluster_wait": 1.5,
+        "launch": 2.0,
+        "stage_launch": 1.5,
+        "reduce": 1.6,
+        "along_s.deep.forward": 0.5,
     },
 }
+RATIOS = ("sm_rate", "slot_rate", "deep_rate", "wide")
 UNIT_MS = 3.2e-4
 MEASURED_FILES = sorted((ROOT / "bench" / "results").glob("*tune*.csv"))
+
+
+def truth_of(extension: ModuleType, factors: dict[str, float]) -> dict[str, float]:
+    start = extension.cost_model()
+    return start | {name: start[name] * factor for name, factor in factors.items()}
 
 
 def write(
@@ -80,18 +84,22 @@ def write(
     path.with_suffix(".json").write_text(json.dumps(facts))
 
 
-@pytest.mark.parametrize("truth", TRUTHS.values(), ids=TRUTHS)
+@pytest.mark.parametrize("factors", TRUTHS.values(), ids=TRUTHS)
 def test_recovers_a_known_model(
-    extension: ModuleType, tmp_path: Path, truth: dict[str, float]
+    extension: ModuleType, tmp_path: Path, factors: dict[str, float]
 ) -> None:
     path = tmp_path / "made-up-tune.csv"
+    truth = truth_of(extension, factors)
     write(path, extension, truth, noise=0.02)
     data = calibrate.load(path)
     start = extension.cost_model()
     fitted = calibrate.fit(extension, data, start)
-    for name, value in truth.items():
-        assert fitted.costs[name] == pytest.approx(value, rel=0.15), name
-    assert fitted.unit_ms == pytest.approx(UNIT_MS, rel=0.02)
+    # Costs are ratios: a constant is known as far as the unit of all is.
+    unit = fitted.unit_ms / UNIT_MS
+    assert unit == pytest.approx(1, rel=0.1)
+    for name in factors:
+        scale = 1 if name in RATIOS else unit
+        assert fitted.costs[name] * scale == pytest.approx(truth[name], rel=0.15), name
     assert fitted.error == pytest.approx(0.02, rel=0.2)
     before = calibrate.regrets(data, calibrate.predict_all(extension, data, start))
     after = calibrate.regrets(data, calibrate.predict_all(extension, data, fitted.costs))
@@ -100,46 +108,33 @@ def test_recovers_a_known_model(
 
 
 def test_what_is_right_already_stays(extension: ModuleType, tmp_path: Path) -> None:
-    """Without noise, from the defaults: nothing moves, and least cost is the best plan."""
+    """Without noise, from the truth: nothing moves, and the chosen plan is the best."""
     path = tmp_path / "made-up-tune.csv"
     start = extension.cost_model()
     write(path, extension, start, noise=0.0)
     data = calibrate.load(path)
     fitted = calibrate.fit(extension, data, start)
     for name, value in start.items():
-        if name not in calibrate._PREFERENCES:
-            assert fitted.costs[name] == pytest.approx(value, rel=1e-3), name
+        assert fitted.costs[name] == pytest.approx(value, rel=1e-2), name
     assert fitted.error < 1e-4
-
-
-def test_preferences_are_given_up_where_they_lose(extension: ModuleType, tmp_path: Path) -> None:
-    """The formula is the truth: a preference for anything else than the least cost is a loss."""
-    path = tmp_path / "made-up-tune.csv"
-    start = extension.cost_model()
-    write(path, extension, TRUTHS["waits are dear"], noise=0.0)
-    data = calibrate.load(path)
-    assert start["later_walk"] > 1e6
-    fitted = calibrate.fit(extension, data, start)
-    assert fitted.costs["later_walk"] < 1.1
-    kept = fitted.costs | {"later_walk": start["later_walk"]}
-    assert calibrate.mean_regret(extension, data, fitted.costs) < calibrate.mean_regret(
-        extension, data, kept
-    )
+    found = calibrate.predict_all(extension, data, start)
+    assert max(calibrate.regrets(data, found)) == pytest.approx(1, abs=1e-4)
 
 
 def test_report(extension: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "made-up-tune.csv"
-    write(path, extension, TRUTHS["waits are dear"], noise=0.02)
+    truth = truth_of(extension, TRUTHS["waits are dear"])
+    write(path, extension, truth, noise=0.02)
     assert main(["calibrate", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "synthetic: no time below is a GPU's"
     text = "\n".join(lines)
     assert "resnet50/128 128x256x56x56 nhwc bf16 forward" in text
-    for column in ("before", "after", "cost"):
+    for column in ("before", "after"):
         assert f"regret, {column}: median 1." in text
     assert "for csrc/plan_costs.h, synthetic (made up, made-up-tune.csv, 0123456789ab):" in text
     for name in extension.cost_model():
-        assert f"  double {name} = " in text
+        assert f"\n  {name} " in text
 
 
 def test_rows_without_a_time_are_left_out(extension: ModuleType, tmp_path: Path) -> None:
