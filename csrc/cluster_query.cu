@@ -5,8 +5,7 @@
 namespace batchnorm_cuda {
 namespace {
 
-constexpr int kFirstWithClusters = 90;      // compute capability 9.0
-constexpr int kCapturesDependents = 12030;  // CUDA 12.3: graphs take dependent launches
+constexpr int kFirstWithClusters = 90;  // compute capability 9.0
 
 // Needs nothing but what its launch asks for.
 __global__ void __launch_bounds__(kTeamThreads) probe_kernel() {}
@@ -33,12 +32,8 @@ void query_clusters(DeviceInfo* info) {
   cudaFuncAttributes attributes = {};
   if (info->compute_major * 10 < kFirstWithClusters) return;
   cudaError_t status = cudaFuncGetAttributes(&attributes, probe_kernel);
-  // Code for an older capability, which the driver compiles anew for this one, holds no clusters,
-  // and no waits of dependent kernels.
+  // Code for an older capability, which the driver compiles anew for this one, holds no clusters.
   if (status == cudaSuccess && attributes.ptxVersion < kFirstWithClusters) return;
-  int driver = 0;
-  const bool known = status == cudaSuccess && cudaDriverGetVersion(&driver) == cudaSuccess;
-  info->dependent_launch = known && driver >= kCapturesDependents;
   if (status == cudaSuccess) {
     status = cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   shared_bytes);
