@@ -25,7 +25,7 @@ import torch
 from batchnorm_cuda import _extension
 
 from . import environment, records
-from .candidates import geometry, list_plans, thin
+from .candidates import geometry, identity, list_plans, thin
 from .case import BenchCase
 from .loading import ROOT
 from .machine import Machine, gpu, host_model
@@ -90,7 +90,7 @@ def problem_rows(case: BenchCase, setting: Setting, most: int) -> Iterator[TuneR
         **dict(zip(("n", "c", "s"), sizes, strict=True)),
     }
     for plan, outcome in zip(plans, outcomes.plans, strict=True):
-        options = {name: plan["options"].get(name, none) for name, none in OPTIONS.items()}
+        options = dict(zip(OPTIONS, identity(plan), strict=True))
         said = {name: plan[name] for name in ("cost", "predicted_bytes")}
         yield TuneRow(**fixed, **options, chosen=int(plan["chosen"]), **said, **outcome)
     copied = {**OPTIONS, "strategy": COPY, "chosen": 0, "cost": None}
