@@ -69,6 +69,7 @@ def _device(
         "cooperative": True,
         "max_cluster": _PORTABLE_CLUSTER if capability >= _FIRST_WITH_CLUSTERS else 0,
         **{f"clusters_of_{size}": sum(sms // size for sms in gpcs) for size in (2, 4, 8)},
+        "dependent_launch": capability >= _FIRST_WITH_CLUSTERS,
         "bandwidth_gb_s": bandwidth_gb_s,
         "boost_mhz": boost_mhz,
     }

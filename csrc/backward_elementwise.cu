@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kStageThreads, elementwise_blocks_per_sm(Curso
   constexpr bool kAligned = Cursor::kExact || kOnBoundaries<Epilogue>;
   const bool dy_aligned = kAligned || p.grad_output_aligned;
   const bool x_aligned = kAligned || p.input_aligned;
+  wait_for_kernels_before();
   const acc_t total = static_cast<acc_t>(p.total_count ? load_global(p.total_count) : p.count);
   // Backwards: what the reduce kernel read last may still be in the L2 cache.
   for (int64_t task = p.traversal.tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
@@ -89,7 +90,7 @@ LaunchStatus launch_mode(const Params& params, const Epilogue& epilogue, cudaStr
   const Traversal& t = params.traversal;
   const auto kernel = params.input ? backward_elementwise_kernel<Cursor, true, Epilogue>
                                    : backward_elementwise_kernel<Cursor, false, Epilogue>;
-  return launch_kernel(kernel, t.grid, block_of(t), 0, stream, params, epilogue);
+  return launch_kernel(t.dependent, kernel, t.grid, block_of(t), 0, stream, params, epilogue);
 }
 
 template <typename scalar_t>

@@ -19,6 +19,7 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   constexpr int kChannels = Cursor::kChannels;
   constexpr int kUnrollPairs = kUnroll / 2;  // dy and x: as many loads in flight as the forward
   acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared());
+  allow_dependent_kernel();
   const int64_t numel = p.traversal.numel;
   const bool dy_aligned = Cursor::kExact || kOnBoundaries<Epilogue> || p.grad_output_aligned;
   for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
@@ -71,7 +72,7 @@ LaunchStatus launch_backward_reduce(Pattern pattern, const BackwardReduceParams<
   const Traversal& t = params.traversal;
   return with_cursor<scalar_t>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
-    return launch_kernel(backward_reduce_kernel<Cursor, Epilogue>, t.grid, block_of(t),
+    return launch_kernel(false, backward_reduce_kernel<Cursor, Epilogue>, t.grid, block_of(t),
                          t.shared_bytes, stream, params, Epilogue{});
   });
 }
@@ -82,7 +83,7 @@ LaunchStatus launch_backward_reduce(Pattern pattern, const BackwardReduceParams<
   const Traversal& t = params.traversal;
   return with_fused_cursor<scalar_t>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
-    return launch_kernel(backward_reduce_kernel<Cursor, FusedBackward<scalar_t>>, t.grid,
+    return launch_kernel(false, backward_reduce_kernel<Cursor, FusedBackward<scalar_t>>, t.grid,
                          block_of(t), t.shared_bytes, stream, params, fused);
   });
 }

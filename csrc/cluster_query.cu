@@ -5,7 +5,8 @@
 namespace batchnorm_cuda {
 namespace {
 
-constexpr int kFirstWithClusters = 90;  // compute capability 9.0
+constexpr int kFirstWithClusters = 90;      // compute capability 9.0
+constexpr int kCapturesDependents = 12030;  // CUDA 12.3: graphs take dependent launches
 
 // Needs nothing but what its launch asks for.
 __global__ void __launch_bounds__(kTeamThreads) probe_kernel() {}
@@ -32,8 +33,12 @@ void query_clusters(DeviceInfo* info) {
   cudaFuncAttributes attributes = {};
   if (info->compute_major * 10 < kFirstWithClusters) return;
   cudaError_t status = cudaFuncGetAttributes(&attributes, probe_kernel);
-  // Code for an older capability, which the driver compiles anew for this one, holds no clusters.
+  // Code for an older capability, which the driver compiles anew for this one, holds no clusters,
+  // and no waits of dependent kernels.
   if (status == cudaSuccess && attributes.ptxVersion < kFirstWithClusters) return;
+  int driver = 0;
+  const bool known = status == cudaSuccess && cudaDriverGetVersion(&driver) == cudaSuccess;
+  info->dependent_launch = known && driver >= kCapturesDependents;
   if (status == cudaSuccess) {
     status = cudaFuncSetAttribute(probe_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   shared_bytes);

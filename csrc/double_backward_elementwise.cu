@@ -109,7 +109,7 @@ LaunchStatus launch_double_backward_elementwise(
     using Cursor = typename decltype(tag)::type;
     const auto kernel = params.training ? double_backward_elementwise_kernel<Cursor, true>
                                         : double_backward_elementwise_kernel<Cursor, false>;
-    return launch_kernel(kernel, t.grid, block_of(t), 0, stream, params);
+    return launch_kernel(false, kernel, t.grid, block_of(t), 0, stream, params);
   });
 }
 

@@ -76,8 +76,8 @@ LaunchStatus launch_double_backward_reduce(Pattern pattern,
   const Traversal& t = params.traversal;
   return with_cursor<scalar_t>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
-    return launch_kernel(double_backward_reduce_kernel<Cursor>, t.grid, block_of(t), t.shared_bytes,
-                         stream, params);
+    return launch_kernel(false, double_backward_reduce_kernel<Cursor>, t.grid, block_of(t),
+                         t.shared_bytes, stream, params);
   });
 }
 

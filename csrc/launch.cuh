@@ -15,8 +15,10 @@ inline dim3 block_of(const Traversal& t) {
   return dim3(static_cast<unsigned>(t.threads_x), static_cast<unsigned>(t.threads_y));
 }
 
+// `dependent`: the kernel waits by itself for those before it (wait_for_kernels_before), and may
+// start while they still run.
 template <typename... Args>
-inline LaunchStatus launch_kernel(void (*kernel)(Args...), int64_t grid, dim3 block,
+inline LaunchStatus launch_kernel(bool dependent, void (*kernel)(Args...), int64_t grid, dim3 block,
                                   int64_t shared_bytes, cudaStream_t stream,
                                   const std::remove_const_t<Args>&... args) {
   cudaLaunchConfig_t config = {};
@@ -24,6 +26,11 @@ inline LaunchStatus launch_kernel(void (*kernel)(Args...), int64_t grid, dim3 bl
   config.blockDim = block;
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
   return static_cast<LaunchStatus>(cudaLaunchKernelEx(&config, kernel, args...));
 }
 

@@ -59,6 +59,8 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_kernel(const Params p)
   using acc_t = std::remove_pointer_t<decltype(p.partials.data)>;
   acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared());
   const int64_t c = p.partials.c;
+  allow_dependent_kernel();
+  wait_for_kernels_before();
   for (int64_t first = int64_t{blockIdx.x} * blockDim.x; first < c;
        first += int64_t{gridDim.x} * blockDim.x) {
     const int64_t channel = first + threadIdx.x;
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_kernel(const Params p)
 
 template <typename Acc, typename Params>
 LaunchStatus launch_merge(const MergeGeometry& g, const Params& params, cudaStream_t stream) {
-  return launch_kernel(merge_kernel<Acc, Params>, g.grid,
+  return launch_kernel(g.dependent, merge_kernel<Acc, Params>, g.grid,
                        dim3(static_cast<unsigned>(g.threads_x), static_cast<unsigned>(g.threads_y)),
                        g.shared_bytes, stream, params);
 }

@@ -115,15 +115,15 @@ __global__ void __launch_bounds__(kRankMergeThreads)
 template <typename acc_t>
 LaunchStatus launch_merge_ranks(const RankMergeGeometry& geometry,
                                 const MergeRanksParams<acc_t>& params, cudaStream_t stream) {
-  return launch_kernel(merge_ranks_kernel<acc_t>, geometry.grid, dim3(kRankMergeThreads), 0, stream,
-                       params);
+  return launch_kernel(false, merge_ranks_kernel<acc_t>, geometry.grid, dim3(kRankMergeThreads), 0,
+                       stream, params);
 }
 
 template <typename acc_t>
 LaunchStatus launch_sum_ranks(const RankMergeGeometry& geometry,
                               const SumRanksParams<acc_t>& params, cudaStream_t stream) {
-  return launch_kernel(sum_ranks_kernel<acc_t>, geometry.grid, dim3(kRankMergeThreads), 0, stream,
-                       params);
+  return launch_kernel(false, sum_ranks_kernel<acc_t>, geometry.grid, dim3(kRankMergeThreads), 0,
+                       stream, params);
 }
 
 template LaunchStatus launch_merge_ranks(const RankMergeGeometry&, const MergeRanksParams<float>&,

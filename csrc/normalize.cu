@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kStageThreads, elementwise_blocks_per_sm(Curso
   constexpr int kWindows = std::is_same_v<Epilogue, Identity<acc_t>> ? kUnroll : kUnroll / 2;
   const int64_t numel = p.traversal.numel;
   const bool aligned = Cursor::kExact || p.input_aligned;
+  wait_for_kernels_before();
   // Backwards: what the reduce kernel read last may still be in the L2 cache.
   for (int64_t task = p.traversal.tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
     Cursor cursor(p.traversal, task);
@@ -95,8 +96,8 @@ LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& 
   const Traversal& t = params.traversal;
   return with_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
-    return launch_kernel(transform_input_kernel<Cursor, Epilogue>, t.grid, block_of(t), 0, stream,
-                         params, Epilogue{});
+    return launch_kernel(t.dependent, transform_input_kernel<Cursor, Epilogue>, t.grid, block_of(t),
+                         0, stream, params, Epilogue{});
   });
 }
 
@@ -106,8 +107,8 @@ LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& 
   const Traversal& t = params.traversal;
   return with_fused_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
-    return launch_kernel(transform_input_kernel<Cursor, FusedForward<scalar_t>>, t.grid,
-                         block_of(t), 0, stream, params, fused);
+    return launch_kernel(t.dependent, transform_input_kernel<Cursor, FusedForward<scalar_t>>,
+                         t.grid, block_of(t), 0, stream, params, fused);
   });
 }
 

@@ -15,8 +15,8 @@
 namespace batchnorm_cuda {
 namespace {
 
-// Channels of a block that merges partial results: a sector of 4-byte values in each row. The fewer,
-// the more rows at once, whose number is what the kernel waits for.
+// Channels of a block that merges partial results: a sector of 4-byte values in each row. The
+// fewer, the more rows at once, whose number is what the kernel waits for.
 constexpr int64_t kMergeColumns = 8;
 
 int64_t round_up_to_power_of_two(int64_t value) {
@@ -205,6 +205,7 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
             : int64_t{kStageThreads / kWarpSize} * fields;
     plan.reduce.shared_bytes = scratch * acc;
     plan.merge = plan_merge(plan.reduce, fields, acc, device);
+    plan.merge.dependent = device.dependent_launch;
     plan.workspace_bytes = plan.merge.rows * problem.c * fields * acc;
     plan.launches += 2;
   }
@@ -215,6 +216,9 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
                         forward ? problem.residual_shift : problem.grad_output_shift,
                         problem.grad_grad_input_shift},
                        plan.vec, device, options, elementwise_rows(problem, plan.vec));
+    // A mask that is cleared first comes between the two kernels.
+    const bool clears = problem.mask && forward && !plan.elementwise.exact;
+    plan.elementwise.dependent = device.dependent_launch && plan.has_reduce && !clears;
     plan.launches += 1;
   }
 }

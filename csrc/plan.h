@@ -151,6 +151,9 @@ struct DeviceInfo {
   // Clusters of so many blocks that are resident at once with one block on an SM: the SMs of a
   // cluster are of one GPC, whose number need not be a multiple. 0: not known, or none.
   int clusters_of_2 = 0, clusters_of_4 = 0, clusters_of_8 = 0;
+  // A kernel may start before those ahead of it end (programmatic dependent launch), and graphs
+  // capture that.
+  bool dependent_launch = false;
 };
 
 struct Problem {
@@ -206,6 +209,7 @@ struct Traversal {
   int64_t edge_runs = 0;  // along S, not exact: runs whose edges a split takes
   int64_t tasks = 0, grid = 0;
   int64_t shared_bytes = 0;
+  bool dependent = false;  // may start while the merge before it runs
 };
 
 // Geometry of the kernel that merges partial results, [rows, C] in memory.
@@ -214,6 +218,7 @@ struct MergeGeometry {
   int threads_x = 1, threads_y = 1;
   int64_t grid = 0;
   int64_t shared_bytes = 0;
+  bool dependent = false;  // may start while the kernel before it runs
 };
 
 // A team kernel: `size` blocks share each channel block of the traversal, one split each, and

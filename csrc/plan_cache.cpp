@@ -11,7 +11,7 @@ namespace {
 // Training repeats a few hundred problems at most: a network's layers, forward and backward.
 constexpr size_t kMaxPlans = 1024;
 
-using Key = std::array<int64_t, 37>;
+using Key = std::array<int64_t, 38>;
 
 // Everything that a plan depends on. The bindings name every field, so that one more does not
 // compile until it is here.
@@ -19,7 +19,8 @@ Key key_of(const Problem& problem, const DeviceInfo& device, const PlanOptions& 
   const auto& [op, dtype, n, c, s, input, grad_output, output, sums, ggx, outputs, fused, mask,
                residual] = problem;
   const auto& [name, major, minor, sms, threads, registers, shared_sm, shared, shared_optin, l2,
-               max_grid, cooperative, max_cluster, clusters_2, clusters_4, clusters_8] = device;
+               max_grid, cooperative, max_cluster, clusters_2, clusters_4, clusters_8, dependent] =
+      device;
   const auto& [index_bits, splits, strategy, scope, team_size, depth, slab, pattern] = options;
   static_cast<void>(name);
   return {static_cast<int64_t>(op),
@@ -51,6 +52,7 @@ Key key_of(const Problem& problem, const DeviceInfo& device, const PlanOptions& 
           clusters_2,
           clusters_4,
           clusters_8,
+          dependent,
           index_bits,
           splits,
           static_cast<int64_t>(strategy),

@@ -28,6 +28,7 @@ void visit_fields(Info& d, F&& f) {
   f("clusters_of_2", d.clusters_of_2);
   f("clusters_of_4", d.clusters_of_4);
   f("clusters_of_8", d.clusters_of_8);
+  f("dependent_launch", d.dependent_launch);
 }
 
 // The same of the cost model: `along_s.deep.forward` and the like in a walk's costs.

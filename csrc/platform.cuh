@@ -230,6 +230,23 @@ __device__ __forceinline__ void hold_back_loads() {
 #endif
 }
 
+// Programmatic dependent launch, from 9.0 on: a kernel that is launched as a dependent one may
+// start once all blocks of the one before it have come here or ended,
+__device__ __forceinline__ void allow_dependent_kernel() {
+#if !defined(BATCHNORM_CUDA_HOST_MODEL) && defined(BATCHNORM_CUDA_HAS_CLUSTERS)
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// and waits here, before it touches global memory, until all kernels before it are done and what
+// they wrote can be seen. Nothing to wait for where the kernel was launched like any other.
+__device__ __forceinline__ void wait_for_kernels_before() {
+#ifdef BATCHNORM_CUDA_HOST_MODEL
+  simt::on_wait_for_kernels_before();
+#elif defined(BATCHNORM_CUDA_HAS_CLUSTERS)
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Barrier over the threads of all blocks of the cluster; orders their shared-memory accesses.
 __device__ __forceinline__ void cluster_barrier() {
 #ifdef BATCHNORM_CUDA_HAS_CLUSTERS

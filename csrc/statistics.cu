@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
   acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared());
+  allow_dependent_kernel();
   for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
     Cursor cursor(p.traversal, task);
     Welford<acc_t> stats[Cursor::kChannels];
@@ -62,8 +63,8 @@ LaunchStatus launch_statistics(Pattern pattern, const StatisticsParams<scalar_t>
   const Traversal& t = params.traversal;
   return with_cursor<scalar_t>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
-    return launch_kernel(collect_statistics_kernel<Cursor>, t.grid, block_of(t), t.shared_bytes,
-                         stream, params);
+    return launch_kernel(false, collect_statistics_kernel<Cursor>, t.grid, block_of(t),
+                         t.shared_bytes, stream, params);
   });
 }
 

@@ -47,7 +47,7 @@ def test_code_for_older_devices_has_no_clusters(extension: ModuleType, model: Mo
     """The driver compiles PTX for 8.0 on a device of 9.0, but not what was left out of it."""
     described = devices.planner_properties(devices.DEVICES["h100"])
     model.set_device(described | {"ptx_version": 80})
-    assert extension.device_info() == described | dict.fromkeys(KEYS, 0) | {"max_cluster": 0}
+    assert extension.device_info() == described | dict.fromkeys(KEYS, 0) | {"max_cluster": 0, "dependent_launch": False}
 
 
 def test_assumed_of_the_devices_described() -> None:

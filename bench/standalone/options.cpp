@@ -146,6 +146,7 @@ void read_device_json(const std::string& path, DeviceInfo* device) {
     field("clusters_of_2", &device->clusters_of_2);
     field("clusters_of_4", &device->clusters_of_4);
     field("clusters_of_8", &device->clusters_of_8);
+    field("dependent_launch", &device->dependent_launch);
     if (!known) throw std::invalid_argument("--device-json: unknown property '" + key + "'");
   }
 }

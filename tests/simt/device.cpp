@@ -117,6 +117,17 @@ size_t resident_blocks(const LaunchRequest& request) {
   return static_cast<size_t>(std::max(blocks, 1)) * static_cast<size_t>(described.sm_count);
 }
 
+bool is_dependent(const cudaLaunchConfig_t& config) {
+  for (unsigned int i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+        attribute.val.programmaticStreamSerializationAllowed != 0) {
+      return true;
+    }
+  }
+  return false;
+}
+
 cudaError_t check_launch(const LaunchRequest& request, dim3* cluster, bool* cooperative) {
   const cudaLaunchConfig_t& config = *request.config;
   const Attributes attributes = attributes_of(config);

@@ -33,6 +33,7 @@ struct Thread {
   Site site{};                    // of the operation waited in
   uint64_t result = 0;            // of the warp operation, filled in by the last lane to arrive
   bool in_cluster_phase = false;  // between arrive and wait
+  bool has_waited = false;        // for the kernels before this one
   uint32_t cluster_phase = 0;     // arrived at
 
   Stamp stamp = 0;
@@ -140,6 +141,7 @@ struct State {
   dim3 cluster_dims;
   GroupBarrier grid_barrier;
   bool cooperative = false;
+  bool dependent = false;  // may start while kernels before it run
   size_t dynamic_bytes = 0;
   // One layout for all blocks: the dynamic memory, then static objects as kernels first name them.
   std::vector<SharedObject> shared_objects;
@@ -211,6 +213,7 @@ void close_shared(Block* block);
 
 // device.cpp
 cudaError_t check_launch(const LaunchRequest& request, dim3* cluster, bool* cooperative);
+bool is_dependent(const cudaLaunchConfig_t& config);
 cudaError_t remember(cudaError_t error);
 size_t resident_blocks(const LaunchRequest& request);  // of the whole device, at once
 

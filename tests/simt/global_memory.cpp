@@ -116,6 +116,9 @@ void check_aligned(const Thread& thread, uintptr_t address, size_t bytes, Site s
 void check_global(Thread* thread, const void* pointer, size_t bytes, Access access, bool atomic,
                   Site site) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
+  if (state.dependent && !thread->has_waited) {
+    fail(*thread, site, "a global access before the wait for the kernels before this one");
+  }
   if (__builtin_expect((bytes & (bytes - 1)) != 0 || bytes - 1 > 15 || (address & (bytes - 1)) != 0,
                        0)) {
     check_aligned(*thread, address, bytes, site);
@@ -180,6 +183,10 @@ void close_buffers() {
 }
 
 }  // namespace detail
+
+void on_wait_for_kernels_before() {
+  if (detail::state.current != nullptr) detail::state.current->has_waited = true;
+}
 
 void on_global_access(const void* address, size_t bytes, Access access, Site site) {
   using namespace detail;

@@ -301,6 +301,7 @@ cudaError_t launch(LaunchRequest* request) {
   const cudaError_t error = check_launch(*request, &state.cluster_dims, &state.cooperative);
   if (error != cudaSuccess) return remember(error);
   if (launches_skipped) return cudaSuccess;
+  state.dependent = is_dependent(*request->config);
   struct Mark {
     Mark() { launching = true; }
     ~Mark() { launching = false; }

@@ -44,6 +44,10 @@ void on_shared_access(const void* address, size_t bytes, Access access, Site sit
 // other threads run first, so that a loop which polls through it needs no yield().
 void on_atomic_access(const void* address, size_t bytes, Access access, Order order, Site site);
 
+// Of a kernel that may have been launched as a dependent one: from here on the thread may touch
+// global memory.
+void on_wait_for_kernels_before();
+
 // Says that the lanes of a warp come here together, each the same number of times, although not all
 // may then access memory: accesses with this site belong to the step until the next. Needed by the
 // counting of traffic alone (simt_traffic.h).
