@@ -64,8 +64,7 @@ def find_setting() -> Setting | None:
     """The GPU, or the model of CUDA where that is asked for."""
     if torch.cuda.is_available():
         extension = _extension.load_cuda()
-        device = extension.device_info(torch.cuda.current_device())
-        return Setting(MEASURED, gpu(), extension, device, GPU_LIMITS)
+        return Setting(MEASURED, gpu(), extension, extension.device_info(), GPU_LIMITS)
     if os.environ.get("BATCHNORM_CUDA_EMULATE") == "1":
         extension = _extension.load_emulated()
         return Setting(HOST, host_model(), extension, extension.device_info(), HOST_LIMITS)
@@ -75,7 +74,8 @@ def find_setting() -> Setting | None:
 def problem_rows(case: BenchCase, setting: Setting, most: int) -> Iterator[TuneRow]:
     """A row for each plan, and one for the copy."""
     sizes = geometry(case)
-    plans = list_plans(setting.extension, case.op, case.dtype, sizes, setting.planner_device)
+    device = setting.extension.device_info()  # less what it has refused by now
+    plans = list_plans(setting.extension, case.op, case.dtype, sizes, device)
     plans = thin(plans, most)
     outcomes = measure_plans(case, plans, setting.extension, setting.machine, setting.limits)
     fixed = {
