@@ -296,8 +296,11 @@ std::vector<py::dict> candidates_as_dicts(const std::string& op, int64_t n, int6
   std::vector<py::dict> result;
   for (const PlanCandidate& each :
        plan_candidates(problem, described({}, device), options_from_dict(left), model)) {
-    result.push_back(py::dict("options"_a = to_dict(each.options), "cost"_a = each.plan.cost,
-                              "predicted_bytes"_a = each.plan.predicted_bytes,
+    const Plan& plan = each.plan;
+    const int64_t splits = plan.has_reduce ? plan.reduce.splits : plan.elementwise.splits;
+    result.push_back(py::dict("options"_a = to_dict(each.options), "cost"_a = plan.cost,
+                              "splits"_a = plan.strategy == Strategy::kTeam ? 0 : splits,
+                              "predicted_bytes"_a = plan.predicted_bytes,
                               "chosen"_a = each.chosen));
   }
   return result;
