@@ -49,10 +49,12 @@ void visit_costs(Model& m, F&& f) {
   f("stage_launch", m.stage_launch);
   f("grid_wait", m.grid_wait);
   f("cluster_wait", m.cluster_wait);
+  f("grid_flag", m.grid_flag);
   f("slot_rate", m.slot_rate);
   f("sm_rate", m.sm_rate);
   f("streamed", m.streamed);
   f("deep_rate", m.deep_rate);
+  f("narrow", m.narrow);
   f("wide", m.wide);
   f("reduce", m.reduce);
   f("merge_row", m.merge_row);

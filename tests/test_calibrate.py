@@ -33,15 +33,14 @@ TRUTHS = {
     "launches are dear": {
         "grid_wait": 0.5,
         "cluster_wait": 1.5,
-        "launch": 2.0,
-        "stage_launch": 1.5,
+        "launch": 3.0,
+        "stage_launch": 0.6,
         "reduce": 1.6,
         "along_s.deep.forward": 0.5,
     },
 }
 RATIOS = ("sm_rate", "slot_rate", "deep_rate", "wide")
 UNIT_MS = 3.2e-4
-MOST_ABOVE = 10  # problems of a file whose regret is above 1.10
 MEASURED_FILES = sorted((ROOT / "bench" / "results").glob("*tune*.csv"))
 
 
@@ -197,10 +196,8 @@ def test_planner_answers_to_measurements(extension: ModuleType) -> None:
     for path in MEASURED_FILES:
         found = measured_regrets(extension, path)
         assert statistics.median(found.values()) <= 1.03, path.name
-        # To be 1.10, on the way there: what is above it is known, and no more may be.
-        assert max(found.values()) <= 1.30, f"{path.name}: {max(found, key=lambda t: found[t])}"
-        above = [title for title, regret in found.items() if regret > 1.10]
-        assert len(above) <= MOST_ABOVE, f"{path.name}: {above}"
+        above = {title: round(regret, 3) for title, regret in found.items() if regret > 1.10}
+        assert not above, path.name
 
 
 def test_plans_that_are_looked_at_no_more(extension: ModuleType, tmp_path: Path) -> None:
