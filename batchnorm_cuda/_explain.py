@@ -81,6 +81,31 @@ def explain(
 
     Messages read "explain: expected <argument> to be <what>, got <what came>".
     """
+    options = {"strategy": strategy, "scope": scope, "team_size": team_size}
+    return explain_forced(
+        input_or_shape,
+        options,
+        dtype=dtype,
+        memory_format=memory_format,
+        device=device,
+        op=op,
+        residual=residual,
+        activation=activation,
+    )
+
+
+def explain_forced(
+    input_or_shape: Tensor | Sequence[int],
+    options: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format | None = None,
+    device: str | Mapping[str, Any] | None = None,
+    op: str = "forward",
+    residual: bool = False,
+    activation: str | None = None,
+) -> Explanation:
+    """`explain`, of a plan that any options of the planner may force."""
     if op not in _OPS:
         raise ValueError(f"explain: expected op to be one of {', '.join(_OPS)}, got {op!r}")
     if activation not in (None, "relu"):
@@ -88,8 +113,7 @@ def explain(
     model = _as_meta(input_or_shape, dtype, memory_format)
     module, properties = _planner(input_or_shape, device)
     n, c, s = _geometry(model)
-    problem: dict[str, Any] = {"strategy": strategy, "scope": scope, "team_size": team_size}
-    problem["input_shift"] = _shift(input_or_shape, model)
+    problem = {**options, "input_shift": _shift(input_or_shape, model)}
     if op.endswith("backward"):
         problem["grad_output_shift"] = 0
     if op.endswith("double_backward"):

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm_cuda import _extension, devices, explain
+from batchnorm_cuda import _extension, devices
+from batchnorm_cuda._explain import explain_forced
 
 DTYPES = {
     "fp16": torch.float16,
@@ -172,7 +173,7 @@ def scaled_device(name: str, sms: int | None = None) -> dict[str, Any]:
     return device
 
 
-def count(case: Case, device: dict[str, Any], strategy: str = "auto") -> Traffic:
+def count(case: Case, device: dict[str, Any], strategy: str = "auto", **forced: Any) -> Traffic:
     """Runs the case's kernels on the model of `device`, behind a cold L2 cache, and counts.
 
     Args:
@@ -180,15 +181,17 @@ def count(case: Case, device: dict[str, Any], strategy: str = "auto") -> Traffic
             float32, or float64 for fp64.
         device: properties as `batchnorm_cuda.devices` describes them.
         strategy: "auto", "two_pass" or "team"; a team that is impossible becomes two passes.
+        forced: further options of the planner, such as pattern="along_row".
     """
     module = _extension.load_emulated()
     model = module._host_model
     x = case.tensor()
     call = operation(case, module, x)
+    options = {"strategy": strategy, **forced}
     fused = {"residual": case.residual, "activation": case.activation}
-    plan = explain(x, device=device, op=case.op, strategy=strategy, **fused)
+    plan = explain_forced(x, options, device=device, op=case.op, **fused)
     model.set_device(devices.planner_properties(device))
-    module.set_plan_options({"strategy": strategy})
+    module.set_plan_options(options)
     model.start_traffic()
     try:
         call()

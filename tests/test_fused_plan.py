@@ -12,6 +12,7 @@ from fused_problem import Fused
 from strategies import launched
 
 from batchnorm_cuda import devices, explain
+from batchnorm_cuda._explain import explain_forced
 from bench.traffic_model import Case as TrafficCase
 from bench.traffic_model import count, scaled_device
 
@@ -55,15 +56,19 @@ def test_64_bit_indices_only_in_masked_kernels(extension: ModuleType, op: str, s
 @pytest.mark.parametrize("op", ["forward", "backward"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_no_deep_kernel(op: str, memory_format: torch.memory_format) -> None:
+    """Neither chosen nor forced, where one for the plain operation can be."""
+    forced = {"strategy": "team", "depth": "deep"}
+    both = {"activation": "relu", "residual": True}
     seen = set()
     for device, n in itertools.product(devices.DEVICES, (8, 64, 128, 256, 512)):
         options = {"dtype": torch.float16, "memory_format": memory_format, "device": device}
         shape = (n, 64, 56, 56)
-        plain = explain(shape, op=op, **options).team
-        seen.add(plain.depth if plain else None)
-        fused = explain(shape, op=op, activation="relu", residual=True, strategy="team", **options)
+        fused = explain(shape, op=op, strategy="team", **both, **options)
         assert fused.team is not None and fused.team.depth != "deep"
-    assert "deep" in seen  # or this would show nothing
+        assert explain_forced(shape, forced, op=op, **both, **options).team is None
+        plain = explain_forced(shape, forced, op=op, **options).team
+        seen.add(plain.depth if plain else f"none at {n}")
+    assert "deep" in seen and "none at 8" not in seen  # or this would show nothing
 
 
 # ------------------------------------------------------------------------------- bytes
@@ -83,7 +88,7 @@ EXACT = [
 def test_bytes(case: TrafficCase, residual: bool, relu: bool, op: str) -> None:
     """Every tensor once, and a byte of the mask for each 16 bytes of one tensor."""
     values = vars(case) | {"residual": residual, "relu": relu, "op": op}
-    result = count(TrafficCase(**values), scaled_device("a100", 4))
+    result = count(TrafficCase(**values), scaled_device("a100", 4), "team")
     mask = case.nbytes // 16 if relu and op != "eval" else 0
     tensors = 3 + (residual and relu) if op.endswith("backward") else 2 + residual
     assert result.compulsory_bytes == tensors * case.nbytes + mask
