@@ -42,8 +42,8 @@ _MODEL_TEXT = (
 )
 _MEASURED_TEXT = (
     "Measured on {0}: medians, cold L2 cache, providers in turns; every row, other dtypes too, is "
-    "in [{1}]({1}). Where no time is given, the provider does not take the input (cuDNN: torch takes "
-    "another backend) or its result is far beyond the tests' tolerance."
+    "in [{1}]({1}). Where no time is given, the provider does not take the input (cuDNN: torch "
+    "takes another backend) or its result is far beyond the tests' tolerance."
 )
 _OPS = ("forward", "backward")
 
