@@ -27,8 +27,8 @@ import torch
 from batchnorm_cuda import _extension
 
 from . import records
-from .candidates import list_plans
-from .tune_rows import COPY, MEASURED, OK, OPTIONS, TuneRow, forced_by
+from .candidates import Candidate, identity, list_plans
+from .tune_rows import COPY, MEASURED, OK, OPTIONS, TuneRow
 
 Costs = dict[str, float]
 Forced = tuple[Any, ...]
@@ -79,7 +79,7 @@ def load(path: Path) -> Data:
         new = Problem(title, row.op, row.dtype, (row.n, row.c, row.s), {})
         problem = found.setdefault(row.problem, new)
         if row.status == OK and row.ms is not None and row.strategy != COPY:
-            problem.ms[row.forced] = row.ms
+            problem.ms.setdefault(row.forced, row.ms)
     problems = [problem for problem in found.values() if problem.ms]
     if not problems:
         raise records.RecordsError(f"{path}: no plan has a time")
@@ -97,23 +97,36 @@ class Prediction:
 
 
 def predict(extension: ModuleType, data: Data, problem: Problem, costs: Costs) -> Prediction:
-    plans = list_plans(extension, problem.op, problem.dtype, problem.sizes, data.device, costs)
-    known = {forced_by(plan["options"]): plan["cost"] for plan in plans}
-    missing = [plan for plan in problem.ms if plan not in known]
-    if missing:
-        raise records.RecordsError(f"{problem.title}: the planner has no plan {missing[0]}")
-    chosen = next(forced_by(plan["options"]) for plan in plans if plan["chosen"])
+    what = (extension, problem.op, problem.dtype, problem.sizes, data.device, costs)
+    plans = list_plans(*what)
+    known = {identity(plan): plan["cost"] for plan in plans}
+    for forced in problem.ms:
+        if forced not in known:  # one that the planner no longer looks at
+            known[forced] = _cost_of(list_plans(*what, _options(forced)), problem, forced)
+    chosen = next(identity(plan) for plan in plans if plan["chosen"])
     costs_of_measured = [known[plan] for plan in problem.ms]
     return Prediction(costs_of_measured, nearest(chosen, problem.ms), chosen in problem.ms)
 
 
+def _options(forced: Forced) -> dict[str, Any]:
+    pairs = zip(OPTIONS.items(), forced, strict=True)
+    return {name: value for (name, none), value in pairs if value != none}
+
+
+def _cost_of(plans: list[Candidate], problem: Problem, forced: Forced) -> float:
+    if len(plans) != 1 or identity(plans[0])[:-1] != forced[:-1]:  # splits may be clamped
+        raise records.RecordsError(f"{problem.title}: the planner has no plan {forced}")
+    return plans[0]["cost"]
+
+
 def nearest(plan: Forced, measured: Mapping[Forced, float]) -> Forced:
     """`plan`, or where it was left out the measured one that differs least: in size, at best."""
-    size = list(OPTIONS).index("team_size")
+    counts = [list(OPTIONS).index(name) for name in ("team_size", "splits")]
 
     def distance(other: Forced) -> tuple[int, float]:
-        differ = sum(a != b for i, (a, b) in enumerate(zip(plan, other, strict=True)) if i != size)
-        return differ, abs(math.log((plan[size] + 1) / (other[size] + 1)))
+        pairs = list(zip(plan, other, strict=True))
+        differ = sum(a != b for i, (a, b) in enumerate(pairs) if i not in counts)
+        return differ, sum(abs(math.log((pairs[i][0] + 1) / (pairs[i][1] + 1))) for i in counts)
 
     return min(measured, key=distance)
 
@@ -201,7 +214,7 @@ def fit(extension: ModuleType, data: Data, start: Costs) -> Fit:
 def _name(plan: Forced) -> str:
     options = dict(zip(OPTIONS, plan, strict=True))
     if options["strategy"] != "team":
-        return f"two passes/{options['splits'] or 'auto'}"
+        return f"two passes/{options['splits']}"
     slab = f"/{options['slab']}" if options["slab"] else ""
     return f"{options['scope']} {options['team_size']} {options['depth']}{slab}"
 

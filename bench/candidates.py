@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from .case import BenchCase
+from .tune_rows import forced_by
 
 Candidate = dict[str, Any]  # as `_C.plan_candidates` gives them
 
@@ -23,6 +24,13 @@ def geometry(case: BenchCase) -> tuple[int, int, int]:
     return (n * positions, c, 1) if case.layout == "nhwc" else (n, c, positions)
 
 
+def identity(candidate: Candidate) -> tuple[Any, ...]:
+    """As TuneRow.forced has it: with the splits that the planner chose, where it did. What it
+    chooses changes with its constants.
+    """
+    return forced_by({**candidate["options"], "splits": candidate["splits"]})
+
+
 def list_plans(
     extension: ModuleType,
     op: str,
@@ -30,11 +38,13 @@ def list_plans(
     nchw: tuple[int, int, int],
     device: dict[str, Any],
     costs: dict[str, float] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> list[Candidate]:
-    """All of a training pass on tensors of their own memory."""
-    shifts = {"grad_output_shift": 0} if op == "backward" else {}
+    """All of a training pass on tensors of their own memory, or those that `options` leave."""
+    problem = {"grad_output_shift": 0} if op == "backward" else {}
+    problem |= options or {}
     return extension.plan_candidates(
-        f"{op}_training", *nchw, DTYPES[dtype], device, shifts, costs or {}
+        f"{op}_training", *nchw, DTYPES[dtype], device, problem, costs or {}
     )
 
 

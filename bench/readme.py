@@ -41,9 +41,9 @@ _MODEL_TEXT = (
     "published. Bytes are not time: nobody has run this on a GPU yet; `make gpu-check` does."
 )
 _MEASURED_TEXT = (
-    "Measured on {}: medians, cold L2 cache, providers in turns. Where no time is given, the "
-    "provider does not take the input (cuDNN: torch takes another backend) or its result is beyond "
-    "the tests' tolerance."
+    "Measured on {0}: medians, cold L2 cache, providers in turns; every row, other dtypes too, is "
+    "in [{1}]({1}). Where no time is given, the provider does not take the input (cuDNN: torch "
+    "takes another backend) or its result is far beyond the tests' tolerance."
 )
 _OPS = ("forward", "backward")
 
@@ -61,7 +61,8 @@ def recount(folder: Path, settings: model.ModelSettings) -> None:
 
 def load(folder: Path) -> list[tuple[Path, list[Row]]]:
     """The GPUs' results, or else the model's. Raises ResultsError if there are none."""
-    files = [(path, read_csv(path)) for path in sorted(folder.glob("*.csv"))]
+    paths = [path for path in sorted(folder.glob("*.csv")) if not path.stem.endswith("-tune")]
+    files = [(path, read_csv(path)) for path in paths]
     measured = [(path, rows) for path, rows in files if rows and rows[0].kind == MEASURED]
     chosen = measured or [(path, rows) for path, rows in files if rows]
     if not chosen:
@@ -78,7 +79,7 @@ def section(folder: Path) -> str:
 def _part(path: Path, rows: Sequence[Row]) -> str:
     plot = f"bench/results/{_plot_path(path, rows).name}"
     if rows[0].kind == MEASURED:
-        return measured_part(rows, plot)
+        return measured_part(rows, plot, f"bench/results/{path.name}")
     return model_part(rows, plot)
 
 
@@ -114,22 +115,30 @@ def model_part(rows: Sequence[Row], plot: str) -> str:
     return "\n\n".join([_wrapped(_MODEL_TEXT.format(device)), markdown.render(table), picture])
 
 
-def measured_part(rows: Sequence[Row], plot: str) -> str:
-    device = rows[0].device
-    providers = [name for name in _MEASURED_PROVIDERS if any(r.provider == name for r in rows)]
-    columns = ["network", "shape", "operation", *(f"{name}, ms" for name in providers)]
-    columns.append("ours, % of a copy's rate")
+def shown(rows: Sequence[Row]) -> list[Row]:
+    """Of a measurement: one dtype, the first, and no operation that is the sum of two others."""
+    return [row for row in rows if row.dtype == rows[0].dtype and row.op in _OPS]
+
+
+def measured_part(rows: Sequence[Row], plot: str, path: str) -> str:
+    device, part = rows[0].device, shown(rows)
+    providers = [name for name in _MEASURED_PROVIDERS if any(r.provider == name for r in part)]
+    operations = [op for op in _OPS if any(row.op == op for row in part)]
+    columns = ["network", "shape"]
+    for op in operations:
+        columns += [f"{op}, ms: ours", *providers[1:], "ours, % of a copy's rate"]
     lines = []
-    for (name, shape, layout, dtype), found in _by_shape(rows).items():
-        for op in dict.fromkeys(op for op, _ in found):
-            cells = [name, f"{shape} {layout} {dtype}", op]
+    for (name, shape, layout, dtype), found in _by_shape(part).items():
+        cells = [name, f"{shape} {layout} {dtype}"]
+        for op in operations:
             cells += [_time(found.get((op, provider))) for provider in providers]
             ours = found.get((op, "ours"))
             cells.append(markdown.number(ours.copy_percent if ours else None, ".0f"))
-            lines.append(tuple(cells))
-    table = markdown.Table("", tuple(columns), tuple(lines), range(3, len(columns)))
+        lines.append(tuple(cells))
+    table = markdown.Table("", tuple(columns), tuple(lines), range(2, len(columns)))
     picture = f"![Time over a copy of as many bytes]({plot})"
-    return "\n\n".join([_wrapped(_MEASURED_TEXT.format(device)), markdown.render(table), picture])
+    text = _wrapped(_MEASURED_TEXT.format(device, path))
+    return "\n\n".join([text, markdown.render(table), picture])
 
 
 def _wrapped(text: str) -> str:
@@ -157,7 +166,8 @@ def digest(path: Path) -> str:
 
 def write_plots(folder: Path) -> None:
     for path, rows in load(folder):
-        picture = plots.draw(rows)["ratio" if rows[0].kind == MEASURED else "bytes"]
+        measured = rows[0].kind == MEASURED
+        picture = plots.draw(shown(rows) if measured else rows)["ratio" if measured else "bytes"]
         plots.save(picture, _plot_path(path, rows), digest(path))
 
 

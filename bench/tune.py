@@ -25,7 +25,7 @@ import torch
 from batchnorm_cuda import _extension
 
 from . import environment, records
-from .candidates import geometry, list_plans, thin
+from .candidates import geometry, identity, list_plans, thin
 from .case import BenchCase
 from .loading import ROOT
 from .machine import Machine, gpu, host_model
@@ -64,8 +64,7 @@ def find_setting() -> Setting | None:
     """The GPU, or the model of CUDA where that is asked for."""
     if torch.cuda.is_available():
         extension = _extension.load_cuda()
-        device = extension.device_info(torch.cuda.current_device())
-        return Setting(MEASURED, gpu(), extension, device, GPU_LIMITS)
+        return Setting(MEASURED, gpu(), extension, extension.device_info(), GPU_LIMITS)
     if os.environ.get("BATCHNORM_CUDA_EMULATE") == "1":
         extension = _extension.load_emulated()
         return Setting(HOST, host_model(), extension, extension.device_info(), HOST_LIMITS)
@@ -75,7 +74,8 @@ def find_setting() -> Setting | None:
 def problem_rows(case: BenchCase, setting: Setting, most: int) -> Iterator[TuneRow]:
     """A row for each plan, and one for the copy."""
     sizes = geometry(case)
-    plans = list_plans(setting.extension, case.op, case.dtype, sizes, setting.planner_device)
+    device = setting.extension.device_info()  # less what it has refused by now
+    plans = list_plans(setting.extension, case.op, case.dtype, sizes, device)
     plans = thin(plans, most)
     outcomes = measure_plans(case, plans, setting.extension, setting.machine, setting.limits)
     fixed = {
@@ -90,7 +90,7 @@ def problem_rows(case: BenchCase, setting: Setting, most: int) -> Iterator[TuneR
         **dict(zip(("n", "c", "s"), sizes, strict=True)),
     }
     for plan, outcome in zip(plans, outcomes.plans, strict=True):
-        options = {name: plan["options"].get(name, none) for name, none in OPTIONS.items()}
+        options = dict(zip(OPTIONS, identity(plan), strict=True))
         said = {name: plan[name] for name in ("cost", "predicted_bytes")}
         yield TuneRow(**fixed, **options, chosen=int(plan["chosen"]), **said, **outcome)
     copied = {**OPTIONS, "strategy": COPY, "chosen": 0, "cost": None}

@@ -17,13 +17,14 @@ from .providers import EPS, MOMENTUM, Tensors
 from .samples import spread
 from .steps import copy_of, make_copy, make_tensors
 from .timing import CACHES, Call, Clock, interleave, rotation, rounds_for
-from .tune_rows import FAILED, INACCURATE, OK
+from .tune_rows import FAILED, INACCURATE, OK, UNSUPPORTED
 
 # Activations of a set, and as many again that a graph keeps.
 _TENSORS_PER_SET = 4
 _WARM_UP = 3
 # A plan so many times slower than the fastest keeps the few samples that told.
 _SLOW = 3.0
+_REFUSED = "the device refused to launch a team, and other kernels took its place"
 _COPY = -1  # among the plans' indices
 # Two plans sum in different orders: a result near a tie rounds to either side, and sums that cancel
 # differ by more than their own roundoff.
@@ -81,10 +82,15 @@ def _measure(
     steps = [_step(case, extension, t) for t in sets]
     expected = [each.clone() for each in steps[0]()]
     calls: dict[int, list[Call]] = {}
+    device = extension.device_info()
     for i, plan in enumerate(plans):
         forced = [_forced(extension, plan["options"], step) for step in steps]
         try:
-            outcomes.plans[i] = _check(case, forced[0](), expected)
+            got = forced[0]()
+            if extension.device_info() != device:  # less what it refused by now
+                outcomes.plans[i] = {"status": UNSUPPORTED, "note": _REFUSED}
+                continue
+            outcomes.plans[i] = _check(case, got, expected)
             if outcomes.plans[i]["status"] == OK:
                 calls[i], outcomes.plans[i]["method"] = _captured(forced, machine)
         except (RuntimeError, ValueError) as reason:

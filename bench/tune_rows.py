@@ -47,7 +47,7 @@ class TuneRow:
     team_size: int
     depth: str
     slab: int
-    splits: int
+    splits: int  # of two passes, whoever chose them
     chosen: int  # 1: the planner's choice
     cost: float | None  # predicted, in moves
     predicted_bytes: int | None

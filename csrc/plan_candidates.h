@@ -14,7 +14,7 @@ struct PlanCandidate {
   bool chosen = false;  // without options beyond the given ones
 };
 
-// Every team, also where a cluster's size goes through global memory, and two passes with a few
+// Every team, of every scope that its size allows, and two passes with a few
 // numbers of splits. What `options` forces holds for all. Exactly one candidate is the chosen one.
 std::vector<PlanCandidate> plan_candidates(const Problem& problem, const DeviceInfo& device,
                                            const PlanOptions& options = {},

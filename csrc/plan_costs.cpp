@@ -30,8 +30,8 @@ double exchange_cost(const TeamRequest& r, const Team& team) {
   const double slot = static_cast<double>(team.slot_values * acc_bytes(r.problem.dtype));
   const double blocks = team.blocks_per_sm;  // each reads them for itself
   const double read = (team.two_level ? 2.0 : static_cast<double>(team.size)) * slot;
-  return r.costs.grid_wait * (team.two_level ? 2 : 1) +
-         read * blocks / (kMoveBytes * r.costs.slot_rate);
+  const double wait = r.costs.grid_wait + r.costs.grid_flag * team.size;
+  return wait * (team.two_level ? 2 : 1) + read * blocks / (kMoveBytes * r.costs.slot_rate);
 }
 
 // Moves of a round beside those of data.
@@ -54,7 +54,9 @@ double team_cost(const TeamRequest& r, const Team& team) {
                          (r.pattern == Pattern::kAlongS ? t.threads_y : t.threads_x);
   const double moves =
       windows / kMoveThreads * (r.tensors + r.passing + streamed * r.costs.streamed);
-  const double rate = walk.rate * (team.depth == Depth::kDeep ? r.costs.deep_rate : 1.0);
+  const bool narrow = r.pattern == Pattern::kAlongC && t.threads_x < kSlabWindows;
+  const double rate = walk.rate * (team.depth == Depth::kDeep ? r.costs.deep_rate : 1.0) *
+                      (narrow ? r.costs.narrow : 1.0);
   const int64_t places = int64_t{team.blocks_per_sm} * r.device.sm_count;
   const int64_t groups = t.channel_blocks;
   const int64_t at_once = std::min(groups, team.scope == Scope::kBlock ? places : team.teams);

@@ -27,27 +27,29 @@ struct WalkCost {
 
 struct CostModel {
   // Moves, of the launch of a team kernel, and of a stage kernel, whose code is shorter.
-  double launch = 34.2, stage_launch = 17.8;
-  // Moves, of a wait for the blocks of other SMs through global memory, and within a cluster.
-  double grid_wait = 16.5, cluster_wait = 8.5;
+  double launch = 31.1, stage_launch = 18.7;
+  // Moves, of a wait within a cluster; of one through global memory, and for each block of the
+  // team, whose flags all are polled.
+  double cluster_wait = 8.2, grid_wait = 13.3, grid_flag = 0.045;
   // Ratio of the rate at which slots are read from the L2 cache to that of DRAM.
-  double slot_rate = 0.125;
+  double slot_rate = 0.131;
   // Ratio of what an SM can move while others are idle to its share of the bandwidth.
-  double sm_rate = 1.29;
+  double sm_rate = 1.32;
   // Moves of reading anew what a team could not hold, for each move of it.
-  double streamed = 2.06;
-  // Of a deep kernel, whose SM has half as many threads as others': on all its moves.
-  double deep_rate = 1.17;
+  double streamed = 1.67;
+  // Factors on a team's moves: of a deep kernel, whose SM has half as many threads as others'; and
+  // of slabs that are narrower than a line of the cache.
+  double deep_rate = 1.03, narrow = 1.30;
   // Of values of 4 bytes and more, of which a window has half as many: on the rounds below.
-  double wide = 0.535;
+  double wide = 0.562;
   // Of the reduce stage's reads, part of which are in the L2 cache afterwards.
-  double reduce = 0.4;
+  double reduce = 0.35;
   // Moves, of a row of partial results in the merge kernel.
-  double merge_row = 0.074;
-  WalkCost along_s{1.01, 1.45, {13.0, 3.0}, {38.8, 10.1}, {11.2, 2.7}};
-  WalkCost runs{1.11, 2.09, {23.4, 8.3}, {59.5, 19.7}, {19.0, 7.3}};
-  WalkCost along_c{1.26, 1.47, {40.9, 2.4}, {125.5, 33.6}, {38.5, 2.1}};
-  WalkCost along_row{1.37, 2.06, {58.8, 29.5}, {58.8, 29.5}, {58.8, 29.5}};
+  double merge_row = 0.0315;
+  WalkCost along_s{1.09, 1.37, {14.7, 1.9}, {49.4, 7.6}, {12.0, 2.3}};
+  WalkCost runs{1.37, 1.54, {25.2, 5.9}, {84.7, 26.0}, {20.7, 4.2}};
+  WalkCost along_c{1.06, 1.44, {44.4, 3.9}, {133.7, 31.5}, {41.7, 4.9}};
+  WalkCost along_row{1.39, 2.40, {64.4, 28.2}, {64.4, 28.2}, {64.4, 28.2}};
 };
 
 // Bytes per round that a block reads of others' slots above which the ranks merge a slice each. A

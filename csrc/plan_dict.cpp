@@ -49,10 +49,12 @@ void visit_costs(Model& m, F&& f) {
   f("stage_launch", m.stage_launch);
   f("grid_wait", m.grid_wait);
   f("cluster_wait", m.cluster_wait);
+  f("grid_flag", m.grid_flag);
   f("slot_rate", m.slot_rate);
   f("sm_rate", m.sm_rate);
   f("streamed", m.streamed);
   f("deep_rate", m.deep_rate);
+  f("narrow", m.narrow);
   f("wide", m.wide);
   f("reduce", m.reduce);
   f("merge_row", m.merge_row);
@@ -296,8 +298,11 @@ std::vector<py::dict> candidates_as_dicts(const std::string& op, int64_t n, int6
   std::vector<py::dict> result;
   for (const PlanCandidate& each :
        plan_candidates(problem, described({}, device), options_from_dict(left), model)) {
-    result.push_back(py::dict("options"_a = to_dict(each.options), "cost"_a = each.plan.cost,
-                              "predicted_bytes"_a = each.plan.predicted_bytes,
+    const Plan& plan = each.plan;
+    const int64_t splits = plan.has_reduce ? plan.reduce.splits : plan.elementwise.splits;
+    result.push_back(py::dict("options"_a = to_dict(each.options), "cost"_a = plan.cost,
+                              "splits"_a = plan.strategy == Strategy::kTeam ? 0 : splits,
+                              "predicted_bytes"_a = plan.predicted_bytes,
                               "chosen"_a = each.chosen));
   }
   return result;

@@ -15,6 +15,7 @@ namespace {
 constexpr double kIdleUnexplained = 0.1;
 
 constexpr Depth kDepths[] = {Depth::kMiddle, Depth::kDeep, Depth::kStream};
+constexpr Scope kScopes[] = {Scope::kBlock, Scope::kCluster, Scope::kGrid};
 
 bool all_aligned(const Problem& p) {
   return p.output_shift == 0 && p.input_shift <= 0 && p.grad_output_shift <= 0 &&
@@ -125,6 +126,14 @@ std::vector<Walk> walks_of(const Problem& problem, const DeviceInfo& device,
   return walks;
 }
 
+// Can teams of so many blocks exchange in this way, and may they?
+bool has_scope(const TeamRequest& r, Scope scope, int64_t size) {
+  if (size == 1) return scope == Scope::kBlock;
+  if (r.options.scope != Scope::kAuto && r.options.scope != scope) return false;
+  return scope == Scope::kCluster ? size <= r.device.max_cluster
+                                  : scope == Scope::kGrid && r.device.cooperative;
+}
+
 // Offers all teams of one walk: the one enumeration, of what is chosen from and what is listed.
 template <typename Offer>
 void offer_teams(const Walk& walk, const Offer& offer) {
@@ -135,9 +144,12 @@ void offer_teams(const Walk& walk, const Offer& offer) {
   for (const Depth depth : kDepths) {
     if (r.options.depth.value_or(depth) != depth || windows_of(r, depth) == 0) continue;
     for (const int64_t size : team_sizes(r, base, depth)) {
-      Team team;
       if (shares_block && size > 1) continue;
-      if (build_team(r, base, depth, size, team)) offer(r, team);
+      for (const Scope scope : kScopes) {
+        Team team;
+        if (!has_scope(r, scope, size)) continue;
+        if (build_team(r, base, depth, scope, size, team)) offer(r, team);
+      }
     }
   }
 }
@@ -189,24 +201,17 @@ std::vector<PlanOptions> team_candidates(const Problem& given, const DeviceInfo&
   std::vector<PlanOptions> found;
   if (!unsuitable(problem, options).empty()) return found;
   const CostModel costs;  // of no matter: nothing is chosen
-  PlanOptions by_grid = options;
-  by_grid.scope = Scope::kGrid;
-  for (const PlanOptions& each : {options, by_grid}) {
-    const bool beside = each.scope != options.scope;  // what the planner would make a cluster
-    if (beside && options.scope != Scope::kAuto) continue;
-    for (const Walk& walk : walks_of(problem, device, each, costs)) {
-      offer_teams(walk, [&](const TeamRequest& r, const Team& team) {
-        if (beside && (team.size == 1 || team.size > device.max_cluster)) return;
-        PlanOptions forced = options;
-        forced.strategy = Strategy::kTeam;
-        forced.scope = team.scope;
-        forced.team_size = team.size;
-        forced.depth = team.depth;
-        forced.pattern = team.pattern;
-        forced.slab = r.pattern == Pattern::kAlongC ? walk.slab : 0;
-        found.push_back(forced);
-      });
-    }
+  for (const Walk& walk : walks_of(problem, device, options, costs)) {
+    offer_teams(walk, [&](const TeamRequest& r, const Team& team) {
+      PlanOptions forced = options;
+      forced.strategy = Strategy::kTeam;
+      forced.scope = team.scope;
+      forced.team_size = team.size;
+      forced.depth = team.depth;
+      forced.pattern = team.pattern;
+      forced.slab = r.pattern == Pattern::kAlongC ? walk.slab : 0;
+      found.push_back(forced);
+    });
   }
   return found;
 }

@@ -45,8 +45,8 @@ int64_t team_work(const Traversal& traversal, Pattern pattern);
 int team_members(const Traversal& traversal, Pattern pattern);
 
 // Completes a team of `size` blocks; false where the device has no room for it.
-bool build_team(const TeamRequest& request, const Traversal& base, Depth depth, int64_t size,
-                Team& team);
+bool build_team(const TeamRequest& request, const Traversal& base, Depth depth, Scope scope,
+                int64_t size, Team& team);
 
 // Moves of a plan of either strategy (plan_costs.h).
 double team_cost(const TeamRequest& request, const Team& team);

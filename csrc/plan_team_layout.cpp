@@ -108,16 +108,6 @@ int64_t resident_teams(const TeamRequest& r, const Team& team) {
   return clusters == 0 ? by_places : std::min(by_places, int64_t{team.blocks_per_sm} * clusters);
 }
 
-Scope scope_of(const TeamRequest& r, int64_t size) {
-  const bool cluster = size <= r.device.max_cluster;
-  if (size == 1) return Scope::kBlock;
-  if (r.options.scope != Scope::kAuto) {
-    const bool possible = r.options.scope == Scope::kCluster ? cluster : r.device.cooperative;
-    return r.options.scope != Scope::kBlock && possible ? r.options.scope : Scope::kAuto;
-  }
-  return cluster ? Scope::kCluster : r.device.cooperative ? Scope::kGrid : Scope::kAuto;
-}
-
 void plan_workspace(const TeamRequest& r, Team& team) {
   if (team.scope != Scope::kGrid) return;
   const int acc = acc_bytes(r.problem.dtype);
@@ -185,7 +175,7 @@ int team_members(const Traversal& t, Pattern pattern) {
   return samples_apart ? t.threads_y / static_cast<int>(t.row_repeat) : t.threads_y;
 }
 
-bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, int64_t size,
+bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, Scope scope, int64_t size,
                 Team& team) {
   team = Team{};
   team.pattern = r.pattern;
@@ -193,8 +183,8 @@ bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, int64_
   Traversal& t = team.traversal;
   t = base;
   const int64_t work = team_work(t, r.pattern);
-  team.scope = scope_of(r, size);
-  if (team.scope == Scope::kAuto || size > work) return false;
+  team.scope = scope;
+  if (size > work) return false;
   t.per_split = part_of(work, size, r.pattern);
   t.splits = size;
   if ((size - 1) * t.per_split >= work) return false;  // a rank without work

@@ -25,9 +25,9 @@ DOUBLE_BACKWARD = "double_backward_training"
 
 # N, C and S of the scan, those of networks among them, up to as many elements.
 SIZES = (
-    (1, 8, 64, 256, 1024),
-    (1, 3, 7, 12, 31, 64, 100, 257, 1000, 2048),
-    (1, 2, 7, 49, 100, 196, 1225, 3136, 12544, 2**17),
+    (1, 8, 1024),
+    (1, 3, 7, 12, 64, 257, 1000, 2048),
+    (1, 2, 49, 1225, 12544, 2**17),
 )
 MAX_NUMEL = 2**28
 # Of these windows and channels of a slab differ; bfloat16 is like float16.
@@ -43,15 +43,10 @@ class Problem:
 
     device: str
     op: str
-    case: Case
     dtype: torch.dtype
+    case: Case
     options: dict[str, Any] = field(default_factory=dict)
     sms: int | None = None  # what the device is cut to
-
-    @property
-    def id(self) -> str:
-        operation = self.op.removesuffix("_training")
-        return f"{self.device}-{operation}-{self.case.id}-{dtype_name(self.dtype)}"
 
     def properties(self) -> dict[str, Any]:
         return devices.planner_properties(scaled_device(self.device, self.sms))
@@ -67,8 +62,26 @@ class Problem:
         )
 
 
+def forced(choice: str) -> dict[str, Any]:
+    """Options of the plan: "two_pass 680", its splits, or "grid 88 deep along_c 8", its slab."""
+    words = choice.split()
+    if words[0] == "two_pass":
+        options = {"strategy": "two_pass"}
+        return options | ({"splits": int(words[1])} if len(words) > 1 else {})
+    scope, size, depth, pattern = words[:4]
+    options = {"strategy": "team", "scope": scope, "team_size": int(size)}
+    options |= {"depth": depth, "pattern": pattern}
+    return options | ({"slab": int(words[4])} if len(words) > 4 else {})
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def aligned(op: str) -> dict[str, int]:
+    """That all tensors are, to the planner."""
+    shifts = {} if op == FORWARD else {"grad_output_shift": 0}
+    return shifts | ({"grad_grad_input_shift": 0} if op == DOUBLE_BACKWARD else {})
 
 
 def make_plan(
@@ -79,12 +92,20 @@ def make_plan(
     device: dict[str, Any],
     **options: object,
 ) -> Plan:
-    """The plan where all tensors are aligned."""
-    if op != FORWARD:
-        options["grad_output_shift"] = 0
-    if op == DOUBLE_BACKWARD:
-        options["grad_grad_input_shift"] = 0
-    return extension.make_plan(op, *sizes, dtype, device, options)
+    return extension.make_plan(op, *sizes, dtype, device, aligned(op) | options)
+
+
+def candidates(
+    extension: ModuleType,
+    op: str,
+    sizes: Sizes,
+    dtype: str,
+    device: dict[str, Any],
+    **facts: object,
+) -> list[dict[str, Any]]:
+    """Options that force each of the plans that may be chosen."""
+    plans = extension.plan_candidates(op, *sizes, dtype, device, aligned(op) | facts)
+    return [plan["options"] for plan in plans]
 
 
 def counts(plan: Plan) -> dict[str, int]:
@@ -142,15 +163,18 @@ def scanned() -> Iterator[tuple[Sizes, str, str]]:
 
 
 def largest(extension: ModuleType) -> dict[str, tuple[int, str]]:
-    """Each count at its largest on any described device, and the problem that has it."""
+    """Each count at its largest on any described device, and the plan that has it.
+
+    Of all plans that may be chosen, so that it does not hang on what the planner takes for cheap.
+    """
     found: dict[str, tuple[int, str]] = {}
     for name, (sizes, dtype, op) in itertools.product(devices.DEVICES, scanned()):
         device = devices.planner_properties(devices.DEVICES[name])
-        for strategy in ("auto", "two_pass"):
-            plan = make_plan(extension, op, sizes, dtype, device, strategy=strategy)
+        for options in candidates(extension, op, sizes, dtype, device):
+            plan = make_plan(extension, op, sizes, dtype, device, **options)
             for count, value in counts(plan).items():
                 if count not in found or value > found[count][0]:
-                    found[count] = value, f"{name}, {op} of {sizes}, {dtype}, {strategy}"
+                    found[count] = value, f"{name}, {op} of {sizes}, {dtype}, {options}"
     return found
 
 
@@ -164,12 +188,3 @@ def layout_of(plan: Plan) -> dict[str, Any]:
     stages = {stage: plan[stage] for stage in ("reduce", "elementwise")}
     kept = {stage: {key: t[key] for key in (*walk, "splits")} for stage, t in stages.items()}
     return kept | {"merge": {key: plan["merge"][key] for key in ("rows", "threads_x", "threads_y")}}
-
-
-def options_of(plan: Plan) -> dict[str, Any]:
-    """What to force for a smaller problem to be planned like this one."""
-    if "team" in plan:
-        team = plan["team"]
-        kept = {"strategy": "team", "scope": team["scope"], "team_size": team["size"]}
-        return kept | {"depth": team["depth"], "pattern": team["pattern"]}
-    return {"strategy": "two_pass", "splits": plan["reduce"]["splits"]}

@@ -78,12 +78,15 @@ def test_measured_results_take_the_models_place(folder: Path) -> None:
             row(ms=1.25, copy_percent=71.6),
             row(provider="native", ms=3.0),
             row(provider="cudnn", ms=None, status=UNSUPPORTED),
+            row(op="both", ms=4.0),
+            row(dtype="bf16", ms=1.3),
         ],
     )
     text = readme.section(folder)
     assert "Model" not in text and "Measured on GPU 1" in text
-    assert "| network | shape | operation | ours, ms | cudnn, ms | native, ms |" in text
-    assert "| net | 2x3x5x5 nchw fp16 | forward | 1.2500 | - (unsupported) | 3.0000 | 72 |" in text
+    assert "| network | shape | forward, ms: ours | cudnn | native | ours, % of" in text
+    assert "| net | 2x3x5x5 nchw fp16 | 1.2500 | - (unsupported) | 3.0000 | 72 |" in text
+    assert "both" not in text and "bf16" not in text
     assert "bench/results/gpu-ratio.svg" in text
     readme.write_plots(folder)
     assert readme.digest(folder / "gpu.csv") in (folder / "gpu-ratio.svg").read_text()

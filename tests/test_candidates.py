@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchnorm_cuda import _extension, devices
-from bench.candidates import geometry, list_plans, thin
+from bench.candidates import geometry, identity, list_plans, thin
 
 OPS = {"forward_training": {}, "backward_training": {"grad_output_shift": 0}}
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
@@ -72,26 +72,20 @@ def test_each_can_be_forced_and_one_is_chosen(
 
 
 @sizes
-def test_chosen_is_the_cheapest_of_its_walk(
-    extension: ModuleType, sizes: tuple[int, int, int]
-) -> None:
-    """Of those that the planner weighs: teams that read once, in the scope that suits the size."""
-    device = described("h100")
-    candidates = extension.plan_candidates("forward_training", *sizes, "float16", device)
-    (chosen,) = [each for each in candidates if each["chosen"]]
-    plan = extension.make_plan("forward_training", *sizes, "float16", device)
-    if plan["strategy"] == "two_pass" or plan["team"]["streamed_bytes"] > 0:
-        return
-    rivals = [
-        each["cost"]
-        for each in candidates
-        if each["options"]["strategy"] == "team"
-        and each["options"]["pattern"] == chosen["options"]["pattern"]
-        and each["options"].get("slab") == chosen["options"].get("slab")
-        and each["options"]["depth"] != "stream"
-        and (each["options"]["scope"] != "grid" or each["options"]["team_size"] > 8)
-    ]
-    assert chosen["cost"] == min(rivals)
+def test_chosen_is_the_cheapest(extension: ModuleType, sizes: tuple[int, int, int]) -> None:
+    """Of those that the planner weighs: teams in the scope that suits the size, and two passes as
+    it splits them.
+    """
+    for op, shifts in OPS.items():
+        candidates = extension.plan_candidates(op, *sizes, "float16", described("h100"), shifts)
+        (chosen,) = [each for each in candidates if each["chosen"]]
+        weighed = []
+        for each in candidates:
+            options = each["options"]
+            beside = options.get("scope") == "grid" and options["team_size"] <= 8
+            if not beside and "splits" not in options:
+                weighed.append(each["cost"])
+        assert chosen["cost"] == min(weighed)
 
 
 def test_lists_every_kind(extension: ModuleType) -> None:
@@ -155,9 +149,24 @@ def test_costs_decide(extension: ModuleType) -> None:
 
     assert chosen(extension.cost_model()) == chosen({})
     dear = {"cluster_wait": 1000.0, "grid_wait": 1000.0}
-    free = {"cluster_wait": 0.001, "grid_wait": 0.001, "latency": 0.001, "sm_rate": 1.0}
-    assert chosen(dear)["options"]["team_size"] < chosen(free)["options"]["team_size"]
-    assert chosen(dear)["cost"] != chosen({})["cost"] or chosen({})["options"]["team_size"] == 1
+    assert chosen(dear)["options"]["team_size"] == 1
+    free = {"launch": 0.001, "along_s.middle.forward": 0.001, "sm_rate": 1.0}
+    waitless = {"cluster_wait": 0.001, "grid_wait": 0.001}
+    assert chosen(dear)["cost"] != chosen(free | waitless)["cost"]
+    assert chosen({"launch": 10000.0})["options"] == {"strategy": "two_pass"}
+
+
+def test_splits_of_two_passes_are_named(extension: ModuleType) -> None:
+    """Also where the planner chose them, which is no option: identity tells plans apart."""
+    plans = list_plans(extension, "forward", "fp16", (32, 64, 3136), described("h100"))
+    passes = [each for each in plans if each["options"]["strategy"] == "two_pass"]
+    assert "splits" not in passes[0]["options"] and passes[0]["splits"] > 0
+    for each in passes:
+        plan = extension.make_plan(
+            "forward_training", 32, 64, 3136, "float16", described("h100"), each["options"]
+        )
+        assert plan["reduce"]["splits"] == each["splits"]
+    assert len({identity(each) for each in plans}) == len(plans)
 
 
 @pytest.mark.parametrize(

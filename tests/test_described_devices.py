@@ -8,6 +8,7 @@ problems run whose device it is.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import ModuleType
@@ -16,7 +17,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from cases import Case, channels_last, fill, fill_gradient, fill_parameters
+from cases import Case, fill, fill_gradient, fill_parameters
 from conftest import HAS_GPU, KERNELS
 from described import (
     BACKWARD,
@@ -24,12 +25,13 @@ from described import (
     FORWARD,
     Problem,
     Sizes,
+    candidates,
     counts,
     dtype_name,
+    forced,
     largest,
     layout_of,
     make_plan,
-    options_of,
 )
 from fused_problem import Fused
 from sync_cases import EPS, MOMENTUM, SyncCase
@@ -99,52 +101,57 @@ def rows(sizes: Sizes) -> Sizes:
     return n * s, c, 1
 
 
-# Operation, layer, what of it is run, and why the H100 does it in that way.
+# Operation, layer, what of it is run (few of its channels or samples), and how an H100 may do it.
 LAYERS = [
-    (DOUBLE_BACKWARD, IMAGES, HALF, Case((1, 3, 66, 128), "two passes of 176 splits")),
-    (DOUBLE_BACKWARD, rows(ODD_WIDE), HALF, Case((2112, 12), "528 splits of two rows")),
-    (FORWARD, rows(ODD_WIDE), HALF, Case((2112, 12), "a merge of 1056 rows")),
-    (BACKWARD, rows(ODD_WIDE), HALF, Case((2112, 12), "the same of sums")),
-    (BACKWARD, RESNET[1], HALF, Case((128, 2, 28, 28), "a block that holds all it can")),
-    (FORWARD, RESNET[3], HALF, Case((32, 16, 7, 7), "a block, eight channels to a row")),
-    (BACKWARD, RESNET[3], HALF, Case((32, 16, 7, 7), "the same")),
-    (FORWARD, RESNET[0], FLOAT, Case((256, 2, 56, 56), "a cluster of eight, nearly full")),
-    (BACKWARD, RESNET[0], HALF, Case((256, 2, 56, 56), "the same of two tensors")),
-    (FORWARD, rows(RESNET[2]), HALF, Case((196 * 128, 64), "a cluster along C")),
-    (BACKWARD, WIDE_BATCH, HALF, Case((128, 16, 7, 7), "a cluster along a row")),
-    (FORWARD, FEW_ODD, HALF, Case((64, 10, 7, 7), "a cluster along a masked row")),
-    (FORWARD, ODD, HALF, Case((256, 2, 55, 55), "a cluster of four, odd runs")),
-    (BACKWARD, ODD, HALF, Case((256, 2, 55, 55), "a cluster of eight, odd runs")),
-    (FORWARD, IMAGES, HALF, Case((1, 2, 224, 224), "88 blocks a team")),
-    (BACKWARD, IMAGES, HALF, Case((1, 2, 224, 224), "the same of sums")),
-    (BACKWARD, rows(RESNET[2]), HALF, Case((6272, 64), "16 blocks a team, all read all slots")),
-    (FORWARD, rows(RESNET[0]), HALF, Case((132 * 32, 32), "132 blocks, two levels")),
-    (FORWARD, rows(IMAGES), HALF, Case((264 * 16, 3), "264 blocks, two levels, three channels")),
+    (DOUBLE_BACKWARD, IMAGES, HALF, Case((1, 3, 66, 128), "few channels"), "two_pass"),
+    (DOUBLE_BACKWARD, rows(ODD_WIDE), HALF, Case((2112, 12), "many rows"), "two_pass"),
+    (FORWARD, rows(ODD_WIDE), HALF, Case((2112, 12), "many rows"), "two_pass"),
+    (BACKWARD, rows(ODD_WIDE), HALF, Case((2112, 12), "many rows"), "two_pass"),
+    (BACKWARD, RESNET[1], HALF, Case((128, 2, 28, 28), "full"), "block 1 deep along_s"),
+    (FORWARD, RESNET[2], HALF, Case((128, 2, 14, 14), "odd runs"), "block 1 stream along_s"),
+    (FORWARD, RESNET[3], HALF, Case((32, 16, 7, 7), "short runs"), "block 1 middle along_row"),
+    (BACKWARD, RESNET[3], HALF, Case((32, 16, 7, 7), "short runs"), "block 1 middle along_row"),
+    (FORWARD, RESNET[0], FLOAT, Case((256, 2, 56, 56), "full"), "cluster 8 deep along_s"),
+    (BACKWARD, RESNET[0], HALF, Case((256, 2, 56, 56), "full"), "cluster 8 deep along_s"),
+    (BACKWARD, ODD, HALF, Case((256, 2, 55, 55), "odd runs"), "cluster 8 deep along_s"),
+    (FORWARD, rows(RESNET[2]), HALF, Case((25088, 64), "full"), "cluster 8 deep along_c 8"),
+    (BACKWARD, rows(WIDE_BATCH), HALF, Case((6272, 32), "two reads"), "cluster 8 stream along_c 4"),
+    (BACKWARD, WIDE_BATCH, HALF, Case((128, 16, 7, 7), "runs"), "cluster 4 middle along_row"),
+    (FORWARD, FEW_ODD, HALF, Case((64, 10, 7, 7), "masked"), "cluster 8 middle along_row"),
+    (BACKWARD, ODD, HALF, Case((256, 2, 55, 55), "two reads"), "grid 20 stream along_s"),
+    (FORWARD, IMAGES, HALF, Case((1, 2, 224, 224), "one level"), "grid 88 middle along_s"),
+    (BACKWARD, IMAGES, HALF, Case((1, 2, 224, 224), "one level"), "grid 88 middle along_s"),
+    (BACKWARD, rows(RESNET[2]), HALF, Case((6272, 64), "one level"), "grid 16 deep along_c 8"),
+    (FORWARD, rows(RESNET[0]), HALF, Case((4224, 32), "two levels"), "grid 132 deep along_c 4"),
+    (FORWARD, rows(IMAGES), HALF, Case((4224, 3), "two levels"), "grid 264 middle along_row"),
 ]
 # The same with a residual and a ReLU, forward and backward.
 FUSED_LAYERS = [
-    (IMAGES, Case((1, 2, 224, 224), "88 blocks a team")),
-    (rows(RESNET[3]), Case((32, 64, 7, 7), "a cluster along C", channels_last)),
-    (rows(ODD_WIDE), Case((2112, 12), "two passes of 528 splits")),
+    (IMAGES, Case((1, 2, 224, 224), "one level"), "grid 88 middle along_s"),
+    (rows(RESNET[3]), Case((1568, 64), "a slab"), "cluster 8 middle along_c 8"),
+    (rows(ODD_WIDE), Case((2112, 12), "many rows"), "two_pass"),
 ]
 
 
 def plan_like(
     extension: ModuleType, layer: Sizes, problem: Problem, **facts: object
 ) -> dict[str, Any]:
-    """The options that make the problem's plan what the layer's is."""
-    dtype = dtype_name(problem.dtype)
-    whole = make_plan(extension, problem.op, layer, dtype, problem.properties(), **facts)
-    options = options_of(whole)
+    """The options that make the problem's plan what the layer's may be."""
+    given = (extension, problem.op, layer, dtype_name(problem.dtype), problem.properties())
+    options = problem.options
+    assert any(options.items() <= may_be.items() for may_be in candidates(*given, **facts))
+    whole = make_plan(*given, **options, **facts)
+    if "reduce" in whole:
+        options = options | {"splits": whole["reduce"]["splits"]}
     cut = replace(problem, options=options | facts).plan(extension)
     assert layout_of(cut) == layout_of(whole)
     return options
 
 
 @pytest.mark.parametrize(
-    "op, layer, dtype, case",
+    "op, layer, dtype, case, choice",
     LAYERS,
-    ids=[f"{op.removesuffix('_training')}-{case.id}" for op, *_, case in LAYERS],
+    ids=[f"{op}-{choice}-{case.id}" for op, _, _, case, choice in LAYERS],
 )
 def test_layers_on_an_h100(
     extension: ModuleType,
@@ -154,20 +161,29 @@ def test_layers_on_an_h100(
     layer: Sizes,
     dtype: torch.dtype,
     case: Case,
+    choice: str,
 ) -> None:
-    problem = Problem("h100", op, case, dtype)
+    problem = Problem("h100", op, dtype, case, forced(choice))
     use_device(problem.properties())
     plan_options(plan_like(extension, layer, problem))
     check(problem)
 
 
-@pytest.mark.parametrize("layer, case", FUSED_LAYERS, ids=[case.id for _, case in FUSED_LAYERS])
+@pytest.mark.parametrize(
+    "layer, case, choice", FUSED_LAYERS, ids=[choice for *_, choice in FUSED_LAYERS]
+)
 def test_fused_layers_on_an_h100(
-    extension: ModuleType, use_device: UseDevice, plan_options: Callable, layer: Sizes, case: Case
+    extension: ModuleType,
+    use_device: UseDevice,
+    plan_options: Callable,
+    layer: Sizes,
+    case: Case,
+    choice: str,
 ) -> None:
-    forward = Problem("h100", FORWARD, case, HALF)
+    forward, backward = (
+        Problem("h100", op, HALF, case, forced(choice)) for op in (FORWARD, BACKWARD)
+    )
     use_device(forward.properties())
-    backward = replace(forward, op=BACKWARD)
     options = plan_like(extension, layer, forward, fused=True, mask=True, residual_shift=0)
     assert options == plan_like(extension, layer, backward, fused=True, mask=True, outputs=2)
     plan_options(options)
@@ -204,97 +220,89 @@ def test_ranks_on_an_h100(use_device: UseDevice, plan_options: Callable) -> None
 
 # ------------------------------------------------------------------------ each count's largest
 
-
-def two_passes(splits: int) -> dict[str, Any]:
-    return {"strategy": "two_pass", "splits": splits}
-
-
-def team(size: int, scope: str = "auto") -> dict[str, Any]:
-    return {"strategy": "team", "scope": scope, "team_size": size}
-
-
-LARGEST = [
-    # Splits and rows of partial results.
-    Problem("rtx5090", FORWARD, Case((5440, 7), "rows of a merge"), HALF, two_passes(680)),
-    Problem("rtx5090", BACKWARD, Case((5440, 31), "170 rows a thread"), HALF, two_passes(680)),
-    Problem("rtx5090", FORWARD, Case((1360, 64), "splits along C"), HALF, two_passes(680)),
-    Problem("rtx5090", BACKWARD, Case((10880, 3), "splits along rows"), HALF, two_passes(680)),
-    Problem("rtx5090", FORWARD, Case((1, 1, 680, 4), "splits along S"), FLOAT, two_passes(680)),
-    Problem("h100", BACKWARD, Case((3, 3), "eight samples to a row group"), HALF, two_passes(1)),
-    Problem("h100", BACKWARD, Case((1024, 3, 125), "runs of one split"), HALF, two_passes(1)),
-    Problem("h100", FORWARD, Case((1024, 2, 125), "runs of one block"), HALF, team(1)),
+# Device, SMs that it is cut to, operation, what is run, and how. Each has a count at its largest.
+ALL = None
+CHOICES = [
+    # Splits, rows that are merged, and runs of which a split has the edges.
+    ("rtx5090", ALL, FORWARD, HALF, (5440, 7), "two_pass 680"),
+    ("rtx5090", ALL, BACKWARD, HALF, (1360, 64), "two_pass 680"),
+    ("rtx5090", ALL, BACKWARD, HALF, (10880, 3), "two_pass 680"),
+    ("rtx5090", ALL, FORWARD, FLOAT, (1, 1, 680, 4), "two_pass 680"),
+    ("h100", ALL, BACKWARD, HALF, (3, 3), "two_pass 1"),
+    ("h100", ALL, BACKWARD, HALF, (1024, 3, 125), "two_pass 1"),
     # Blocks of a team.
-    Problem("h100", BACKWARD, Case((2, 2, 8, 160), "a cluster along S"), FLOAT, team(8)),
-    Problem("h100", FORWARD, Case((64, 32), "a cluster along C"), FLOAT, team(8)),
-    Problem("h100", FORWARD, Case((3136, 3), "a cluster, 16 samples to a row"), HALF, team(8)),
-    Problem("rtx5090", BACKWARD, Case((1, 1, 340, 1024), "along S"), FLOAT, team(340, "grid")),
-    Problem("rtx5090", BACKWARD, Case((2720, 3), "along a row"), FLOAT, team(340, "grid")),
-    Problem("rtx5090", BACKWARD, Case((340, 16), "along C, two levels"), FLOAT, team(340, "grid")),
-    Problem("rtx5090", BACKWARD, Case((2720, 12), "along a row"), FLOAT, team(340, "grid")),
-    Problem("t4", BACKWARD, Case((80, 8), "along C, one level"), FLOAT, team(80, "grid")),
-    # Slots, and the channels in them.
-    Problem("rtx5090", FORWARD, Case((340, 544), "slots and totals"), FLOAT, team(20, "grid")),
-    Problem("t4", BACKWARD, Case((8, 1000), "slices of 250"), HALF, team(4, "grid")),
-    Problem("t4", FORWARD, Case((16, 1000), "slices of a slab"), HALF, team(8, "grid")),
-    Problem("t4", BACKWARD, Case((49, 1000), "slots of a slab"), HALF, team(7, "grid")),
-    Problem("t4", BACKWARD, Case((8, 257, 2), "129 channels to a row"), FLOAT, team(4, "grid")),
-    Problem("t4", FORWARD, Case((8, 7, 7, 7), "eight places where samples begin"), HALF),
-    Problem("t4", FORWARD, Case((1, 301, 7), "256 channels to a block"), FLOAT),
+    ("h100", ALL, BACKWARD, FLOAT, (2, 2, 8, 160), "cluster 8 middle along_s"),
+    ("h100", ALL, FORWARD, FLOAT, (64, 32), "cluster 8 middle along_c 8"),
+    ("h100", ALL, FORWARD, HALF, (3136, 3), "cluster 8 middle along_row"),
+    ("rtx5090", ALL, BACKWARD, FLOAT, (1, 1, 340, 1024), "grid 340 middle along_s"),
+    ("rtx5090", ALL, BACKWARD, FLOAT, (2720, 3), "grid 340 middle along_row"),
+    ("rtx5090", ALL, BACKWARD, FLOAT, (340, 16), "grid 340 middle along_c 8"),
+    ("rtx5090", ALL, BACKWARD, FLOAT, (2720, 12), "grid 340 middle along_row"),
+    ("t4", ALL, BACKWARD, FLOAT, (80, 8), "grid 80 middle along_c 16"),
+    # Slots, totals, and the channels in them and in a slice of them.
+    ("rtx5090", ALL, FORWARD, HALF, (49, 2048), "grid 13 middle along_c 8"),
+    ("a100", ALL, FORWARD, HALF, (8, 1000), "grid 2 middle along_row"),
+    ("t4", ALL, FORWARD, HALF, (49, 1000), "grid 5 middle along_c 16"),
+    ("t4", ALL, BACKWARD, HALF, (49, 1000), "grid 2 middle along_c 16"),
+    ("t4", ALL, BACKWARD, FLOAT, (8, 257, 2), "grid 2 middle along_row"),
+    # Channels and runs of a block, and places in a window where its samples begin.
+    ("t4", ALL, FORWARD, FLOAT, (1, 301, 7), "block 1 middle along_s"),
+    ("h100", ALL, FORWARD, HALF, (1024, 2, 125), "block 1 deep along_s"),
+    ("t4", ALL, FORWARD, HALF, (8, 7, 49), "block 1 middle along_row"),
     # Rounds.
-    Problem("t4", BACKWARD, Case((1, 342, 8, 256), "grid"), FLOAT, team(2, "grid"), sms=1),
-    Problem("h100", BACKWARD, Case((1, 63, 8, 1024), "cluster"), FLOAT, team(8), sms=4),
-    Problem("t4", BACKWARD, Case((1, 52, 128, 98), "block"), FLOAT, team(1), sms=1),
+    ("t4", 1, BACKWARD, FLOAT, (1, 2048, 8, 256), "grid 2 middle along_s"),
+    ("h100", 4, BACKWARD, FLOAT, (1, 128, 8, 1024), "cluster 8 middle along_s"),
+    ("t4", 1, BACKWARD, FLOAT, (1, 52, 128, 98), "block 1 deep along_s"),
+    # Windows that a thread holds, of one tensor and of two; deep blocks have two rounds of them.
+    ("h100", 1, FORWARD, HALF, (2, 2, 5632, 8), "block 1 middle along_s"),
+    ("h100", 1, BACKWARD, HALF, (2, 2, 2816, 8), "block 1 middle along_s"),
+    ("h100", 1, FORWARD, HALF, (2, 2, 13056, 8), "block 1 deep along_s"),
+    ("h100", 1, BACKWARD, HALF, (2, 2, 6528, 8), "block 1 deep along_s"),
+    ("h100", 1, FORWARD, HALF, (2, 2, 15360, 8), "block 1 stream along_s"),
+    ("h100", 1, BACKWARD, HALF, (2, 2, 7680, 8), "block 1 stream along_s"),
+    ("h100", 1, FORWARD, FLOAT, (2240, 32), "block 1 middle along_c 4"),
+    ("h100", 1, BACKWARD, FLOAT, (1152, 32), "block 1 middle along_c 4"),
+    ("h100", 1, FORWARD, FLOAT, (6400, 32), "block 1 deep along_c 4"),
+    ("h100", 1, BACKWARD, FLOAT, (3200, 32), "block 1 deep along_c 4"),
+    ("h100", 1, FORWARD, FLOAT, (7040, 32), "block 1 stream along_c 4"),
+    ("h100", 1, BACKWARD, FLOAT, (3520, 32), "block 1 stream along_c 4"),
+    ("h100", 1, FORWARD, HALF, (1024, 12, 2), "block 1 middle along_row"),
+    ("h100", 4, BACKWARD, FLOAT, (256, 3, 49), "cluster 4 middle along_row"),
+]
+LARGEST = [
+    Problem(device, op, dtype, Case(shape, ""), forced(choice), sms)
+    for device, sms, op, dtype, shape, choice in CHOICES
 ]
 
 
-# Windows that a thread holds, in registers and in shared memory, of one tensor or of two: of a full
-# block of each pattern and depth, on one SM, so that pipelined blocks have two rounds.
-for op, of in ((FORWARD, 1), (BACKWARD, 2)):
-    LARGEST += [
-        Problem(device, op, case, dtype, team(1), sms=1)
-        for device, dtype, case in [
-            ("h100", HALF, Case((2, 2, 5632 // of, 8), "44 windows")),
-            ("h100", HALF, Case((2, 2, 13056 // of, 8), "102 windows")),
-            ("h100", HALF, Case((2, 2, 15360 // of, 8), "more than a block holds")),
-            ("b200", FLOAT, Case((35 // of * 32, 64), "35 windows")),
-            ("b200", FLOAT, Case((100 // of * 32, 64), "100 windows")),
-            ("b200", FLOAT, Case((220 // of * 32, 64), "more than a block holds")),
-            ("b200", FLOAT, Case((62 // of, 25, 14, 14), "31 rows")),
-        ]
-    ]
-
-
-@pytest.fixture(scope="module")
-def found(extension: ModuleType) -> dict[str, tuple[int, str]]:
-    return largest(extension)
-
-
-def test_no_plan_counts_further(extension: ModuleType, found: dict) -> None:
+def test_no_plan_counts_further(extension: ModuleType) -> None:
     """What is run is the largest that a scan of problems and devices finds of each count."""
+    planned = [counts(problem.plan(extension)) for problem in LARGEST]
     run: dict[str, int] = {}
-    for problem in LARGEST:
-        for count, value in counts(problem.plan(extension)).items():
-            run[count] = max(value, run.get(count, 0))
+    for count, value in itertools.chain.from_iterable(plan.items() for plan in planned):
+        run[count] = max(value, run.get(count, 0))
     beyond = {
         count: f"{value} in {where}; run are {run.get(count, 0)}"
-        for count, (value, where) in found.items()
+        for count, (value, where) in largest(extension).items()
         if value > run.get(count, 0)
     }
     assert not beyond
+    idle = [
+        choice
+        for choice, plan in zip(CHOICES, planned, strict=True)
+        if not any(value == run[count] > 1 for count, value in plan.items())
+    ]
+    assert not idle
 
 
-@pytest.mark.parametrize("problem", LARGEST, ids=lambda problem: problem.id)
+@pytest.mark.parametrize(
+    "problem",
+    LARGEST,
+    ids=[f"{device}-{op}-{choice}-{shape}" for device, _, op, _, shape, choice in CHOICES],
+)
 def test_largest(
-    extension: ModuleType,
-    use_device: UseDevice,
-    plan_options: Callable,
-    found: dict,
-    problem: Problem,
+    extension: ModuleType, use_device: UseDevice, plan_options: Callable, problem: Problem
 ) -> None:
-    planned = counts(problem.plan(extension))
-    assert any(value >= found[count][0] for count, value in planned.items()), (
-        f"no count is the largest any more: {planned}"
-    )
     use_device(problem.properties())
     plan_options(problem.options)
     check(problem)

@@ -136,8 +136,8 @@ def test_deep_kernels(
     case: Case,
     scope: str,
 ) -> None:
-    options = {"strategy": "team", "scope": scope, "depth": "deep"}
-    options["team_size"] = 1 if scope == "block" else 2
+    size = 1 if scope == "block" else 2
+    options = {"strategy": "team", "scope": scope, "team_size": size, "depth": "deep"}
     device = extension.device_info()
     name = str(dtype).removeprefix("torch.")
     known = options | {"grad_output_shift": 0}

@@ -16,7 +16,7 @@ from bench.__main__ import main
 from bench.candidates import geometry, list_plans
 from bench.tune_measure import Limits, measure_plans
 from bench.tune_problems import problems
-from bench.tune_rows import COPY, FAILED, HOST, INACCURATE, OK, TuneRow
+from bench.tune_rows import COPY, FAILED, HOST, INACCURATE, OK, UNSUPPORTED, TuneRow
 
 LIMITS = Limits(seconds=0.001, rounds=(3, 3))
 TINY = case(sizes=(4, 16, 6, 6), layout="nhwc")
@@ -142,6 +142,25 @@ def test_a_plan_that_fails_stops_no_other(
     assert outcomes.plans[1]["status"] == INACCURATE
     assert "ms" not in outcomes.plans[1]
     assert {each["status"] for each in outcomes.plans[2:]} == {OK}
+
+
+def test_a_plan_that_the_device_refuses_has_no_time(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor have the problem's others behind it, which may have been refused as well."""
+    plans = plans_of(extension)
+    info = extension.device_info()
+    asked: list[int] = []
+
+    def device_info(index: int = 0) -> dict[str, Any]:
+        asked.append(index)
+        return info if len(asked) <= 3 else info | {"cooperative": False}
+
+    monkeypatch.setattr(extension, "device_info", device_info)
+    outcomes = measure_plans(TINY, plans, extension, machine(), LIMITS)
+    assert [each["status"] for each in outcomes.plans[:3]] == [OK, OK, UNSUPPORTED]
+    assert {each["status"] for each in outcomes.plans[2:]} == {UNSUPPORTED}
+    assert all("refused" in each["note"] and "ms" not in each for each in outcomes.plans[2:])
 
 
 def test_graphs_where_they_can_be_captured(extension: ModuleType) -> None:

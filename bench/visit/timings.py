@@ -35,7 +35,7 @@ from ..worker import listen, say
 PROVIDERS = ("ours", "cudnn", "native", COPY)
 LAYOUTS = ("nchw", "nhwc")
 _COMPILED = ("32x256x56x56", "32x1024x14x14")
-_SECONDS = 0.1  # of timing a case
+_SECONDS = 0.05  # of timing a case
 _CHECKED = 2**21  # elements of a case that are compared; the smoke test looks at more
 _PEER_TOLERANCE = 100.0  # a peer's time is worth having; its error is in the row
 _RESTARTS = 5
