@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -11,21 +12,34 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from batchnorm_cuda import explain, ops
+from batchnorm_cuda import ops
+from batchnorm_cuda._explain import explain_forced
 
 # Options of the plan by name. Three blocks, so that ranks are unequal; two are the least cluster.
-FORCED = {
+# Several blocks are of the middle depth, which all walks have: for tensors as small as these the
+# planner prefers the streaming kernel, as it does for a block here, which may have to stream. A
+# deep one has tests of its own.
+TEAM = {"strategy": "team", "depth": "middle"}
+FORCED: dict[str, dict[str, Any]] = {
     "two_pass": {"strategy": "two_pass"},
     "block": {"strategy": "team", "scope": "block", "team_size": 1},
-    "grid": {"strategy": "team", "scope": "grid", "team_size": 3},
-    "cluster": {"strategy": "team", "scope": "cluster", "team_size": 2},
+    "grid": {**TEAM, "scope": "grid", "team_size": 3},
+    "cluster": {**TEAM, "scope": "cluster", "team_size": 2},
 }
 TEAMS = [name for name in FORCED if name != "two_pass"]
 
 
-def planned(x: Tensor, op: str, name: str) -> str:
+def walk_of(layout: str, name: str) -> dict[str, str]:
+    """Forces the walk that a layout is named after, where the planner may prefer another and a
+    team of several blocks has room; along a row none streams.
+    """
+    several = FORCED[name].get("team_size", 0) > 1
+    return {"pattern": "along_row"} if "along a row" in layout and several else {}
+
+
+def planned(x: Tensor, op: str, name: str, **walk: str) -> str:
     """What the plan makes of a forced strategy: its name, or that of what runs instead."""
-    plan = explain(x, op=op, **FORCED[name])
+    plan = explain_forced(x, FORCED[name] | walk, op=op)
     if plan.team is None:
         return "two_pass"
     if plan.team.size != FORCED[name]["team_size"]:
@@ -62,12 +76,15 @@ def force(
     extension: ModuleType,
     plan_options: Callable[[dict], None],
     monkeypatch: pytest.MonkeyPatch,
+    **walk: str,
 ) -> None:
-    """Forces a strategy for the rest of the test; a training call that runs another one fails."""
-    plan_options(FORCED[name])
+    """Forces a strategy, and a walk if given, for the rest of the test; a training call that runs
+    another strategy fails.
+    """
+    plan_options(FORCED[name] | walk)
 
     def check(x: Tensor, op: str) -> None:
-        got = planned(x, op, name)
+        got = planned(x, op, name, **walk)
         assert got == expected(name, extension), f"{op} of {tuple(x.shape)} runs as {got}"
 
     def forward(x: Tensor, *rest: object) -> tuple[Tensor, ...]:

@@ -25,10 +25,11 @@ from fused_problem import (
     in_memory,
     unpacked,
 )
-from strategies import FORCED, expected, launched
+from strategies import FORCED, expected, launched, walk_of
 from test_strategies import LAYOUTS
 
 from batchnorm_cuda import explain
+from batchnorm_cuda._explain import explain_forced
 
 # ------------------------------------------------------------------------------- results
 
@@ -84,7 +85,8 @@ def test_strategies(
     extension: ModuleType, plan_options: Callable, layout: str, strategy: str, dtype: torch.dtype
 ) -> None:
     shape, place = LAYOUTS[layout]
-    plan_options(FORCED[strategy])
+    options = FORCED[strategy] | walk_of(layout, strategy)
+    plan_options(options)
     fused = Fused(extension, Case(shape, layout, place), dtype)
     names = launched(extension, fused.check)
     kinds = {"team" if "team_kernel" in name else "stage" for name in names}
@@ -92,7 +94,7 @@ def test_strategies(
     assert kinds == {"stage" if way == "two_pass" else "team"}
     assert all("Fused" in name for name in names if "merge" not in name and "statis" not in name)
     for op in ("forward", "backward"):
-        plan = explain(fused.x, op=op, residual=True, activation="relu", **FORCED[strategy])
+        plan = explain_forced(fused.x, options, op=op, residual=True, activation="relu")
         assert (plan.team.scope if plan.team else "two_pass") == way
 
 
@@ -142,7 +144,7 @@ def test_bits_repeat(
 ) -> None:
     """Between two runs, whose orders of blocks and threads the emulation draws from the seed."""
     shape, place = LAYOUTS[layout]
-    plan_options(FORCED[strategy])
+    plan_options(FORCED[strategy] | walk_of(layout, strategy))
     runs = []
     for seed in ("1", "20260"):
         monkeypatch.setenv("BATCHNORM_CUDA_EMULATE_SEED", seed)

@@ -37,7 +37,7 @@ from cases import (
     fill_parameters,
 )
 from conftest import KERNELS
-from strategies import FORCED, TEAMS, expected, force, launched
+from strategies import FORCED, TEAMS, expected, force, launched, walk_of
 from tolerances import bound
 from torch import Tensor
 
@@ -95,7 +95,7 @@ def run(
     def compute(layout: str, dtype: torch.dtype, strategy: str) -> dict[str, Tensor]:
         x, dy, parameters = arguments(layout, dtype)
         with monkeypatch.context() as patch:
-            force(strategy, extension, plan_options, patch)
+            force(strategy, extension, plan_options, patch, **walk_of(layout, strategy))
             results = harness.forward(KERNELS, x, parameters, True)
             weight, bias = parameters.weight, parameters.bias
             statistics = results["save_mean"], results["save_invstd"]
