@@ -15,8 +15,8 @@
 namespace batchnorm_cuda {
 namespace {
 
-// Channels of a block that merges partial results: a sector of 4-byte values in each row. The fewer,
-// the more rows at once, whose number is what the kernel waits for.
+// Channels of a block that merges partial results: a sector of 4-byte values in each row. The
+// fewer, the more rows at once, whose number is what the kernel waits for.
 constexpr int64_t kMergeColumns = 8;
 
 int64_t round_up_to_power_of_two(int64_t value) {
