@@ -120,11 +120,6 @@ class Planner:
     def __init__(self, extension: ModuleType) -> None:
         self.extension = extension
         self.device: Mapping[str, Any] = extension.device_info()
-        try:
-            extension.make_plan("forward_training", 8, 8, 8, "float32", {}, {"depth": "deep"})
-            self.takes_depth = True
-        except (TypeError, ValueError):
-            self.takes_depth = False
 
     def options(self, case: Case) -> dict[str, Any]:
         """What is forced for a case."""
@@ -132,7 +127,7 @@ class Planner:
             splits = SPLITS.get(case.pattern, 0)
             return {"strategy": "two_pass", "index_bits": case.index_bits, "splits": splits}
         options = {"strategy": "team", "scope": case.scope, "team_size": case.size}
-        return options | ({"depth": case.depth} if self.takes_depth else {})
+        return options | {"depth": case.depth, "pattern": TEAMS[case.pattern][0]}
 
     def plan(self, case: Case) -> dict[str, Any]:
         residual, relu = FORMS[case.form]
@@ -239,8 +234,6 @@ def _teams(dtype: str, device: Mapping[str, Any]) -> Iterator[Case]:
 
 def _pipelined(dtype: str, planner: Planner) -> Iterator[Case]:
     """Deep kernels that load a round while they write the one before, a team of all SMs each."""
-    if not planner.takes_depth:
-        return  # only a problem of the size of the device gets there of itself
     for pattern, many in (("along S", 5), ("runs, masked", 5), ("along C", 64 * 5)):
         _, _, (n, _, *spatial), layout = TEAMS[pattern]
         for op in ("forward", "backward"):
