@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -105,9 +106,13 @@ def compile_extension(recipe: Recipe, work: Path, objects: Path, jobs: int) -> N
             if path not in reused
         ],
         "extra_include_paths": [str(path) for path in recipe.include_dirs],
-        "extra_cflags": [*recipe.cflags, *_sources.path_maps()],
+        "extra_cflags": [*recipe.cflags, *map(quoted, _sources.path_maps())],
         "extra_cuda_cflags": recipe.cuda_cflags,
-        "extra_ldflags": [*(str(stored[path]) for path in reused), f"-L{work}", *recipe.ldflags],
+        "extra_ldflags": [
+            *(quoted(str(stored[path])) for path in reused),
+            quoted(f"-L{work}"),
+            *recipe.ldflags,
+        ],
         "with_cuda": recipe.with_cuda,
         "build_directory": str(work),
     }
@@ -122,6 +127,13 @@ def compile_extension(recipe: Recipe, work: Path, objects: Path, jobs: int) -> N
             f"compiling {recipe.label} failed (full log: {log}):\n"
             f"{failure_excerpt(log.read_text(errors='replace'))}"
         )
+
+
+def quoted(word: str) -> str:
+    """One word of a command in torch's build.ninja: its flags are the shell's to split, and a
+    dollar is ninja's.
+    """
+    return shlex.quote(word).replace("$", "$$")
 
 
 def _run_child(work: Path, settings: dict[str, str]) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import sysconfig
 from pathlib import Path
 
 import torch
 
 from . import _archs, _jobs, _sources, _toolkit
-from ._compile import BuildError, Recipe
+from ._compile import BuildError, Recipe, quoted
 from ._version import __version__
 
 
@@ -33,7 +32,7 @@ def cuda_recipe() -> Recipe:
             f"{problem}, what CUDA {toolkit.version}'s compiler can generate: such a GPU needs an "
             "older PyTorch and CUDA toolkit"
         )
-    headers = [f"-isystem {shlex.quote(str(path))}" for path in toolkit.extra_include_dirs]
+    headers = [f"-isystem {quoted(str(path))}" for path in toolkit.extra_include_dirs]
     return Recipe(
         name="_C",
         label=f"the CUDA kernels for {listed} (torch {torch.__version__}, CUDA {toolkit.version})",

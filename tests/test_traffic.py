@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SECTOR = 32
 # What a count may exceed the plan by: sectors that two teams read at different times.
 MARGIN = 1.02
-# Of what is read twice: where nearly everything fits the L2 cache, its sets of 16 ways lose some too
+# Of what is read twice: where nearly all of it fits the L2 cache, its sets of 16 ways lose some too
 # early.
 REREAD_MARGIN = 1.06
 
