@@ -7,6 +7,7 @@ of torch operators that serves CPU tensors without emulation.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ NO_GPU = "needs a GPU"
 # Before the first test, and for every process that a test starts.
 if not HAS_GPU:
     os.environ["BATCHNORM_CUDA_EMULATE"] = "1"
+if not list(importlib.metadata.distributions(name="batchnorm_cuda")):  # a plain copy of the files
+    paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 @dataclass(frozen=True)

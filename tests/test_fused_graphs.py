@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ from cases import (
 )
 from conftest import Backend
 from fused import FORMS, both_modes, every_form
+from harness import with_pickled
 from torch import Tensor, nn
 
 import batchnorm_cuda
@@ -168,7 +168,7 @@ def test_fx_keeps_modules_as_leaves(backend: Backend, kind: str, training: bool)
     (node,) = (node for node in traced.graph.nodes if node.op == "call_module")
     assert node.target == "norm" and len(node.args) == 2
     inputs = data(backend, 3)
-    for module in (traced, pickle.loads(pickle.dumps(traced))):
+    for module in with_pickled(traced):
         twin = copy.deepcopy(net)
         torch.testing.assert_close(step(module, module, *inputs), step(twin, twin, *inputs))
 

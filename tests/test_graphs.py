@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from cases import channels_last, contiguous
 from conftest import Backend
 from functorch.compile import aot_function, aot_module, nop
+from harness import with_pickled
 from torch import Tensor, nn
 
 import batchnorm_cuda
@@ -342,7 +342,7 @@ def test_symbolic_trace_of_a_converted_network(backend: Backend, training: bool)
     )
     assert nodes == expected
     assert [node[0] for node in nodes].count("call_module") == 8
-    for module in (traced, pickle.loads(pickle.dumps(traced))):
+    for module in with_pickled(traced):
         twin = copy.deepcopy(ours)
         torch.testing.assert_close(step(module, module, x), step(twin, twin, x))
 
@@ -367,7 +367,7 @@ def test_symbolic_trace_of_the_function(backend: Backend, training: bool) -> Non
         batchnorm_cuda.batch_norm
     ]
     (x,) = inputs("functional", backend, (3,))
-    for graph in (traced, pickle.loads(pickle.dumps(traced))):
+    for graph in with_pickled(traced):
         twin = copy.deepcopy(module)
         torch.testing.assert_close(step(graph, graph, x), step(twin, twin, x))
 

@@ -5,6 +5,7 @@ The tests marked `nvcc` compile for real and take minutes; `make cuda` runs them
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -22,6 +23,11 @@ from batchnorm_cuda import _sources, _toolkit
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").exists(), reason="needs the source tree that the tests came from"
+)
+
+needs_setuptools = pytest.mark.skipif(
+    int(importlib.metadata.version("setuptools").split(".")[0]) < 77,
+    reason="needs setuptools 77, as pyproject.toml says",
 )
 
 TREE = ("batchnorm_cuda", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -56,6 +62,7 @@ def pip(*arguments: str | Path, environment: dict[str, str], cwd: Path) -> str:
     return done.stdout + done.stderr
 
 
+@needs_setuptools
 def test_plain_wheel_needs_no_torch_and_ships_every_source(tree: Path, tmp_path: Path) -> None:
     environment = fake_torch(tmp_path / "no-torch", "raise ImportError('torch is not here')")
     environment.pop("BATCHNORM_CUDA_AOT", None)
@@ -77,6 +84,7 @@ def test_plain_wheel_needs_no_torch_and_ships_every_source(tree: Path, tmp_path:
     assert not [name for name in names if name.startswith(("tests/", "csrc/"))]
 
 
+@needs_setuptools
 def test_installed_package_finds_its_own_sources(tree: Path, tmp_path: Path) -> None:
     """From another folder and without the checkout: the copies inside the package are taken."""
     target = tmp_path / "site"

@@ -17,6 +17,8 @@ STUB = Path(batchnorm_cuda.__file__).with_name("_C.pyi")
 SPELLINGS = {
     "typing.SupportsInt | typing.SupportsIndex": "int",
     "typing.SupportsFloat | typing.SupportsIndex": "float",
+    "typing.SupportsInt": "int",
+    "typing.SupportsFloat": "float",
     "torch.Tensor": "Tensor",
     "dict[str, Any]": "dict",
     "dict[str, object]": "dict",
