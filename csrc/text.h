@@ -1,7 +1,7 @@
-// Values in words, for messages. No number goes through a stream here: where the linker finds only
-// a static libstdc++, the extension has a copy of its own beside libtorch's, and a stream of one
-// copy looks up the formats of numbers under the other's indices, which ends in a segmentation
-// fault (seen on Ubuntu 24.04 with libstdc++.a alone).
+// Values in words, for messages. No number goes through a stream here: a toolchain may link
+// libstdc++ into the extension, which then has a copy of its own beside libtorch's; a stream of one
+// copy looks up the formats of numbers under the other's indices, and ends in a segmentation fault
+// (seen on Ubuntu 24.04 with PyTorch 2.11, where the module named no libstdc++.so.6).
 #pragma once
 
 #include <ATen/core/Tensor.h>
