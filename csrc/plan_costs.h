@@ -2,10 +2,10 @@
 // that measurements have one place to change. `python -m bench calibrate` fits those of CostModel.
 //
 // The unit of cost is a move: 8 KB, one 16-byte access by each of 512 threads, at an SM's share of
-// the device's bandwidth; 0.264 us on the GPU below. Only ratios matter, and only between choices
-// for one problem. An origin is one of: assumed; simulated (where); measured (device, file in
-// bench/results). All of CostModel is measured: NVIDIA H200, nvidia-h200-tune.csv. That other GPUs
-// are like it in moves is assumed.
+// the device's bandwidth; 0.26 to 0.28 us on the GPU below, by the fit. Only ratios matter, and
+// only between choices for one problem. An origin is one of: assumed; simulated (where); measured
+// (device, file in bench/results). All of CostModel is measured: NVIDIA H200, nvidia-h200-tune.csv.
+// That other GPUs are like it in moves is assumed.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +57,8 @@ struct CostModel {
 constexpr int64_t kTwoLevelBytes = 8192;
 
 // Resident blocks of a stage kernel that the planner aims for: those that launch bounds promise, so
-// that all run at once. Half as many parts as before took 0.9 of the time in every problem along C
-// and most along S. Measured (NVIDIA H200, nvidia-h200-tune.csv).
+// that all run at once. Two passes with four took 1.1 times as long, with one 1.13 times (medians).
+// Measured (NVIDIA H200, nvidia-h200-tune.csv).
 constexpr int64_t kStageBlocksWanted = 2;
 
 // Rows of partial results per channel. More splits would cost the merge more than they bring.

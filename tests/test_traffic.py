@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SECTOR = 32
 # What a count may exceed the plan by: sectors that two teams read at different times.
 MARGIN = 1.02
-# Of what is read twice: where nearly all of it fits the L2 cache, its sets of 16 ways lose some too
-# early.
+# Of two passes, and of teams that stream about as much as the L2 cache holds: its sets of 16 ways
+# lose some too early.
 REREAD_MARGIN = 1.06
 
 A100, H100, T4 = ("a100", 4), ("h100", 4), ("t4", 3)
@@ -86,6 +86,14 @@ WAYS |= {depth: {"strategy": "team", "depth": depth} for depth in ("middle", "de
 every_way = pytest.mark.parametrize("op, way", [(op, way) for op in OPS for way in WAYS][:-3])
 
 
+def margin_of(result: Traffic, op: str, device: tuple[str, int]) -> float:
+    if op == "eval":
+        return MARGIN
+    share = result.compulsory_bytes / scaled_device(*device)["l2_bytes"]
+    rereads = "part of each channel group" in result.reason and 0.7 <= share <= 1.4
+    return REREAD_MARGIN if rereads or result.strategy == "two_pass" else MARGIN
+
+
 def test_every_way_is_taken() -> None:
     for op, depth in itertools.product(OPS[:-1], list(WAYS)[1:]):
         options, device = WAYS[depth], scaled_device(*A100)
@@ -103,8 +111,7 @@ def test_bytes_are_what_the_plan_says(
     assert result.compulsory_bytes == case.nbytes * (3 if op.endswith("backward") else 2)
     # Never below: the cache is cold. Above the prediction never; below it where L2 holds a part.
     assert result.counted_bytes >= result.compulsory_bytes
-    reads_once = result.predicted_bytes == result.compulsory_bytes and way != "two_pass"
-    margin = MARGIN if reads_once else REREAD_MARGIN
+    margin = margin_of(result, op, device)
     assert result.counted_bytes <= margin * result.predicted_bytes
     assert result.dram_bytes("parameter") <= parameter_bound(case)
     for buffer in result.buffers:  # each round of a team, or each launch, at most once
