@@ -14,7 +14,6 @@ there is no GPU or no ncu. A factor far from 1 is a finding, not a failure.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from . import ncu
 from .counters_problems import MARKER, PROBLEMS
 from .flushed import FlushedCsv
 from .machine_code.kernels import shorten
+from .options import part_parser
 from .worker import listen
 
 COLUMNS = (
@@ -119,11 +119,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python3 -m bench.counters", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=180.0, help="limit of the whole")
-    options = parser.parse_args(arguments)
+    options = part_parser("bench.counters", __doc__, seconds=180.0).parse_args(arguments)
     tool = ncu.find_ncu()
     if not torch.cuda.is_available() or tool is None:
         lacking = "no GPU" if not torch.cuda.is_available() else "no ncu (Nsight Compute)"

@@ -10,7 +10,6 @@ and nothing is timed.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import sys
 import time
@@ -27,7 +26,7 @@ import batchnorm_cuda
 from .case import BenchCase
 from .machine import Machine, gpu
 from .measure import captured
-from .options import positive
+from .options import part_parser
 from .providers import EPS, MOMENTUM, Tensors
 from .shapes import Shape
 from .steps import copy_of, make_tensors
@@ -225,11 +224,7 @@ def compare_on_host() -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.fusions", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=positive, default=60.0)
-    options = parser.parse_args()
+    options = part_parser("bench.fusions", __doc__, seconds=60.0).parse_args()
     deadline = time.monotonic() + options.seconds
     if not torch.cuda.is_available():
         return compare_on_host()

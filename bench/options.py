@@ -72,6 +72,15 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def part_parser(module: str, says: str | None, seconds: float) -> argparse.ArgumentParser:
+    """Of a module that `bench visit` runs as a part: where its results go, and for how long."""
+    parser = argparse.ArgumentParser(prog=f"python3 -m {module}", description=says)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--seconds", type=positive, default=seconds, help="limit of the whole")
+    return parser
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m bench")
     parser.add_argument("--set", action="append", choices=SETS, dest="sets", default=[])

@@ -14,7 +14,6 @@ host model, which says nothing about a GPU.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ import torch
 
 from . import instances, smoke_cases
 from .flushed import FlushedCsv
+from .options import part_parser
 from .smoke_worker import FAIL, NOT_RUN, PASS, UNREACHED
 from .worker import listen
 
@@ -138,10 +138,7 @@ def run(groups: list[Group], out: Path, seconds: float) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python3 -m bench.smoke", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=120.0, help="limit of the whole")
+    parser = part_parser("bench.smoke", __doc__, seconds=120.0)
     parser.add_argument("--all", action="store_true", help="all cases on the host model, too")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and os.environ.get("BATCHNORM_CUDA_EMULATE") != "1":

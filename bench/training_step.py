@@ -16,7 +16,6 @@ step on the host model, without a time.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 
 from .flushed import FlushedCsv
+from .options import part_parser
 from .worker import listen
 
 COLUMNS = (
@@ -149,11 +149,7 @@ def run(jobs: tuple[Job, ...], worker: list[str], out: Path, seconds: float) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python3 -m bench.training_step", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=300.0, help="limit of the whole")
-    options = parser.parse_args(arguments)
+    options = part_parser("bench.training_step", __doc__, seconds=300.0).parse_args(arguments)
     gpu = torch.cuda.is_available()
     if importlib.util.find_spec("torchvision") is None:
         print("training step: nothing to run: torchvision is not installed")

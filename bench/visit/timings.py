@@ -26,7 +26,7 @@ from ..byte_model import OPS
 from ..case import DTYPE_NAMES, BenchCase, cases
 from ..machine import Machine, gpu
 from ..measure import CheckCache, rows
-from ..options import positive
+from ..options import part_parser
 from ..providers import COPY
 from ..results import FAILED, INACCURATE, ResultsError, Row, append_row, read_csv, write_json
 from ..shapes import SETS
@@ -161,10 +161,7 @@ def run(out: Path, compiled: bool, seconds: float) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.visit.timings", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=positive, default=120.0)
+    parser = part_parser("bench.visit.timings", __doc__, seconds=120.0)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
