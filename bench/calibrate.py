@@ -34,8 +34,9 @@ Costs = dict[str, float]
 Forced = tuple[Any, ...]
 
 _STEPS = 40
-# What a constant can be: an SM moves no less than its share.
-_BOUNDS = {"sm_rate": (1.0, 16.0)}
+# What a constant can be: an SM moves no less than its share, and reads alone are no more than three
+# times as fast as the moves of a copy.
+_BOUNDS = {"sm_rate": (1.0, 16.0), "reduce": (0.33, 16.0)}
 _BOUND = (0.001, 1000.0)
 _MOVE_BYTES = 8192  # csrc/plan_costs.h
 
