@@ -256,6 +256,12 @@ def test_a_provider_compiles_once_a_case(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(made) == 1
 
 
+def test_no_provider_changes_what_the_next_starts_from() -> None:
+    """Running statistics are updated by every call, also by those before the timing."""
+    found = run(["native", "ours"], machine=machine(peak_bytes=lambda call: len(call())))
+    assert [row.status for row in found.values() if row.provider != "copy"] == [OK, OK]
+
+
 @pytest.mark.parametrize("honest", [True, False])
 def test_a_graph_is_used_if_it_computes_the_same(honest: bool) -> None:
     def capture(call: Callable) -> tuple[Callable, object]:
