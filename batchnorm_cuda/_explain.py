@@ -19,7 +19,7 @@ from ._plan_kernels import WINDOW_BYTES, capability, kernels_of, pattern_of, tea
 from .functional import backend_for
 
 # The operation as the planner calls it.
-_OPS = {
+OPS = {
     "forward": "forward_training",
     "backward": "backward_training",
     "eval": "forward_eval",
@@ -106,8 +106,8 @@ def explain_forced(
     activation: str | None = None,
 ) -> Explanation:
     """`explain`, of a plan that any options of the planner may force."""
-    if op not in _OPS:
-        raise ValueError(f"explain: expected op to be one of {', '.join(_OPS)}, got {op!r}")
+    if op not in OPS:
+        raise ValueError(f"explain: expected op to be one of {', '.join(OPS)}, got {op!r}")
     if activation not in (None, "relu"):
         raise ValueError(f"explain: expected activation to be None or 'relu', got {activation!r}")
     model = _as_meta(input_or_shape, dtype, memory_format)
@@ -121,7 +121,7 @@ def explain_forced(
     problem |= _fused(op, residual, activation == "relu")
     dtype_name = str(model.dtype).removeprefix("torch.")
     described = devices.planner_properties(properties)
-    plan = module.make_plan(_OPS[op], n, c, s, dtype_name, described, problem)
+    plan = module.make_plan(OPS[op], n, c, s, dtype_name, described, problem)
     return Explanation(
         device=properties["name"],
         compute_capability=capability(properties),

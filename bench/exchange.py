@@ -13,7 +13,6 @@ along C they are a kilobyte. Without a GPU: see `python -m bench tune`.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -214,12 +213,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", metavar="FOLDER")
     options = parser.parse_args(arguments)
-    setting = find_setting()
+    setting = find_setting("exchange")
     if setting is None:
-        print("exchange: no GPU", file=sys.stderr)
         return 2
-    if setting.kind == HOST:
-        print("model of CUDA: no time below is a GPU's", file=sys.stderr)
     effort = HOST_EFFORT if setting.kind == HOST else GPU_EFFORT
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "exchange.csv"

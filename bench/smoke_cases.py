@@ -15,25 +15,14 @@ from typing import Any
 
 import torch
 
+from batchnorm_cuda._explain import OPS as PLANNED
+
 from .loading import load
+from .traffic_model import DTYPES
 
 cases = load("tests", "cases")
 
-DTYPES = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
-OPS = {
-    "forward": "forward_training",
-    "backward": "backward_training",
-    "eval": "forward_eval",
-    "eval_backward": "backward_eval",
-    "double_backward": "double_backward_training",
-    "eval_double_backward": "double_backward_eval",
-    "sync": "forward_training",
-}
+OPS = {**PLANNED, "sync": "forward_training"}
 FORMS = {"": (False, False), "residual+relu": (True, True), "relu": (False, True)}
 FORMS |= {"residual": (True, False)}
 MOST_BYTES = 48 * 2**20  # of x: the largest channel group of a large GPU's deep kernels

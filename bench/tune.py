@@ -60,14 +60,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def find_setting() -> Setting | None:
-    """The GPU, or the model of CUDA where that is asked for."""
+def find_setting(command: str) -> Setting | None:
+    """The GPU, or the model of CUDA where that is asked for; says which, if it is no GPU."""
     if torch.cuda.is_available():
         extension = _extension.load_cuda()
         return Setting(MEASURED, gpu(), extension, extension.device_info(), GPU_LIMITS)
     if os.environ.get("BATCHNORM_CUDA_EMULATE") == "1":
         extension = _extension.load_emulated()
+        print("model of CUDA: no time below is a GPU's", file=sys.stderr)
         return Setting(HOST, host_model(), extension, extension.device_info(), HOST_LIMITS)
+    print(f"{command}: no GPU", file=sys.stderr)
     return None
 
 
@@ -138,10 +140,5 @@ def _line(case: BenchCase, rows: list[TuneRow]) -> str:
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    setting = find_setting()
-    if setting is None:
-        print("tune: no GPU", file=sys.stderr)
-        return 2
-    if setting.kind == HOST:
-        print("model of CUDA: no time below is a GPU's", file=sys.stderr)
-    return run(options, setting)
+    setting = find_setting("tune")
+    return 2 if setting is None else run(options, setting)
