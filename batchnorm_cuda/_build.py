@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import _jobs
-from ._compile import BuildError, Recipe, compile_extension, touch
+from ._compile import BuildError, Recipe, touch
+from ._nvcc import KernelRecipe, compile_objects
 
+KERNELS = "kernels"  # where compilers of all tables work
 _KEEP_SECONDS = 30 * 24 * 3600
 
 
@@ -51,8 +53,8 @@ def say(text: str) -> None:
     print(f"batchnorm_cuda: {text}", file=sys.stderr, flush=True)
 
 
-def build(recipe: Recipe) -> Path:
-    """Path of the compiled module, from the cache or freshly built."""
+def build(recipe: Recipe | KernelRecipe) -> Path:
+    """Path of the shared object, from the cache or freshly built."""
     final = cache_dir() / recipe.folder
     module = final / f"{recipe.name}.so"
     if touch(module):
@@ -62,6 +64,18 @@ def build(recipe: Recipe) -> Path:
             _build_into(recipe, final)
             _prune(final.parent)
     return module
+
+
+def build_kernels(recipes: list[KernelRecipe]) -> list[Path]:
+    """As `build` for each, but all compilers run side by side; what ninja says is in KERNELS."""
+    root = cache_dir()
+    missing = [each for each in recipes if not (root / each.folder / f"{each.name}.so").exists()]
+    if missing:
+        with lock(_lock_file(root / KERNELS), "waiting for another process: all kernels"):
+            (root / KERNELS).mkdir(exist_ok=True)
+            jobs = _jobs.compile_jobs(missing[0].job_bytes)
+            compile_objects(missing, root / KERNELS, root / "objects", jobs)
+    return [build(recipe) for recipe in recipes]
 
 
 def _lock_file(final: Path) -> Path:
@@ -86,7 +100,7 @@ def _prune(root: Path) -> None:
                 path.unlink() if path.suffix == ".o" else shutil.rmtree(path.parent)
 
 
-def _build_into(recipe: Recipe, final: Path) -> None:
+def _build_into(recipe: Recipe | KernelRecipe, final: Path) -> None:
     root = final.parent
     for stale in root.glob(f"{recipe.folder}.tmp-*"):  # ours alone: we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
@@ -95,7 +109,7 @@ def _build_into(recipe: Recipe, final: Path) -> None:
     say(f"compiling {recipe.label} in {final} with {jobs} job(s); this takes minutes, once")
     start = time.monotonic()
     try:
-        compile_extension(recipe, work, root / "objects", jobs)
+        recipe.compile(work, root / "objects", jobs)
         (work / "build.json").write_text(json.dumps(recipe.key, indent=2))
         work.rename(final)
     finally:

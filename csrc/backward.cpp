@@ -31,8 +31,8 @@ LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) 
   params.grad_bias = param_pointer(b.grad_bias);
   params.slots = workspace.data<acc_t>();
   params.sync = workspace.words();
-  if (!b.problem.fused) return launch_team_backward(params, stream);
-  return launch_team_backward(params, fused_params<scalar_t>(b), stream);
+  if (!b.problem.fused) return kernels<scalar_t>().team_backward(params, stream);
+  return kernels<scalar_t>().fused_team_backward(params, fused_params<scalar_t>(b), stream);
 }
 
 template <typename scalar_t>

@@ -3,6 +3,7 @@
 
 #include "build_bindings.h"
 #include "device_context.h"
+#include "kernel_table.h"
 #include "ops.h"
 #include "plan_dict.h"
 
@@ -108,5 +109,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "set_plan_options",
       [](const py::dict& options) { bn::set_plan_options(bn::options_from_dict(options)); },
       py::arg("options"), "Forces planner choices in this process; {} takes them back");
+  m.def(
+      "set_kernel_loader",
+      [](const py::function& loader) {
+        bn::set_kernel_loader([loader](const std::string& table) {
+          const py::gil_scoped_acquire acquire;
+          return loader(table).cast<std::string>();
+        });
+      },
+      py::arg("loader"),
+      "Names a function that gives the path of the kernels \"common\", \"half\", \"bfloat16\", "
+      "\"float\" or \"double\" when they are first needed");
   bn::bind_build(m);
 }

@@ -56,7 +56,7 @@ at::Tensor run_reduce(const DoubleBackward& b, const Plan& plan, cudaStream_t st
   params.mean = pointer_to<acc_t>(b.save_mean);
   params.invstd = pointer_to<acc_t>(b.save_invstd);
   params.partials = {workspace.data<acc_t>(), plan.merge.rows, plan.reduce.c};
-  check_launch(launch_double_backward_reduce(plan.pattern, params, stream),
+  check_launch(kernels<scalar_t>().double_backward_reduce(plan.pattern, params, stream),
                "double_backward_reduce_kernel");
 
   at::Tensor sums;
@@ -71,7 +71,7 @@ at::Tensor run_reduce(const DoubleBackward& b, const Plan& plan, cudaStream_t st
     merge.sums = {static_cast<acc_t*>(sums.data_ptr()), 1, plan.reduce.c};
   }
   merge.grad_weight = param_pointer(b.grad_weight);
-  check_launch(launch_merge_double_gradients(plan.merge, merge, stream), "merge_kernel");
+  check_launch(merges<acc_t>().double_gradients(plan.merge, merge, stream), "merge_kernel");
   return sums;
 }
 
@@ -99,8 +99,9 @@ void run_elementwise(const DoubleBackward& b, const Plan& plan, const at::Tensor
   params.mean = pointer_to<acc_t>(b.save_mean);
   params.invstd = pointer_to<acc_t>(b.save_invstd);
   if (sums.defined()) params.sums = {static_cast<acc_t*>(sums.data_ptr()), 1, problem.c};
-  check_launch(launch_double_backward_elementwise(plan.elementwise.pattern, params, stream),
-               "double_backward_elementwise_kernel");
+  check_launch(
+      kernels<scalar_t>().double_backward_elementwise(plan.elementwise.pattern, params, stream),
+      "double_backward_elementwise_kernel");
 }
 
 template <typename scalar_t>

@@ -30,7 +30,7 @@ void run_moments(const Forward& f, const at::Tensor& row) {
   merge.shift = merge_shift(plan);
   merge.count = f.problem.n * f.problem.s;
   merge.moments = {static_cast<acc_t*>(row.data_ptr()), f.problem.c};
-  check_launch(launch_merge_moments(plan.merge, merge, stream), "merge_kernel");
+  check_launch(merges<acc_t>().moments(plan.merge, merge, stream), "merge_kernel");
 }
 
 template <typename scalar_t>
@@ -42,7 +42,7 @@ void run_merge_ranks(const Forward& f, const at::Tensor& gathered, const at::Ten
   params.count = static_cast<int64_t*>(count.data_ptr());
   params.statistics = statistics_output<acc_t>(f);
   const RankMergeGeometry geometry = plan_rank_merge(f.problem.c, device_info(f.input.device()));
-  check_launch(launch_merge_ranks(geometry, params, current_stream(f.input.device())),
+  check_launch(merges<acc_t>().ranks(geometry, params, current_stream(f.input.device())),
                "merge_ranks_kernel");
 }
 
@@ -54,7 +54,7 @@ void run_sum_ranks(const at::Tensor& gathered, const at::Tensor& sums) {
   params.gathered = pointer_to<acc_t>(gathered);
   params.sums = static_cast<acc_t*>(sums.data_ptr());
   const RankMergeGeometry geometry = plan_rank_merge(sums.numel(), device_info(sums.device()));
-  check_launch(launch_sum_ranks(geometry, params, current_stream(sums.device())),
+  check_launch(merges<acc_t>().sum_ranks(geometry, params, current_stream(sums.device())),
                "sum_ranks_kernel");
 }
 
