@@ -1,11 +1,11 @@
-// What one of the two builds binds to Python beyond bindings.cpp: nothing for CUDA, and for the
-// host build the device to model and the count of memory traffic.
+// What the host build binds to Python beyond bindings.cpp: the device to model and the count of
+// memory traffic.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace batchnorm_cuda {
 
-void bind_build(pybind11::module_& m);
+void bind_host_model(pybind11::module_& m);
 
 }  // namespace batchnorm_cuda

@@ -66,7 +66,7 @@ py::dict stop_traffic() {
 
 }  // namespace
 
-void bind_build(py::module_& m) {
+void bind_host_model(py::module_& m) {
   py::module_ model = m.def_submodule("_host_model", "The CPU model of CUDA that runs the kernels");
   model.def("set_device", &set_device, py::arg("device"),
             "Describes the modelled device by the keys of device_info(); {} is the default one");
