@@ -1,6 +1,3 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "checks.h"
@@ -67,7 +64,7 @@ at::Tensor run_reduce(const DoubleBackward& b, const Plan& plan, cudaStream_t st
   merge.count = b.problem.n * b.problem.s;
   merge.invstd = params.invstd;
   if (b.training() && plan.has_elementwise) {
-    sums = at::empty({5, plan.reduce.c}, b.save_mean.options());
+    sums = allocate({5, plan.reduce.c}, b.save_mean.options());
     merge.sums = {static_cast<acc_t*>(sums.data_ptr()), 1, plan.reduce.c};
   }
   merge.grad_weight = param_pointer(b.grad_weight);
@@ -142,13 +139,13 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> double_backward(
   const c10::DeviceGuard guard(input.device());
   DoubleBackward b;
   b.input = dense(input);
-  if (need_grad_output) b.grad_grad_output = at::empty_like(b.input);
-  if (need_input) b.grad_input = at::empty_like(b.input);
+  if (need_grad_output) b.grad_grad_output = allocate_like(b.input);
+  if (need_input) b.grad_input = allocate_like(b.input);
   if (need_weight) {
     // Without a gradient of grad_input no kernel writes it: grad_weight is then zero.
     const bool zero = !grad_grad_input || input.numel() == 0;
-    b.grad_weight = zero ? at::zeros({input.size(1)}, weight->options())
-                         : at::empty({input.size(1)}, weight->options());
+    b.grad_weight = zero ? allocate_zeros({input.size(1)}, weight->options())
+                         : allocate({input.size(1)}, weight->options());
   }
   if (input.numel() > 0 && (need_grad_output || need_input || need_weight)) {
     if (grad_output) b.grad_output = dense_like(*grad_output, b.input);

@@ -1,4 +1,3 @@
-#include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "checks.h"
@@ -64,7 +63,7 @@ Forward run_checked(const at::Tensor& input, const OptionalTensor& weight,
   const c10::DeviceGuard guard(input.device());
   Forward f;
   f.input = dense(input);
-  f.output = at::empty_like(f.input);
+  f.output = allocate_like(f.input);
   f.save_mean = channel_vector(input);
   f.save_invstd = channel_vector(input);
   if (input.numel() == 0) {

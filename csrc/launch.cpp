@@ -1,6 +1,6 @@
-#include <cuda_runtime.h>
-
 #include "launch.h"
+
+#include <cuda_runtime.h>
 
 namespace batchnorm_cuda {
 

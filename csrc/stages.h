@@ -2,8 +2,6 @@
 // have in common. Templates, because scalar_t goes through to the kernels.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include <limits>
 
 #include "kernel_table.h"
@@ -62,7 +60,7 @@ struct Forward {
     relu = fusion.relu;
     if (relu && fusion.need_mask) {
       const int64_t bytes = mask_bytes_of(input);
-      mask = at::empty({whole_words(bytes)}, input.options().dtype(at::kByte));
+      mask = allocate({whole_words(bytes)}, input.options().dtype(at::kByte));
       if (mask->numel() != bytes) mask = mask->narrow(0, 0, bytes);
     }
     if (fusion.residual && input.numel() > 0) {

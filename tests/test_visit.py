@@ -233,7 +233,7 @@ def test_a_signal_ends_the_part_and_the_table_is_written(visit: Callable, tmp_pa
     process.terminate()
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM
-    assert not is_running(int(pid_file.read_text()))
+    wait_for(lambda: not is_running(int(pid_file.read_text())))
     assert names_of(out) == ["one", "two"]
     assert record(out)["parts"][1]["text"] == "stopped by SIGTERM"
     last = (tmp_path / "stdout").read_text().splitlines()[-1]
