@@ -30,6 +30,7 @@ usage: python -m bench [OPTIONS]            time batch norm on this GPU; or with
        python -m bench tune                 time every plan that the planner could have chosen
        python -m bench exchange             what launches and exchanges between blocks cost
        python -m bench calibrate TUNE.csv   fit the constants of the planner's cost model to that
+       python -m bench reach                which problem leads to which kernel instance
 
   --set NAME        shapes; repeatable: {", ".join(list(SETS)[:6])},
                     {", ".join(list(SETS)[6:])} (default: short)
