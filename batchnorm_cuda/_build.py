@@ -71,11 +71,26 @@ def build_kernels(recipes: list[KernelRecipe]) -> list[Path]:
     root = cache_dir()
     missing = [each for each in recipes if not (root / each.folder / f"{each.name}.so").exists()]
     if missing:
-        with lock(_lock_file(root / KERNELS), "waiting for another process: all kernels"):
-            (root / KERNELS).mkdir(exist_ok=True)
-            jobs = _jobs.compile_jobs(missing[0].job_bytes)
-            compile_objects(missing, root / KERNELS, root / "objects", jobs)
+        build_objects(missing)
     return [build(recipe) for recipe in recipes]
+
+
+def build_objects(recipes: list[KernelRecipe]) -> dict[Path, Path]:
+    """The compiled objects of all kernels, by source."""
+    root = cache_dir()
+    objects = {
+        source: root / "objects" / recipe.object_name(source)
+        for recipe in recipes
+        for source in recipe.sources
+    }
+    if all([touch(path) for path in objects.values()]):
+        return objects
+    with lock(_lock_file(root / KERNELS), "waiting for another process: all kernels"):
+        (root / KERNELS).mkdir(exist_ok=True)
+        jobs = _jobs.compile_jobs(recipes[0].job_bytes)
+        say(f"compiling kernels for {recipes[0].key['archs']} with {jobs} job(s)")
+        compile_objects(recipes, root / KERNELS, root / "objects", jobs)
+    return objects
 
 
 def _lock_file(final: Path) -> Path:
