@@ -26,7 +26,7 @@ from . import _sources
 # is a pipe whose other end only that process holds, and it leads a process group of its own.
 # SIGTERM, because ninja gives each compiler another group, and passes this signal on to them.
 _CHILD = """
-import json, os, signal, sys, threading
+import json, os, shlex, signal, sys, threading
 
 def die_with_parent():
     os.read(0, 1)
@@ -36,8 +36,9 @@ threading.Thread(target=die_with_parent, daemon=True).start()
 with open(sys.argv[1]) as file:
     spec = json.load(file)
 sys.path[:] = spec["sys_path"]
-from torch.utils.cpp_extension import load
-load(**spec["load"])
+from torch.utils import cpp_extension
+cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)  # torch does not
+cpp_extension.load(**spec["load"])
 """
 
 
@@ -138,6 +139,7 @@ def quoted(word: str) -> str:
 
 def _run_child(work: Path, settings: dict[str, str]) -> int:
     environment = {**os.environ, **settings}
+    environment |= _links_to_tools(environment, work)
     environment["PATH"] = os.pathsep.join([*_ninja_dirs(), environment.get("PATH", os.defpath)])
     read_end, write_end = os.pipe()
     try:
@@ -159,6 +161,20 @@ def _run_child(work: Path, settings: dict[str, str]) -> int:
     finally:
         os.close(read_end)
         os.close(write_end)
+
+
+def _links_to_tools(environment: dict[str, str], work: Path) -> dict[str, str]:
+    """Links in `work`, where ninja runs, to tools whose paths torch does not, or not always, quote.
+
+    A compiler keeps its name, from which some tell the language.
+    """
+    links = {}
+    for variable in ("CUDA_HOME", "CC", "CXX"):
+        path = Path(environment.get(variable, ""))
+        if path.is_absolute() and quoted(str(path)) != str(path):
+            (work / variable).symlink_to(path if path.is_dir() else path.parent)
+            links[variable] = variable if path.is_dir() else f"{variable}/{path.name}"
+    return links
 
 
 def touch(path: Path) -> bool:
@@ -185,7 +201,7 @@ def _store_objects(stored: dict[Path, Path], work: Path) -> None:
 def _wrap(source: Path, work: Path) -> Path:
     """A C++ file that includes a `.cu`: cpp_extension would give the `.cu` itself to nvcc."""
     wrapper = work / f"{source.stem}_cu.cpp"
-    wrapper.write_text(f'#include "{source}"\n')
+    wrapper.write_text(f'#include "{source.name}"\n')  # by -I: no quote in a path can end it
     return wrapper
 
 

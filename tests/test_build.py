@@ -67,24 +67,6 @@ def test_only_what_an_edit_reaches_is_compiled_again(toy: Path, compiled) -> Non
     assert _build.build(toy_recipe(toy)) and len(compiled()) == 5
 
 
-@pytest.mark.parametrize("places", ["sources", "cache", "checkout", "sources, cache, checkout"])
-def test_folders_of_any_name(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: str
-) -> None:
-    """Each is built in, and an object of an earlier build is linked."""
-    name = "it's (a) größe & more"
-    if "sources" in places:
-        toy = toy.rename(tmp_path / name)
-    if "cache" in places:
-        monkeypatch.setenv("BATCHNORM_CUDA_CACHE_DIR", str(tmp_path / f"cache of {name}"))
-    if "checkout" in places:
-        maps = [f"-ffile-prefix-map={tmp_path / name}/="]
-        monkeypatch.setattr(_sources, "path_maps", lambda: maps)
-    assert _build.build(toy_recipe(toy)).exists()
-    (toy / "toy_value.cpp").write_text(VALUE.replace("42", "43"))
-    assert _build.build(toy_recipe(toy)).exists()
-
-
 def test_unwritable_cache_names_the_variable(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
