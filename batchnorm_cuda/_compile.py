@@ -152,6 +152,7 @@ def _run_child(work: Path, settings: dict[str, str]) -> int:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=0o077,  # whatever the user's is: see _trust.py
             )
         try:
             return child.wait()
