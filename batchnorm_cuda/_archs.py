@@ -90,3 +90,13 @@ def covers(archs: list[str], gpu: tuple[int, int]) -> bool:
         if built == gpu or (not specific and built[0] == gpu[0] and built[1] <= gpu[1]):
             return True
     return False
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """nvcc's flags for the list."""
+    flags = []
+    for arch in archs:
+        number = arch.split("+")[0].replace(".", "")
+        codes = [f"sm_{number}"] + ([f"compute_{number}"] if arch.endswith("+PTX") else [])
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return flags

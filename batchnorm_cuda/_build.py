@@ -20,8 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from . import _jobs, _trust
-from ._compile import BuildError, Recipe, compile_extension, touch
+from ._compile import BuildError, Recipe, touch
+from ._nvcc import KernelRecipe, compile_objects
 
+KERNELS = "kernels"  # where compilers of all tables work
 _KEEP_SECONDS = 30 * 24 * 3600
 _ELSEWHERE = "set BATCHNORM_CUDA_CACHE_DIR to a folder"
 _DISK_FULL = f"free room there and in the temporary folder (TMPDIR), or {_ELSEWHERE} with room"
@@ -75,11 +77,11 @@ def say(text: str) -> None:
     print(f"batchnorm_cuda: {text}", file=sys.stderr, flush=True)
 
 
-def build(recipe: Recipe) -> Path:
-    """Path of the compiled module, from the cache or freshly built, and safe to load."""
+def build(recipe: Recipe | KernelRecipe) -> Path:
+    """Path of the shared object, from the cache or freshly built, and safe to load."""
     root = cache_dir()
     final = root / recipe.folder
-    module = final / f"{recipe.name}.so"
+    module = _module_of(recipe, root)
     with _faults_named(root):
         if not touch(module):
             _trust.make_private(root)
@@ -89,6 +91,34 @@ def build(recipe: Recipe) -> Path:
                     _prune(root, final)
         _trust.require_trusted(module)
     return module
+
+
+def build_kernels(recipes: list[KernelRecipe]) -> list[Path]:
+    """As `build` for each, but all compilers run side by side; what ninja says is in KERNELS."""
+    root = cache_dir()
+    with _faults_named(root):
+        missing = [each for each in recipes if not _module_of(each, root).exists()]
+        if missing:
+            objects = _objects_to_link(root)
+            _trust.make_private(root / KERNELS)
+            with lock(_lock_of(root / KERNELS), "waiting for another process: all kernels"):
+                jobs = _jobs.compile_jobs(missing[0].job_bytes)
+                compile_objects(missing, root / KERNELS, objects, jobs)
+    return [build(recipe) for recipe in recipes]
+
+
+def _module_of(recipe: Recipe | KernelRecipe, root: Path) -> Path:
+    return root / recipe.folder / f"{recipe.name}.so"
+
+
+def _objects_to_link(root: Path) -> Path:
+    """The folder of the cache's objects, which are all trusted."""
+    objects = root / "objects"
+    _trust.make_private(objects)
+    _trust.require_trusted_folder(objects)
+    if objects.stat().st_dev != root.stat().st_dev:  # to rename to it would copy: half, if killed
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(objects))
+    return objects
 
 
 @contextlib.contextmanager
@@ -111,20 +141,18 @@ def _lock_of(final: Path) -> Path:
     return final.with_name(f"{final.name}.lock")
 
 
-def _build_into(recipe: Recipe, final: Path) -> None:
+def _build_into(recipe: Recipe | KernelRecipe, final: Path) -> None:
     """Compile into a folder of its own, and rename it. The caller holds the lock."""
     root = final.parent
-    objects = root / "objects"
+    objects = _objects_to_link(root)
     jobs = _jobs.compile_jobs(recipe.job_bytes)
-    _trust.make_private(objects)
-    _trust.require_trusted_folder(objects)
     for stale in root.glob(f"{recipe.folder}.tmp-*"):
         shutil.rmtree(stale, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f"{recipe.folder}.tmp-", dir=root))
     say(f"compiling {recipe.label} in {final} with {jobs} job(s); this takes minutes, once")
     start = time.monotonic()
     try:
-        compile_extension(recipe, work, objects, jobs)
+        recipe.compile(work, objects, jobs)
         (work / "build.json").write_text(json.dumps(recipe.key, indent=2))
         if final.exists():  # without its module, by a pruning or an rm that was killed
             shutil.rmtree(final)

@@ -56,12 +56,7 @@ def visible_gpus() -> list[tuple[int, int]]:
 def gencode(kit: Toolkit) -> list[str]:
     """nvcc flags for TORCH_CUDA_ARCH_LIST, else for the GPUs present, else for the defaults."""
     explicit = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    flags = []
-    for arch in archs.select(explicit, visible_gpus(), kit.gpu_codes()):
-        number = arch.split("+")[0].replace(".", "")
-        codes = [f"sm_{number}"] + ([f"compute_{number}"] if arch.endswith("+PTX") else [])
-        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
-    return flags
+    return archs.gencode(archs.select(explicit, visible_gpus(), kit.gpu_codes()))
 
 
 def main(wanted: str) -> int:

@@ -63,8 +63,12 @@ def test_only_what_an_edit_reaches_is_compiled_again(toy: Path, compiled) -> Non
     assert second != first and first.exists()
     (toy / "toy_value.h").write_text(HEADER + "// touched\n")
     _build.build(toy_recipe(toy))
-    assert compiled() == ["toy.cpp"] * 2 + ["toy_value.cpp"] * 3
-    assert _build.build(toy_recipe(toy)) and len(compiled()) == 5
+    commented = len(compiled())
+    assert commented <= 4  # torch's builder links nothing without compiling something
+    (toy / "toy_value.h").write_text(HEADER + "int touched();\n")
+    _build.build(toy_recipe(toy))
+    assert len(compiled()) == commented + 2
+    assert _build.build(toy_recipe(toy)) and len(compiled()) == commented + 2
 
 
 def test_unwritable_cache_names_the_variable(
@@ -102,37 +106,70 @@ def fixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _append(path: Path) -> None:
-    path.write_text(path.read_text() + "\n// edited\n")
+def _edit(path: Path) -> None:
+    path.write_text(path.read_text() + "\nextern int edited;\n")
 
 
 COMMON_CHANGES = {
     "version": lambda m, _: m.setattr(_recipes, "__version__", "0.0.0"),
+    "compiler": lambda m, _: m.setattr(_toolkit, "compiler_version", lambda: "c++ 99"),
+}
+HOST_CHANGES = COMMON_CHANGES | {
     "torch": lambda m, _: m.setattr(torch, "__version__", "2.0.0+cu130"),
     "torch's CUDA": lambda m, _: m.setattr(torch.version, "cuda", "13.1"),
     "python ABI": lambda m, _: m.setattr(_recipes.sysconfig, "get_config_var", lambda _: "cp399"),
-    "compiler": lambda m, _: m.setattr(_toolkit, "compiler_version", lambda: "c++ 99"),
     "flags": lambda m, _: m.setattr(_sources, "CXX_FLAGS", ("-O1",)),
-    "kernel": lambda m, root: _append(root / "csrc" / "normalize.cu"),
-    "header": lambda m, root: _append(root / "csrc" / "platform.cuh"),
+    "source": lambda m, root: _edit(root / "csrc" / "forward.cpp"),
+    "header": lambda m, root: _edit(root / "csrc" / "params.h"),
+}
+NVCC = {
+    "nvcc": lambda m, root: m.setenv("CUDA_HOME", str(make_toolkit(root / "cuda-13.9", "13.9")))
+}
+KERNEL_CHANGES = COMMON_CHANGES | {
+    "architectures": lambda m, _: m.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0"),
+    "flags": lambda m, _: m.setattr(_sources, "NVCC_FLAGS", ("-O1",)),
+    "the user's flags": lambda m, _: m.setenv("NVCC_APPEND_FLAGS", "-lineinfo"),
+    "kernel": lambda m, root: _edit(root / "csrc" / "team_forward_half.cu"),
+    "header": lambda m, root: _edit(root / "csrc" / "platform.cuh"),
+}
+EMULATED_CHANGES = HOST_CHANGES | {
+    "kernel": lambda m, root: _edit(root / "csrc" / "stages_half.cu"),
+    "cpu": lambda m, _: m.setattr(_recipes, "_cpu_hash", lambda: "another"),
+    "host model": lambda m, root: _edit(root / "simt" / "include" / "cuda_runtime.h"),
     "new file": lambda m, root: (root / "csrc" / "extra.cuh").touch(),
 }
-CUDA_CHANGES = COMMON_CHANGES | {
-    "nvcc": lambda m, root: m.setenv("CUDA_HOME", str(make_toolkit(root / "cuda-13.9", "13.9"))),
-    "architectures": lambda m, _: m.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0"),
-}
-EMULATED_CHANGES = COMMON_CHANGES | {
-    "cpu": lambda m, _: m.setattr(_recipes, "_cpu_hash", lambda: "another"),
-    "host model": lambda m, root: _append(root / "simt" / "include" / "cuda_runtime.h"),
-}
 
 
-@pytest.mark.parametrize("name", CUDA_CHANGES)
+@pytest.mark.parametrize("name", HOST_CHANGES | NVCC)
 def test_cuda_key_changes_with(name: str, fixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = _recipes.cuda_recipe().folder
     assert _recipes.cuda_recipe().folder == before
-    CUDA_CHANGES[name](monkeypatch, fixed)
+    (HOST_CHANGES | NVCC)[name](monkeypatch, fixed)
     assert _recipes.cuda_recipe().folder != before
+
+
+@pytest.mark.parametrize("name", KERNEL_CHANGES | NVCC)
+def test_kernels_key_changes_with(name: str, fixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _recipes.kernel_recipe("half").folder
+    assert _recipes.kernel_recipe("half").folder == before
+    (KERNEL_CHANGES | NVCC)[name](monkeypatch, fixed)
+    assert _recipes.kernel_recipe("half").folder != before
+
+
+def test_what_kernels_do_not_depend_on(fixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another torch, a host file, another dtype's kernels, a comment: nothing is compiled again."""
+    before = [_recipes.kernel_recipe("half").folder, _recipes.cuda_recipe().folder]
+    forward = (fixed / "csrc" / "forward.cpp").read_text()
+    for name in ("torch", "torch's CUDA", "python ABI", "source"):
+        with monkeypatch.context() as patch:
+            HOST_CHANGES[name](patch, fixed)
+            assert _recipes.kernel_recipe("half").folder == before[0]
+    (fixed / "csrc" / "forward.cpp").write_text(forward)
+    _edit(fixed / "csrc" / "team_forward_float.cu")
+    header = fixed / "csrc" / "platform.cuh"
+    header.write_text("// said\n" + header.read_text())
+    after = [_recipes.kernel_recipe("half").folder, _recipes.cuda_recipe().folder]
+    assert after == before
 
 
 @pytest.mark.parametrize("name", EMULATED_CHANGES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import venv
@@ -13,7 +14,8 @@ import torch
 from fake_toolkit import make_compiling_toolkit, make_toolkit, make_wrapper, write_program
 from toy import VALUE, toy_recipe
 
-from batchnorm_cuda import _build, _compile, _recipes, _sources, _toolkit
+from batchnorm_cuda import _build, _compile, _nvcc, _recipes, _sources, _toolkit
+from batchnorm_cuda._compile import BuildError
 
 NAME = """it's a "größe" (more) & more"""
 TOOLKIT = "the toolkit"
@@ -31,17 +33,15 @@ def python_below(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe_of(toy: Path, toolkit: Path | None) -> _compile.Recipe:
-    """The toy, with a file for nvcc if there is a toolkit, else with it as C++."""
+    """The toy with a `.cu` file compiled as C++, and linked with the toolkit's library if any."""
     recipe = toy_recipe(toy)
     device = toy / "device.cu"
     device.write_text("int of_the_device() { return 1; }\n")
-    if toolkit is None:
-        options = {"compiled_as_cpp": [device], "include_dirs": [toy]}
-        return _compile.Recipe("toy", "a toy", recipe.sources, recipe.key, 1 << 20, **options)
-    environment = {"CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": "8.0"}
-    sources = [*recipe.sources, device]
-    options = {"environment": environment}
-    return _compile.Recipe("toy", "a toy", sources, recipe.key, 1 << 20, **options)
+    options = {"compiled_as_cpp": [device], "include_dirs": [toy]}
+    if toolkit:
+        environment = {"CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": "8.0"}
+        options |= {"with_cuda": True, "environment": environment}
+    return _compile.Recipe("toy", "a toy", recipe.sources, recipe.key, 1 << 20, **options)
 
 
 @pytest.mark.parametrize("places", [*([place] for place in PLACES), PLACES], ids=", ".join)
@@ -68,6 +68,41 @@ def test_a_build_in_folders_of_any_name(
     if "cache" in places:  # an object of an earlier build is linked
         (toy / "toy_value.cpp").write_text(VALUE.replace("42", "43"))
         assert _build.build(recipe_of(toy, toolkit)).exists()
+
+
+def kernels_of(folder: Path, toolkit: Path) -> _nvcc.KernelRecipe:
+    source = folder / "kernels.cu"
+    source.write_text("int of_the_device() { return 1; }\n")
+    return _nvcc.KernelRecipe(
+        table="toy",
+        label="toy kernels",
+        sources=[source],
+        key={},
+        job_bytes=1 << 20,
+        compiler=[str(toolkit / "bin" / "nvcc"), "-Xcompiler", "-fPIC", f"-isystem={toolkit}"],
+        linker=["c++", "-shared"],
+        libraries=[toolkit / "lib64" / "libcudart.so"],
+    )
+
+
+def test_kernels_in_folders_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / NAME.replace('"', "")
+    odd.mkdir()
+    monkeypatch.setenv("BATCHNORM_CUDA_CACHE_DIR", str(odd / "cache"))
+    kernels = kernels_of(odd, make_compiling_toolkit(odd / "cuda"))
+    assert _build.build_kernels([kernels])[0].exists()
+
+
+@pytest.mark.parametrize("place", ["sources", TOOLKIT])
+def test_what_nvcc_itself_does_not_take_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setenv("BATCHNORM_CUDA_CACHE_DIR", str(tmp_path / "cache"))
+    odd = tmp_path / NAME
+    odd.mkdir()
+    toolkit = make_compiling_toolkit((odd if place == TOOLKIT else tmp_path) / "cuda")
+    with pytest.raises(BuildError, match=f"nvcc takes no double quote.*: {re.escape(str(odd))}.*"):
+        _build.build(kernels_of(odd if place == "sources" else tmp_path, toolkit))
 
 
 def test_a_toolkit_in_a_folder_of_any_name_is_found(

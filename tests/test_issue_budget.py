@@ -44,7 +44,7 @@ def loop(
 STAGE = Kernel(
     name="transform_input_kernel<AlongS<__half, int>>",
     arch="8.0",
-    source="normalize.cu",
+    source="stages_half.cu",
     bounds=LaunchBounds(256, 2),
     resources=Resources(64, 0, 0, 0, 0),
     instructions=100,

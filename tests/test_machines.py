@@ -34,6 +34,9 @@ class Compiler:
         self.compiled: list[str] = []
         self.builds = 0
 
+    def replace(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Recipe, "compile", lambda *arguments: self(*arguments))
+
     def __call__(self, recipe: Recipe, work: Path, objects: Path, jobs: int) -> None:
         self.builds += 1
         for source in recipe.all_sources:
@@ -47,7 +50,7 @@ class Compiler:
 @pytest.fixture
 def compiler(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     stand_in = Compiler()
-    monkeypatch.setattr(_build, "compile_extension", stand_in)
+    stand_in.replace(monkeypatch)
     return stand_in
 
 
@@ -94,7 +97,7 @@ def test_file_system_without_locks(
         _build.build(toy_recipe(toy))
 
 
-@pytest.mark.parametrize("step", ["mkdtemp", "compile_extension", "rename"])
+@pytest.mark.parametrize("step", ["mkdtemp", "compile", "rename"])
 @pytest.mark.parametrize(
     ("number", "said"),
     [
@@ -108,7 +111,7 @@ def test_disk_that_is_full_or_read_only(
 ) -> None:
     recipe = toy_recipe(toy)
     with monkeypatch.context() as faulty:
-        owner = {"mkdtemp": _build.tempfile, "rename": os}.get(step, _build)
+        owner = {"mkdtemp": _build.tempfile, "rename": os}.get(step, Recipe)
         faulty.setattr(owner, step, refuse(number))
         with pytest.raises(BuildError, match=f"cannot use the build cache {cache} .*{said}"):
             _build.build(recipe)
@@ -119,10 +122,10 @@ def test_disk_that_is_full_or_read_only(
 def test_compiler_that_meets_a_full_disk(
     toy: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compile_extension(*_) -> None:
+    def compile_on_a_full_disk(*_) -> None:
         raise BuildError("cc1plus: fatal error: error writing to a.s: No space left on device")
 
-    monkeypatch.setattr(_build, "compile_extension", compile_extension)
+    monkeypatch.setattr(Recipe, "compile", compile_on_a_full_disk)
     with pytest.raises(BuildError, match=r"error writing to a\.s.*\n.*is full: free room .*TMPDIR"):
         _build.build(toy_recipe(toy))
 
@@ -196,7 +199,7 @@ def test_clock_that_jumps_during_a_build(
         compiler(recipe, work, *rest)
         set_age(work / "toy.so", 20000)
 
-    monkeypatch.setattr(_build, "compile_extension", compile_in_1970)
+    monkeypatch.setattr(Recipe, "compile", compile_in_1970)
     beside = cache / "other.tmp-1" / "other.so"
     _build._trust.make_private(beside.parent)
     beside.touch()
@@ -252,7 +255,7 @@ def die_before_clearing(function: Callable) -> Callable:
 MOMENTS = {
     "before the folder of the build": (_build.tempfile, "mkdtemp", die_before),
     "after it": (_build.tempfile, "mkdtemp", die_after),
-    "after compiling": (_build, "compile_extension", die_after),
+    "after compiling": (Recipe, "compile", die_after),
     "before the folder gets its name": (Path, "rename", die_before),
     "after that": (Path, "rename", die_after),
     "before pruning": (_build, "_prune", die_before),
@@ -314,7 +317,7 @@ def test_killed_for_want_of_memory(
     else:
         assert os.read(said, 100) == b"BuildError"
         wait_for(lambda: not Path(f"/proc/{compiler}").exists())
-    monkeypatch.setattr(_build, "compile_extension", Compiler())
+    Compiler().replace(monkeypatch)
     assert _build.build(toy_recipe(toy)).exists()
 
 

@@ -239,7 +239,7 @@ def test_resident_blocks(registers: int, threads: int, arch: str, blocks: int) -
 CLEAN = Kernel(
     name="transform_input_kernel<AlongS<__half, int>>",
     arch="8.0",
-    source="normalize.cu",
+    source="stages_half.cu",
     bounds=LaunchBounds(256, 2),
     resources=Resources(128, 0, 0, 0, 0),
     instructions=100,
