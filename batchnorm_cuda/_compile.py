@@ -26,7 +26,7 @@ from . import _sources
 # is a pipe whose other end only that process holds, and it leads a process group of its own.
 # SIGTERM, because ninja gives each compiler another group, and passes this signal on to them.
 _CHILD = """
-import json, os, signal, subprocess, sys, threading
+import json, os, shlex, signal, subprocess, sys, threading
 
 def die_with_parent():
     os.read(0, 1)
@@ -38,8 +38,9 @@ with open(sys.argv[1]) as file:
 if "command" in spec:
     sys.exit(subprocess.call(spec["command"], stdin=subprocess.DEVNULL))
 sys.path[:] = spec["sys_path"]
-from torch.utils.cpp_extension import load
-load(**spec["load"])
+from torch.utils import cpp_extension
+cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)  # torch does not
+cpp_extension.load(**spec["load"])
 """
 
 
@@ -120,7 +121,7 @@ def compile_extension(recipe: Recipe, work: Path, objects: Path, jobs: int) -> N
         status = run_child(
             {"sys_path": sys.path, "load": load},
             work,
-            {**recipe.environment, "MAX_JOBS": str(jobs)},
+            {**recipe.environment, **_links_to_tools(recipe, work), "MAX_JOBS": str(jobs)},
         )
     finally:
         _store_objects(stored, work)
@@ -160,6 +161,7 @@ def run_child(spec: dict[str, object], work: Path, settings: dict[str, str]) -> 
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=0o077,  # whatever the user's is: see _trust.py
             )
         try:
             return child.wait()
@@ -169,6 +171,20 @@ def run_child(spec: dict[str, object], work: Path, settings: dict[str, str]) -> 
     finally:
         os.close(read_end)
         os.close(write_end)
+
+
+def _links_to_tools(recipe: Recipe, work: Path) -> dict[str, str]:
+    """Links in `work`, where ninja runs, to tools whose paths torch does not, or not always, quote.
+
+    A compiler keeps its name, from which some tell the language.
+    """
+    links = {}
+    for variable in ("CUDA_HOME", "CC", "CXX"):
+        path = Path(recipe.environment.get(variable) or os.environ.get(variable, ""))
+        if path.is_absolute() and quoted(str(path)) != str(path):
+            (work / variable).symlink_to(path if path.is_dir() else path.parent)
+            links[variable] = variable if path.is_dir() else f"{variable}/{path.name}"
+    return links
 
 
 def touch(path: Path) -> bool:
@@ -195,7 +211,7 @@ def _store_objects(stored: dict[Path, Path], work: Path) -> None:
 def _wrap(source: Path, work: Path) -> Path:
     """A C++ file that includes a `.cu`: cpp_extension would give the `.cu` itself to nvcc."""
     wrapper = work / f"{source.stem}_cu.cpp"
-    wrapper.write_text(f'#include "{source}"\n')
+    wrapper.write_text(f'#include "{source.name}"\n')  # by -I: no quote in a path can end it
     return wrapper
 
 

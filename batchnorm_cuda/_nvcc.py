@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import _archs, _jobs, _sources
-from ._compile import digest, failure, run_child, touch
+from ._compile import BuildError, digest, failure, run_child, touch
 from ._toolkit import Toolkit, compiler_version
 from ._version import __version__
 
@@ -102,9 +102,19 @@ def compile_objects(recipes: list[KernelRecipe], work: Path, objects: Path, jobs
                 edges[target] = [*recipe.compiler, "-c", str(source), "-o", target.name]
     if not edges:
         return
+    _refuse_double_quotes(edges)
     (work / "build.ninja").write_text(ninja_file(edges))
     if run_child({"command": ["ninja", "-j", str(jobs)]}, work, {}) != 0:
         raise failure(recipes[0].label, work, work.parent / f"{recipes[0].folder}.log")
+
+
+def _refuse_double_quotes(edges: dict[Path, list[str]]) -> None:
+    for word in (word for command in edges.values() for word in command):
+        if '"' in word:
+            raise BuildError(
+                f"nvcc takes no double quote in the name of a file or folder: {word}; give the "
+                "folder another name, or name it through a symbolic link without one"
+            )
 
 
 def ninja_file(edges: dict[Path, list[str]]) -> str:
