@@ -14,7 +14,7 @@ import torch
 from fake_toolkit import make_compiling_toolkit, make_toolkit, make_wrapper, write_program
 from toy import VALUE, toy_recipe
 
-from batchnorm_cuda import _build, _compile, _nvcc, _recipes, _sources, _toolkit
+from batchnorm_cuda import _build, _compile, _kernels, _recipes, _sources, _toolkit
 from batchnorm_cuda._compile import BuildError
 
 NAME = """it's a "größe" (more) & more"""
@@ -37,7 +37,17 @@ def recipe_of(toy: Path, toolkit: Path | None) -> _compile.Recipe:
     recipe = toy_recipe(toy)
     device = toy / "device.cu"
     device.write_text("int of_the_device() { return 1; }\n")
-    options = {"compiled_as_cpp": [device], "include_dirs": [toy]}
+    kernels = _kernels.KernelRecipe(
+        table="emulated",
+        label="toy kernels",
+        sources=[device],
+        key={},
+        job_bytes=1 << 20,
+        compiler=[os.environ.get("CXX", "c++"), "-fPIC", "-x", "c++"],
+        include_dirs=[toy],
+        lines=True,
+    )
+    options = {"kernels": kernels, "include_dirs": [toy]}
     if toolkit:
         environment = {"CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": "8.0"}
         options |= {"with_cuda": True, "environment": environment}
@@ -70,10 +80,10 @@ def test_a_build_in_folders_of_any_name(
         assert _build.build(recipe_of(toy, toolkit)).exists()
 
 
-def kernels_of(folder: Path, toolkit: Path) -> _nvcc.KernelRecipe:
+def kernels_of(folder: Path, toolkit: Path) -> _kernels.KernelRecipe:
     source = folder / "kernels.cu"
     source.write_text("int of_the_device() { return 1; }\n")
-    return _nvcc.KernelRecipe(
+    return _kernels.KernelRecipe(
         table="toy",
         label="toy kernels",
         sources=[source],

@@ -11,7 +11,7 @@ import pytest
 from fake_toolkit import write_program
 from simt_build import CSRC
 
-from batchnorm_cuda import _build, _compile, _extension, _nvcc, _sources
+from batchnorm_cuda import _build, _compile, _extension, _kernels, _sources
 
 # Asks for tables, each time a line is read, and prints what they answer.
 PROGRAM = r"""
@@ -68,7 +68,7 @@ def test_a_table_is_loaded_once_when_it_is_first_needed(tmp_path: Path) -> None:
         capture_output=True,
     )
     missing, first, second, wrong = done.stdout.splitlines()
-    assert 'the kernels "half" are not linked into this module' in missing
+    assert "the kernels of half are not linked into this module" in missing
     assert first == "loads half, 42"
     assert second == "42"
     path = tmp_path / "kernels_float.so"
@@ -103,8 +103,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def recipe_of(folder: Path, table: str = "toy", **key: str) -> _nvcc.KernelRecipe:
-    return _nvcc.KernelRecipe(
+def recipe_of(folder: Path, table: str = "toy", **key: str) -> _kernels.KernelRecipe:
+    return _kernels.KernelRecipe(
         table=table,
         label="toy kernels",
         sources=[folder / "toy.cu", folder / "more.cu"],

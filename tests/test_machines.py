@@ -39,7 +39,7 @@ class Compiler:
 
     def __call__(self, recipe: Recipe, work: Path, objects: Path, jobs: int) -> None:
         self.builds += 1
-        for source in recipe.all_sources:
+        for source in recipe.sources:
             stored = objects / recipe.object_name(source)
             if not _compile.touch(stored):
                 self.compiled.append(source.name)
