@@ -98,13 +98,29 @@ def build_kernels(recipes: list[KernelRecipe]) -> list[Path]:
     root = cache_dir()
     with _faults_named(root):
         missing = [each for each in recipes if not _module_of(each, root).exists()]
-        if missing:
-            objects = _objects_to_link(root)
-            _trust.make_private(root / KERNELS)
-            with lock(_lock_of(root / KERNELS), "waiting for another process: all kernels"):
-                jobs = _jobs.compile_jobs(missing[0].job_bytes)
-                compile_objects(missing, root / KERNELS, objects, jobs)
+    if missing:
+        build_objects(missing)
     return [build(recipe) for recipe in recipes]
+
+
+def build_objects(recipes: list[KernelRecipe]) -> dict[Path, Path]:
+    """The compiled objects of all kernels, by source."""
+    root = cache_dir()
+    with _faults_named(root):
+        folder = _objects_to_link(root)
+        objects = {
+            source: folder / recipe.object_name(source)
+            for recipe in recipes
+            for source in recipe.sources
+        }
+        if all([touch(path) for path in objects.values()]):
+            return objects
+        _trust.make_private(root / KERNELS)
+        with lock(_lock_of(root / KERNELS), "waiting for another process: all kernels"):
+            jobs = _jobs.compile_jobs(recipes[0].job_bytes)
+            say(f"compiling kernels for {recipes[0].key['archs']} with {jobs} job(s)")
+            compile_objects(recipes, root / KERNELS, folder, jobs)
+    return objects
 
 
 def _module_of(recipe: Recipe | KernelRecipe, root: Path) -> Path:

@@ -6,12 +6,17 @@ kernels. ninja runs the compilers, as for torch's builder, from a file that is w
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import _sources
+from . import _archs, _jobs, _sources
 from ._compile import BuildError, digest, failure, run_child, touch
+from ._toolkit import Toolkit, compiler_version
+from ._version import __version__
+
+_FLAG_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")  # which nvcc itself reads
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,36 @@ class KernelRecipe:
     compiler: list[str]  # nvcc and its flags
     linker: list[str]
     libraries: list[Path]
+
+    @classmethod
+    def of(cls, table: str, toolkit: Toolkit, archs: list[str]) -> KernelRecipe:
+        """The one recipe of a table: whoever asks for the same architectures shares the objects."""
+        listed = ";".join(archs)
+        host_compiler = os.environ.get("CC")  # as for torch's builder
+        flags = [
+            *_sources.NVCC_FLAGS,
+            # A quarter of the binary; the flag came with CUDA 12.8.
+            *(["--compress-mode=size"] if int(toolkit.major) >= 13 else []),
+            *(["-ccbin", host_compiler] if host_compiler else []),
+            *(f"-isystem={path}" for path in toolkit.extra_include_dirs),
+            *_archs.gencode(archs),
+        ]
+        return cls(
+            table=table,
+            label=f'the kernels "{table}" for {listed} (CUDA {toolkit.version})',
+            sources=_sources.kernel_sources(table),
+            key={
+                "version": __version__,
+                "cuda": toolkit.version,
+                "archs": listed,
+                "compiler": compiler_version(),
+                "flags": " ".join(os.environ.get(name, "") for name in _FLAG_VARIABLES),
+            },
+            job_bytes=_jobs.CUDA_JOB_BYTES,
+            compiler=[str(toolkit.nvcc), *flags],
+            linker=[os.environ.get("CXX", "c++"), "-shared"],
+            libraries=[toolkit.cudart],
+        )
 
     @property
     def name(self) -> str:

@@ -46,34 +46,7 @@ def cuda_recipe(*, any_gpu: bool = False) -> Recipe:
 
 def kernel_recipe(table: str, *, any_gpu: bool = False) -> KernelRecipe:
     """The kernels of one table for the GPUs of this machine, or for TORCH_CUDA_ARCH_LIST."""
-    toolkit, archs = cuda_target(any_gpu)
-    listed = ";".join(archs)
-    host_compiler = os.environ.get("CC")  # as for torch's builder
-    environment = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
-    flags = [
-        *_sources.NVCC_FLAGS,
-        # Half of the binary; the flag came with CUDA 12.8.
-        *(["--compress-mode=size"] if int(toolkit.major) >= 13 else []),
-        *(["-ccbin", host_compiler] if host_compiler else []),
-        *(f"-isystem={path}" for path in toolkit.extra_include_dirs),
-        *_archs.gencode(archs),
-    ]
-    return KernelRecipe(
-        table=table,
-        label=f'the kernels "{table}" for {listed} (CUDA {toolkit.version})',
-        sources=_sources.kernel_sources(table),
-        key={
-            "version": __version__,
-            "cuda": toolkit.version,
-            "archs": listed,
-            "compiler": _toolkit.compiler_version(),
-            "flags": " ".join(os.environ.get(name, "") for name in environment),
-        },
-        job_bytes=_jobs.CUDA_JOB_BYTES,
-        compiler=[str(toolkit.nvcc), *flags],
-        linker=[os.environ.get("CXX", "c++"), "-shared"],
-        libraries=[toolkit.cudart],
-    )
+    return KernelRecipe.of(table, *cuda_target(any_gpu))
 
 
 def cuda_target(any_gpu: bool) -> tuple[_toolkit.Toolkit, list[str]]:
