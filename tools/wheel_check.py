@@ -10,6 +10,7 @@ compiled there would be an error.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def environment(place: Path) -> dict[str, str]:
     """Variables with which nothing is found but what was installed."""
     nowhere = str(place / "nowhere")
     said = {"PATH": nowhere, "CUDA_HOME": nowhere, "CXX": f"{nowhere}/c++", "HOME": str(place)}
+    # No configuration of pip's, which may hold back versions or name another place for them.
+    said["PIP_CONFIG_FILE"] = os.devnull
     return said | {"BATCHNORM_CUDA_CACHE_DIR": str(place / "cache"), "CUDA_VISIBLE_DEVICES": ""}
 
 
