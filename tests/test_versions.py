@@ -6,7 +6,9 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import older_torch
 import pytest
 from packaging.specifiers import SpecifierSet
 
@@ -40,6 +42,33 @@ def test_versions_that_cannot_work_are_excluded() -> None:
     for record in versions.read_records():
         allowed = torch.contains(record["torch"]) and python.contains(record["python"])
         assert allowed != ("failure" in record), record
+
+
+class Item(SimpleNamespace):
+    """As pytest's, with the markers that it was given."""
+
+    def add_marker(self, mark: pytest.MarkDecorator) -> None:
+        self.given.append(mark.kwargs["reason"])
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("2.6.0+cu124", ["no", "never"]), ("2.9.1", ["no"]), ("2.10.0", []), ("3.0.0", [])],
+)
+def test_what_an_older_torch_cannot_do(
+    monkeypatch: pytest.MonkeyPatch, version: str, expected: list[str]
+) -> None:
+    known = (
+        older_torch.Known((2, 9), "test_a", "no"),
+        older_torch.Known((2, 6), "test_b", "never", only="emulated"),
+    )
+    monkeypatch.setattr(older_torch, "KNOWN", known)
+    monkeypatch.setattr(older_torch.torch, "__version__", version)
+    names = ("test_a", "test_a_b[x]", "test_b[emulated-2d]", "test_b[aten-2d]")
+    items = [Item(name=name, given=[]) for name in names]
+    older_torch.mark(items)
+    assert [reason for item in items for reason in item.given] == expected
+    assert not items[1].given and not items[3].given
 
 
 def test_a_report_is_counted(tmp_path: Path) -> None:
