@@ -17,6 +17,8 @@ import torch
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
+from bench import instances
+from bench.toolkit import ToolkitError
 from tools import wheel, wheel_check
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,9 +142,7 @@ def test_every_kernel_is_there_for_every_architecture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: dict[str, dict[str, set[str]]] = {}
-    monkeypatch.setattr(
-        wheel_check.instances, "per_architecture", lambda library: held[library.name]
-    )
+    monkeypatch.setattr(instances, "per_architecture", lambda library: held[library.name])
     for name in ("_C.so", "kernels_half.so"):
         (tmp_path / name).touch()
     archs = ["8.0", "9.0+PTX"]
@@ -159,3 +159,24 @@ def test_every_kernel_is_there_for_every_architecture(
     held["kernels_half.so"] = {}
     with pytest.raises(wheel_check.CheckError, match="no library in it holds a kernel"):
         wheel_check.holdings(tmp_path, archs)
+
+
+def test_kernels_are_read_by_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library has a part for each file and architecture; the one that links them has none."""
+    part = (
+        "\nFatbin elf code:\n================\narch = sm_{arch}\nhost = linux\n\nResource usage:\n"
+    )
+    function = " Function {name}:\n  REG:8 STACK:0\n"
+    parts = [("90", ""), ("90", "_Zb"), ("80", "_Za"), ("80", "_Zb"), ("120", "_Zb")]
+    text = "".join(
+        part.format(arch=arch) + (function.format(name=name) if name else "")
+        for arch, name in parts
+    )
+    monkeypatch.setattr(instances, "find_cuobjdump", lambda: "cuobjdump")
+    monkeypatch.setattr(instances, "_output", lambda command: text)
+    found = instances.per_architecture(Path("_C.so"))
+    assert found == {"9.0": {"_Zb"}, "8.0": {"_Za", "_Zb"}, "12.0": {"_Zb"}}
+
+    monkeypatch.setattr(instances, "find_cuobjdump", lambda: None)
+    with pytest.raises(ToolkitError, match="`pip install nvidia-cuda-cuobjdump` brings it"):
+        instances.per_architecture(Path("_C.so"))
