@@ -115,7 +115,8 @@ versions: venv
 
 # The extension as it is built at the first use, for the GPU that is here; and for the CPU.
 extension:
-	$(PYTHON) -c "from batchnorm_cuda import _extension; _extension.load_cuda()"
+	$(PYTHON) -c "from batchnorm_cuda import _extension; \
+		_extension.load_cuda(); _extension.build_kernels()"
 extension-host:
 	$(PYTHON) -c "from batchnorm_cuda import _extension; _extension.load_emulated()"
 

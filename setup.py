@@ -4,18 +4,16 @@
 TORCH_CUDA_ARCH_LIST; it needs torch and a CUDA toolkit but no GPU, and never leaves them out.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "batchnorm_cuda"))  # the package itself needs torch
 import _archs  # noqa: E402
-import _jobs  # noqa: E402
-import _sources  # noqa: E402
 import _toolkit  # noqa: E402
 
 sys.path.pop(0)
@@ -36,35 +34,23 @@ def ahead_of_time() -> dict:
         _toolkit.compiler_version()
         toolkit = _toolkit.resolve_toolkit(torch.version.cuda)
         explicit = os.environ.get("TORCH_CUDA_ARCH_LIST")
-        archs = ";".join(_archs.select(explicit, [], toolkit.gpu_codes()))
+        archs = _archs.select(explicit, [], toolkit.gpu_codes())
     except (_toolkit.ToolkitError, ValueError) as error:
         sys.exit(f"BATCHNORM_CUDA_AOT=1: {error}")
-    jobs = str(_jobs.compile_jobs(_jobs.CUDA_JOB_BYTES))
-    os.environ |= {"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": archs, "MAX_JOBS": jobs}
-    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+    # For these and no others, whatever GPU is here.
+    os.environ |= {"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": ";".join(archs)}
+    sys.path.insert(0, str(ROOT))
+    from batchnorm_cuda import _ahead_of_time
 
-    class Build(BuildExtension):
-        """Also records what the binary is tied to, for the check at its loading."""
+    class Build(build_ext):
+        def build_extension(self, extension: Extension) -> None:
+            module = Path(self.get_ext_fullpath(extension.name))
+            _ahead_of_time.build_into(module.parent, module.name, archs)
 
-        def run(self) -> None:
-            super().run()
-            module = Path(self.get_ext_fullpath("batchnorm_cuda._C"))
-            record = {
-                "torch": torch.__version__,
-                "cuda": toolkit.version,
-                "archs": archs.split(";"),
-            }
-            record["sources"] = _sources.content_hash(emulated=False)
-            (module.parent / "_aot.json").write_text(json.dumps(record) + "\n")
-
-    extension = CUDAExtension(
-        "batchnorm_cuda._C",
-        [os.path.relpath(path, ROOT) for path in _sources.cuda_sources()],
-        include_dirs=[str(path) for path in toolkit.extra_include_dirs],
-        library_dirs=[str(toolkit.linker_dir(ROOT / "build" / "cudart"))],
-        extra_compile_args={"cxx": [*_sources.CXX_FLAGS], "nvcc": [*_sources.NVCC_FLAGS]},
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    return {
+        "ext_modules": [Extension("batchnorm_cuda._C", sources=[])],
+        "cmdclass": {"build_ext": Build},
+    }
 
 
 setup(

@@ -1,5 +1,6 @@
 """The compiled module: `_C` for CUDA tensors, `_C_emulated` for the host build of the kernels."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -197,6 +198,12 @@ def cost_model() -> dict[str, Any]:
 
 def device_info(index: int = 0) -> dict[str, Any]:
     """Properties of a device as the planner sees them."""
+
+def set_kernel_loader(loader: Callable[[str], str]) -> None:
+    """Names a function that gives the path of a shared object of kernels when they are needed.
+
+    Called once for each of "common", "half", "bfloat16", "float" and "double", from any thread.
+    """
 
 def set_plan_options(options: dict[str, Any]) -> None:
     """Forces planner choices in this process; {} takes them back."""

@@ -26,7 +26,7 @@ from . import _sources
 # is a pipe whose other end only that process holds, and it leads a process group of its own.
 # SIGTERM, because ninja gives each compiler another group, and passes this signal on to them.
 _CHILD = """
-import json, os, signal, sys, threading
+import json, os, shlex, signal, subprocess, sys, threading
 
 def die_with_parent():
     os.read(0, 1)
@@ -35,9 +35,12 @@ def die_with_parent():
 threading.Thread(target=die_with_parent, daemon=True).start()
 with open(sys.argv[1]) as file:
     spec = json.load(file)
+if "command" in spec:
+    sys.exit(subprocess.call(spec["command"], stdin=subprocess.DEVNULL))
 sys.path[:] = spec["sys_path"]
-from torch.utils.cpp_extension import load
-load(**spec["load"])
+from torch.utils import cpp_extension
+cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)  # torch does not
+cpp_extension.load(**spec["load"])
 """
 
 
@@ -51,46 +54,45 @@ class Recipe:
 
     name: str  # the module's name, PyInit_<name>
     label: str  # for the progress line
-    sources: list[Path]  # .cpp, and .cu for nvcc
+    sources: list[Path]  # .cpp
     key: dict[str, str]  # every ingredient whose change makes the old binary wrong
     job_bytes: int
     compiled_as_cpp: list[Path] = field(default_factory=list)  # .cu files, through wrappers
     include_dirs: list[Path] = field(default_factory=list)  # of our own headers
     cflags: list[str] = field(default_factory=list)
-    cuda_cflags: list[str] = field(default_factory=list)
     ldflags: list[str] = field(default_factory=list)
     links: dict[str, Path] = field(default_factory=dict)  # symlinks to place in the link folder
     environment: dict[str, str] = field(default_factory=dict)
+    with_cuda: bool = False
 
     @property
     def folder(self) -> str:
         """The cache folder's name: other sources, versions or flags give another."""
-        return f"{self.name.strip('_')}-{_digest(self.key, self._flags())}"
+        return f"{self.name.strip('_')}-{digest(self.key, self._flags())}"
 
     @property
     def all_sources(self) -> list[Path]:
         return [*self.sources, *self.compiled_as_cpp]
 
-    @property
-    def with_cuda(self) -> bool:
-        return any(path.suffix == ".cu" for path in self.sources)
-
     def object_name(self, source: Path) -> str:
         """The cache name of one compiled file: as `folder`, but for the files that it includes."""
         settings = {name: value for name, value in self.key.items() if name != "sources"}
-        content = _sources.closure_hash(source, self.include_dirs)
-        return f"{source.stem}-{_digest(self.name, settings, self._flags(), content)}.o"
+        content = _sources.closure_hash([source], self.include_dirs, lines=True)
+        return f"{source.stem}-{digest(self.name, settings, self._flags(), content)}.o"
+
+    def compile(self, work: Path, objects: Path, jobs: int) -> None:
+        """Leave `<name>.so` in `work`, or raise BuildError with the compiler's own words."""
+        compile_extension(self, work, objects, jobs)
 
     def _flags(self) -> list[object]:
-        return [self.cflags, self.cuda_cflags, self.ldflags, self.environment]
+        return [self.cflags, self.ldflags]
 
 
-def _digest(*parts: object) -> str:
+def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def compile_extension(recipe: Recipe, work: Path, objects: Path, jobs: int) -> None:
-    """Leave `<name>.so` in `work`, or raise BuildError with the compiler's own words."""
     objects.mkdir(exist_ok=True)
     stored = {path: objects / recipe.object_name(path) for path in recipe.all_sources}
     reused = [path for path in recipe.all_sources if touch(stored[path])]
@@ -107,7 +109,6 @@ def compile_extension(recipe: Recipe, work: Path, objects: Path, jobs: int) -> N
         ],
         "extra_include_paths": [str(path) for path in recipe.include_dirs],
         "extra_cflags": [*recipe.cflags, *map(quoted, _sources.path_maps())],
-        "extra_cuda_cflags": recipe.cuda_cflags,
         "extra_ldflags": [
             *(quoted(str(stored[path])) for path in reused),
             quoted(f"-L{work}"),
@@ -116,17 +117,25 @@ def compile_extension(recipe: Recipe, work: Path, objects: Path, jobs: int) -> N
         "with_cuda": recipe.with_cuda,
         "build_directory": str(work),
     }
-    (work / "spec.json").write_text(json.dumps({"sys_path": sys.path, "load": load}))
     try:
-        status = _run_child(work, {**recipe.environment, "MAX_JOBS": str(jobs)})
+        status = run_child(
+            {"sys_path": sys.path, "load": load},
+            work,
+            {**recipe.environment, **_links_to_tools(recipe, work), "MAX_JOBS": str(jobs)},
+        )
     finally:
         _store_objects(stored, work)
     if status != 0 or not (work / f"{recipe.name}.so").exists():
-        log = (work / "build.log").replace(work.parent / f"{recipe.folder}.log")
-        raise BuildError(
-            f"compiling {recipe.label} failed (full log: {log}):\n"
-            f"{failure_excerpt(log.read_text(errors='replace'))}"
-        )
+        raise failure(recipe.label, work, work.parent / f"{recipe.folder}.log")
+
+
+def failure(label: str, work: Path, log: Path) -> BuildError:
+    """What to raise when the compilers have said their part into build.log; it is kept as `log`."""
+    (work / "build.log").replace(log)
+    return BuildError(
+        f"compiling {label} failed (full log: {log}):\n"
+        f"{failure_excerpt(log.read_text(errors='replace'))}"
+    )
 
 
 def quoted(word: str) -> str:
@@ -136,7 +145,9 @@ def quoted(word: str) -> str:
     return shlex.quote(word).replace("$", "$$")
 
 
-def _run_child(work: Path, settings: dict[str, str]) -> int:
+def run_child(spec: dict[str, object], work: Path, settings: dict[str, str]) -> int:
+    """Run torch's builder with spec["load"], or spec["command"], in `work`; its exit status."""
+    (work / "spec.json").write_text(json.dumps(spec))
     environment = {**os.environ, **settings}
     environment["PATH"] = os.pathsep.join([*_ninja_dirs(), environment.get("PATH", os.defpath)])
     read_end, write_end = os.pipe()
@@ -150,6 +161,7 @@ def _run_child(work: Path, settings: dict[str, str]) -> int:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=0o077,  # whatever the user's is: see _trust.py
             )
         try:
             return child.wait()
@@ -159,6 +171,20 @@ def _run_child(work: Path, settings: dict[str, str]) -> int:
     finally:
         os.close(read_end)
         os.close(write_end)
+
+
+def _links_to_tools(recipe: Recipe, work: Path) -> dict[str, str]:
+    """Links in `work`, where ninja runs, to tools whose paths torch does not, or not always, quote.
+
+    A compiler keeps its name, from which some tell the language.
+    """
+    links = {}
+    for variable in ("CUDA_HOME", "CC", "CXX"):
+        path = Path(recipe.environment.get(variable) or os.environ.get(variable, ""))
+        if path.is_absolute() and quoted(str(path)) != str(path):
+            (work / variable).symlink_to(path if path.is_dir() else path.parent)
+            links[variable] = variable if path.is_dir() else f"{variable}/{path.name}"
+    return links
 
 
 def touch(path: Path) -> bool:
@@ -185,7 +211,7 @@ def _store_objects(stored: dict[Path, Path], work: Path) -> None:
 def _wrap(source: Path, work: Path) -> Path:
     """A C++ file that includes a `.cu`: cpp_extension would give the `.cu` itself to nvcc."""
     wrapper = work / f"{source.stem}_cu.cpp"
-    wrapper.write_text(f'#include "{source}"\n')
+    wrapper.write_text(f'#include "{source.name}"\n')  # by -I: no quote in a path can end it
     return wrapper
 
 

@@ -35,6 +35,8 @@ _environment = os.environ._data
 _EMULATE_ENCODED = os.environ.encodekey(_EMULATE)
 _ON = os.environ.encodevalue("1")
 
+_JIT, _AOT = "just in time", "ahead of time"  # where a binary comes from
+
 _load_lock = threading.RLock()
 _cuda: ModuleType | None = None
 _emulated: ModuleType | None = None
@@ -60,6 +62,11 @@ def load_cuda() -> ModuleType:
     return _cuda
 
 
+def build_kernels() -> None:
+    """Compile what `load_cuda()` leaves to the first tensor of each dtype, all at once."""
+    _build.build_kernels([_recipes.kernel_recipe(table) for table in _sources.KERNEL_TABLES])
+
+
 def load_emulated() -> ModuleType:
     """The host build of the kernels, loaded once per process."""
     global _emulated
@@ -75,16 +82,21 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         "version", "torch" and "torch_cuda" (None for a build of torch without CUDA), all strings;
-        "cache_dir", where just-in-time builds are kept; "ahead_of_time", what was recorded when the
-        kernels were compiled at installation, or None; and "loaded", for each extension that this
-        process has loaded so far ("cuda", "emulated") its file, its origin ("ahead of time" or
-        "just in time") and what it was compiled from and for.
+        "cache_dir", where just-in-time builds are kept, or None if this user has no home folder;
+        "ahead_of_time", what was recorded when the kernels were compiled at installation, or None;
+        and "loaded", for each extension that this process has loaded so far ("cuda", "emulated",
+        and the kernels of "cuda" by what they are for, such as "kernels_bfloat16") its file, its
+        origin ("ahead of time" or "just in time") and what it was compiled from and for.
     """
+    try:
+        cache = str(_build.cache_dir())
+    except BuildError:
+        cache = None
     return {
         "version": __version__,
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "cache_dir": str(_build.cache_dir()),
+        "cache_dir": cache,
         "ahead_of_time": _read_aot_record(),
         "loaded": {name: dict(info) for name, info in _info.items()},
     }
@@ -94,8 +106,25 @@ def _load_jit(kind: str) -> ModuleType:
     recipe = _recipes.cuda_recipe() if kind == "cuda" else _recipes.emulated_recipe()
     path = _build.build(recipe)
     module = _import(recipe.name, path)
-    _info[kind] = {"origin": "just in time", "path": str(path), **recipe.key}
+    if kind == "cuda":
+        module.set_kernel_loader(_kernels_just_in_time)
+    _info[kind] = {"origin": _JIT, "path": str(path), **recipe.key}
     return module
+
+
+def _kernels_just_in_time(table: str) -> str:
+    """The path of the shared object of a table of kernels, compiled if need be."""
+    recipe = _recipes.kernel_recipe(table)
+    path = str(_build.build(recipe))
+    _info[recipe.name] = {"origin": _JIT, "path": path, **recipe.key}
+    return path
+
+
+def _kernels_ahead_of_time(table: str) -> str:
+    """The path of the shared object that was compiled with `_C`."""
+    path = str(_AOT_RECORD.with_name(f"kernels_{table}.so"))
+    _info[f"kernels_{table}"] = {"origin": _AOT, "path": path}
+    return path
 
 
 def _load_aot() -> ModuleType | None:
@@ -111,7 +140,8 @@ def _load_aot() -> ModuleType | None:
         except ImportError as error:
             problem = f"the extension compiled at installation does not load ({error})"
         else:
-            _info["cuda"] = {"origin": "ahead of time", "path": str(path), **record}
+            module.set_kernel_loader(_kernels_ahead_of_time)
+            _info["cuda"] = {"origin": _AOT, "path": str(path), **record}
             return module
     problem += f"; to rebuild it: `{_REINSTALL} batchnorm_cuda`"
     _build.say(f"{problem}. Using a just-in-time build instead")
@@ -143,7 +173,10 @@ def _aot_path() -> Path | None:
 
 
 def _read_aot_record() -> dict[str, Any] | None:
-    return json.loads(_AOT_RECORD.read_text()) if _AOT_RECORD.exists() else None
+    try:
+        return json.loads(_AOT_RECORD.read_text())
+    except (OSError, ValueError):  # there is none, or only a part of one: then none is known
+        return None
 
 
 def _import(name: str, path: Path) -> ModuleType:

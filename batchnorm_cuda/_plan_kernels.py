@@ -20,7 +20,7 @@ _WARP_SIZE = 32
 _STAGE_LOADS = 4
 _STAGE_BLOCKS_PER_SM, _ELEMENTWISE_BLOCKS_PER_SM = 2, 3
 # Those of the double backward: windows of dy, x and the gradient of dx at one position, or at two
-# where a thread has one channel (csrc/double_backward_*.cu).
+# where a thread has one channel (csrc/double_backward_*.cuh).
 _DOUBLE_BACKWARD_LOADS, _DOUBLE_BACKWARD_LOADS_ALONG_S = 3, 6
 # Copies from global to shared memory that no register waits for came with 8.0.
 _FIRST_WITH_ASYNC_COPIES = (8, 0)

@@ -6,25 +6,62 @@ import hashlib
 import os
 import sysconfig
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from . import _archs, _jobs, _sources, _toolkit
 from ._compile import BuildError, Recipe, quoted
+from ._nvcc import KernelRecipe
 from ._version import __version__
 
+AnyRecipe: TypeAlias = Recipe | KernelRecipe
 
-def cuda_recipe() -> Recipe:
-    """`_C` for the GPUs of this machine, or for TORCH_CUDA_ARCH_LIST."""
+
+def all_cuda_recipes(*, any_gpu: bool = False) -> list[AnyRecipe]:
+    """`_C` and the kernels of every table."""
+    kernels = [kernel_recipe(table, any_gpu=any_gpu) for table in _sources.KERNEL_TABLES]
+    return [cuda_recipe(any_gpu=any_gpu), *kernels]
+
+
+def cuda_recipe(*, any_gpu: bool = False) -> Recipe:
+    """`_C`, which has no kernels of its own: the same for all GPUs."""
+    toolkit, archs = cuda_target(any_gpu)
+    sources = _sources.cuda_host_sources()
+    headers = [f"-isystem {quoted(str(path))}" for path in toolkit.extra_include_dirs]
+    return Recipe(
+        name="_C",
+        label=f"the CUDA extension (torch {torch.__version__}, CUDA {toolkit.version})",
+        sources=sources,
+        cflags=[*_sources.CXX_FLAGS, *headers],
+        links={"libcudart.so": toolkit.cudart} if toolkit.lacks_linker_name else {},
+        with_cuda=True,
+        # torch asks for a list of architectures, though nothing is compiled for one.
+        environment={"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": ";".join(archs)},
+        job_bytes=_jobs.HOST_JOB_BYTES,
+        key=_common_key()
+        | {"sources": _sources.closure_hash(sources, [], lines=True), "cuda": toolkit.version},
+    )
+
+
+def kernel_recipe(table: str, *, any_gpu: bool = False) -> KernelRecipe:
+    """The kernels of one table for the GPUs of this machine, or for TORCH_CUDA_ARCH_LIST."""
+    return KernelRecipe.of(table, *cuda_target(any_gpu))
+
+
+def cuda_target(any_gpu: bool) -> tuple[_toolkit.Toolkit, list[str]]:
+    """The toolkit, and the architectures for the GPUs of this machine or TORCH_CUDA_ARCH_LIST.
+
+    Unless it is for any GPU, a list that leaves out the one that is here is an error.
+    """
     require_cuda_torch()
     toolkit = _toolkit.resolve_toolkit(torch.version.cuda)
-    codes = toolkit.gpu_codes()
     explicit = os.environ.get("TORCH_CUDA_ARCH_LIST")
     visible = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     # "native" is cpp_extension's word for the GPUs present, which is the default here.
-    archs = _archs.select(None if explicit == "native" else explicit, visible, codes)
-    listed = ";".join(archs)
-    problem = uncovered_gpu(archs)
+    listed = None if explicit == "native" else explicit
+    archs = _archs.select(listed, visible, toolkit.gpu_codes())
+    problem = None if any_gpu else uncovered_gpu(archs)
     if problem and explicit:
         raise BuildError(f"{problem} (TORCH_CUDA_ARCH_LIST={explicit!r}): add it or unset it")
     if problem:
@@ -32,20 +69,7 @@ def cuda_recipe() -> Recipe:
             f"{problem}, what CUDA {toolkit.version}'s compiler can generate: such a GPU needs an "
             "older PyTorch and CUDA toolkit"
         )
-    headers = [f"-isystem {quoted(str(path))}" for path in toolkit.extra_include_dirs]
-    return Recipe(
-        name="_C",
-        label=f"the CUDA kernels for {listed} (torch {torch.__version__}, CUDA {toolkit.version})",
-        sources=_sources.cuda_sources(),
-        cflags=[*_sources.CXX_FLAGS, *headers],
-        cuda_cflags=[*_sources.NVCC_FLAGS, *headers],
-        links={"libcudart.so": toolkit.cudart} if toolkit.lacks_linker_name else {},
-        environment={"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": listed},
-        job_bytes=_jobs.CUDA_JOB_BYTES,
-        key=_common_key()
-        | {"sources": _sources.content_hash(emulated=False)}
-        | {"cuda": toolkit.version, "archs": listed},
-    )
+    return toolkit, archs
 
 
 def emulated_recipe() -> Recipe:

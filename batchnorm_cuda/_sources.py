@@ -21,6 +21,8 @@ HOST_SOURCES = (
     "device_query.cpp",
     "double_backward.cpp",
     "forward.cpp",
+    "kernel_loading.cpp",
+    "launch.cpp",
     "plan.cpp",
     "plan_bytes.cpp",
     "plan_cache.cpp",
@@ -35,29 +37,19 @@ HOST_SOURCES = (
     "tensors.cpp",
 )
 DEVICE_CONTEXT = "device_context.cpp"
-KERNEL_SOURCES = (
-    "backward_elementwise.cu",
-    "backward_reduce.cu",
-    "cluster_query.cu",
-    "double_backward_elementwise.cu",
-    "double_backward_reduce.cu",
-    "merge.cu",
-    "merge_ranks.cu",
-    "normalize.cu",
-    "statistics.cu",
-    "team_backward_bfloat16.cu",
-    "team_backward_double.cu",
-    "team_backward_float.cu",
-    "team_backward_half.cu",
-    "team_forward_bfloat16.cu",
-    "team_forward_double.cu",
-    "team_forward_float.cu",
-    "team_forward_half.cu",
-)
+# The kernels, by table (csrc/kernel_table.h): what all dtypes share, and each dtype.
+KERNEL_TABLES = {
+    "common": ("common.cu",),
+    **{
+        dtype: (f"stages_{dtype}.cu", f"team_forward_{dtype}.cu", f"team_backward_{dtype}.cu")
+        for dtype in ("half", "bfloat16", "float", "double")
+    },
+}
+KERNEL_SOURCES = tuple(name for names in KERNEL_TABLES.values() for name in names)
 
 # Hidden symbols: `_C` and `_C_emulated` define the same functions and may share a process.
 CXX_FLAGS = ("-O2", "-fvisibility=hidden")
-NVCC_FLAGS = ("-O3", "-lineinfo", "-Xcompiler", "-fvisibility=hidden")
+NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
 _SOURCE_SUFFIXES = {".cpp", ".cu", ".cuh", ".h"}
 
@@ -77,9 +69,14 @@ def simt_dir() -> Path:
     return _PACKAGE.parent / "tests" / "simt" if in_checkout() else _PACKAGE / "simt"
 
 
+def cuda_host_sources() -> list[Path]:
+    """What `batchnorm_cuda._C` is compiled from: it loads the kernels when they are needed."""
+    return [csrc_dir() / name for name in (*HOST_SOURCES, DEVICE_CONTEXT)]
+
+
 def cuda_sources() -> list[Path]:
-    """Everything `batchnorm_cuda._C` is compiled from."""
-    return [csrc_dir() / name for name in (*HOST_SOURCES, DEVICE_CONTEXT, *KERNEL_SOURCES)]
+    """All of csrc/, which may as well be linked into one module."""
+    return [*cuda_host_sources(), *kernel_sources()]
 
 
 def emulated_cpp_sources() -> list[Path]:
@@ -89,14 +86,40 @@ def emulated_cpp_sources() -> list[Path]:
     return [*host, *sorted((simt / "torch").glob("*.cpp")), *sorted(simt.glob("*.cpp"))]
 
 
-def kernel_sources() -> list[Path]:
-    """The `.cu` files alone: they include no torch header."""
-    return [csrc_dir() / name for name in KERNEL_SOURCES]
+def kernel_sources(table: str | None = None) -> list[Path]:
+    """The `.cu` files, or those of one table alone: they include no torch header."""
+    return [csrc_dir() / name for name in (KERNEL_TABLES[table] if table else KERNEL_SOURCES)]
 
 
 def emulated_include_dirs() -> list[Path]:
     """tests/simt/include goes first: its <cuda_runtime.h> must win over a real one."""
     return [simt_dir() / "include", csrc_dir()]
+
+
+# Blanks and comments, and what may look like one inside: literals, raw or not. A quote between two
+# digits separates them.
+_BLANKS = re.compile(
+    rb"""
+    (?P<kept> R"(?P<mark>[^()\s\\]{0,16})\(.*?\)(?P=mark)" | "(?:\\.|[^"\\\n])*"
+      | (?<![0-9a-fA-F])'(?:\\.|[^'\\\n])*' )
+    | (?: [ \t]+ | //[^\n]* | /\*.*?\*/ )+
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def compiled_text(text: bytes, *, lines: bool) -> bytes:
+    """What a compiler makes something of: `text` without comments, and with one blank for many.
+
+    With `lines` every line keeps its number, because the compiled file may name it.
+    """
+
+    def shortened(match: re.Match[bytes]) -> bytes:
+        kept = match.group("kept")
+        return kept if kept is not None else b" " + b"\n" * (match.group().count(b"\n") * lines)
+
+    stripped = [line.strip(b" ") for line in _BLANKS.sub(shortened, text).split(b"\n")]
+    return b"\n".join(line for line in stripped if line or lines).rstrip(b"\n")
 
 
 def content_hash(*, emulated: bool) -> str:
@@ -107,19 +130,16 @@ def content_hash(*, emulated: bool) -> str:
     files = {path for root in roots for path in root.rglob("*") if path.suffix in _SOURCE_SUFFIXES}
     if emulated:
         files |= set(simt_dir().glob("*.cpp")) | set(simt_dir().glob("*.h"))
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return _hash({path: path.read_bytes() for path in files}, lines=emulated)
 
 
-def closure_hash(source: Path, include_dirs: list[Path]) -> str:
-    """Hash of one source and of all our headers that it reaches through quoted includes.
+def closure_hash(sources: list[Path], include_dirs: list[Path], *, lines: bool) -> str:
+    """Hash of the sources and of all our headers that they reach through quoted includes.
 
     Takes too many (those inside #if 0 as well), which is the safe side for reusing objects.
     """
     seen: dict[Path, bytes] = {}
-    pending = [source.resolve()]
+    pending = [source.resolve() for source in sources]
     while pending:
         path = pending.pop()
         if path in seen:
@@ -131,9 +151,14 @@ def closure_hash(source: Path, include_dirs: list[Path]) -> str:
                 if candidate.is_file():
                     pending.append(candidate.resolve())
                     break
+    return _hash(seen, lines=lines)
+
+
+def _hash(texts: dict[Path, bytes], *, lines: bool) -> str:
     digest = hashlib.sha256()
-    for path in sorted(seen):
-        digest.update(path.name.encode() + b"\0" + seen[path] + b"\0")
+    for path in sorted(texts):
+        text = compiled_text(texts[path], lines=lines)
+        digest.update(path.name.encode() + b"\0" + text + b"\0")
     return digest.hexdigest()
 
 

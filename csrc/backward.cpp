@@ -1,5 +1,3 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "checks.h"
@@ -31,8 +29,8 @@ LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) 
   params.grad_bias = param_pointer(b.grad_bias);
   params.slots = workspace.data<acc_t>();
   params.sync = workspace.words();
-  if (!b.problem.fused) return launch_team_backward(params, stream);
-  return launch_team_backward(params, fused_params<scalar_t>(b), stream);
+  if (!b.problem.fused) return kernels<scalar_t>().team_backward(params, stream);
+  return kernels<scalar_t>().fused_team_backward(params, fused_params<scalar_t>(b), stream);
 }
 
 template <typename scalar_t>
@@ -64,10 +62,10 @@ Backward run_checked(const at::Tensor& grad_output, const at::Tensor& input,
   const c10::DeviceGuard guard(input.device());
   Backward b;
   b.read(grad_output, input, mask);
-  if (need.input) b.grad_input = at::empty_like(b.input);
-  if (need.residual) b.grad_residual = at::empty_like(b.input);
-  if (need.weight) b.grad_weight = at::empty({input.size(1)}, weight->options());
-  if (need.bias) b.grad_bias = at::empty({input.size(1)}, bias->options());
+  if (need.input) b.grad_input = allocate_like(b.input);
+  if (need.residual) b.grad_residual = allocate_like(b.input);
+  if (need.weight) b.grad_weight = allocate({input.size(1)}, weight->options());
+  if (need.bias) b.grad_bias = allocate({input.size(1)}, bias->options());
   if (input.numel() == 0) {
     if (need.weight) b.grad_weight->zero_();
     if (need.bias) b.grad_bias->zero_();

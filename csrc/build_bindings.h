@@ -2,7 +2,9 @@
 // host build the device to model and the count of memory traffic.
 #pragma once
 
-#include <pybind11/pybind11.h>
+namespace pybind11 {
+class module_;  // by name alone: its header takes seconds to compile
+}
 
 namespace batchnorm_cuda {
 

@@ -1,7 +1,5 @@
 #include "device_context.h"
 
-#include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/Exception.h>
@@ -14,6 +12,7 @@
 #include "build_bindings.h"
 #include "device_query.h"
 #include "known_devices.h"
+#include "tensors.h"
 
 namespace batchnorm_cuda {
 namespace {
@@ -53,14 +52,14 @@ cudaStream_t current_stream(c10::Device device) {
 at::Tensor sync_words(c10::Device device, int64_t words) {
   const auto options = at::TensorOptions().dtype(at::kLong).device(device);
   if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-    return at::zeros({words}, options);
+    return allocate_zeros({words}, options);
   }
   static std::mutex mutex;
   // Never freed: at exit the CUDA context may be gone before static objects are.
   static auto& known = *new std::map<std::pair<int, cudaStream_t>, at::Tensor>();
   const std::lock_guard<std::mutex> lock(mutex);
   at::Tensor& tensor = known[{device.index(), current_stream(device)}];
-  if (!tensor.defined() || tensor.numel() < words) tensor = at::zeros({words}, options);
+  if (!tensor.defined() || tensor.numel() < words) tensor = allocate_zeros({words}, options);
   return tensor;
 }
 

@@ -2,11 +2,14 @@
 // CUDA; the host build brings an answer of its own for CPU tensors.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 
 #include "launch.h"
 #include "plan.h"
+
+namespace at {
+class Tensor;
+}
 
 namespace batchnorm_cuda {
 

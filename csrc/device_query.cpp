@@ -2,7 +2,25 @@
 
 #include <cuda_runtime.h>
 
+#include "kernel_table.h"
+
 namespace batchnorm_cuda {
+namespace {
+
+// What clusters the current device takes, and how many; none where that cannot be known.
+void query_clusters(DeviceInfo* info) {
+  if (info->compute_major < 9) return;
+  // All that a block may have is more than half of an SM's: no SM takes two of them.
+  const auto shared_bytes = static_cast<int>(info->shared_bytes_per_block_optin);
+  int* const counts[] = {&info->clusters_of_2, &info->clusters_of_4, &info->clusters_of_8};
+  for (int i = 0, size = 2; i < 3; ++i, size *= 2) {
+    if (common_kernels().count_clusters(size, shared_bytes, counts[i]) != cudaSuccess) break;
+    info->max_cluster = size;
+  }
+  static_cast<void>(cudaGetLastError());
+}
+
+}  // namespace
 
 LaunchStatus query_device(int device, DeviceInfo* info) {
   cudaDeviceProp properties;

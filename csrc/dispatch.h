@@ -1,7 +1,7 @@
 // From run-time dtypes to compile-time types, once for all entry points.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #include "launch.h"

@@ -1,6 +1,3 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "checks.h"
@@ -56,7 +53,7 @@ at::Tensor run_reduce(const DoubleBackward& b, const Plan& plan, cudaStream_t st
   params.mean = pointer_to<acc_t>(b.save_mean);
   params.invstd = pointer_to<acc_t>(b.save_invstd);
   params.partials = {workspace.data<acc_t>(), plan.merge.rows, plan.reduce.c};
-  check_launch(launch_double_backward_reduce(plan.pattern, params, stream),
+  check_launch(kernels<scalar_t>().double_backward_reduce(plan.pattern, params, stream),
                "double_backward_reduce_kernel");
 
   at::Tensor sums;
@@ -67,11 +64,11 @@ at::Tensor run_reduce(const DoubleBackward& b, const Plan& plan, cudaStream_t st
   merge.count = b.problem.n * b.problem.s;
   merge.invstd = params.invstd;
   if (b.training() && plan.has_elementwise) {
-    sums = at::empty({5, plan.reduce.c}, b.save_mean.options());
+    sums = allocate({5, plan.reduce.c}, b.save_mean.options());
     merge.sums = {static_cast<acc_t*>(sums.data_ptr()), 1, plan.reduce.c};
   }
   merge.grad_weight = param_pointer(b.grad_weight);
-  check_launch(launch_merge_double_gradients(plan.merge, merge, stream), "merge_kernel");
+  check_launch(merges<acc_t>().double_gradients(plan.merge, merge, stream), "merge_kernel");
   return sums;
 }
 
@@ -99,8 +96,9 @@ void run_elementwise(const DoubleBackward& b, const Plan& plan, const at::Tensor
   params.mean = pointer_to<acc_t>(b.save_mean);
   params.invstd = pointer_to<acc_t>(b.save_invstd);
   if (sums.defined()) params.sums = {static_cast<acc_t*>(sums.data_ptr()), 1, problem.c};
-  check_launch(launch_double_backward_elementwise(plan.elementwise.pattern, params, stream),
-               "double_backward_elementwise_kernel");
+  check_launch(
+      kernels<scalar_t>().double_backward_elementwise(plan.elementwise.pattern, params, stream),
+      "double_backward_elementwise_kernel");
 }
 
 template <typename scalar_t>
@@ -141,13 +139,13 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> double_backward(
   const c10::DeviceGuard guard(input.device());
   DoubleBackward b;
   b.input = dense(input);
-  if (need_grad_output) b.grad_grad_output = at::empty_like(b.input);
-  if (need_input) b.grad_input = at::empty_like(b.input);
+  if (need_grad_output) b.grad_grad_output = allocate_like(b.input);
+  if (need_input) b.grad_input = allocate_like(b.input);
   if (need_weight) {
     // Without a gradient of grad_input no kernel writes it: grad_weight is then zero.
     const bool zero = !grad_grad_input || input.numel() == 0;
-    b.grad_weight = zero ? at::zeros({input.size(1)}, weight->options())
-                         : at::empty({input.size(1)}, weight->options());
+    b.grad_weight = zero ? allocate_zeros({input.size(1)}, weight->options())
+                         : allocate({input.size(1)}, weight->options());
   }
   if (input.numel() > 0 && (need_grad_output || need_input || need_weight)) {
     if (grad_output) b.grad_output = dense_like(*grad_output, b.input);

@@ -1,4 +1,3 @@
-#include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "checks.h"
@@ -25,9 +24,9 @@ LaunchStatus run_team(const Forward& f, const Plan& plan, cudaStream_t stream) {
   params.statistics = statistics_output<acc_t>(f);
   params.slots = workspace.data<acc_t>();
   params.sync = workspace.words();
-  if (!f.problem.fused) return launch_team_forward(params, stream);
-  return launch_team_forward(params, fused_params<scalar_t>(f, plan.team.traversal, stream),
-                             stream);
+  if (!f.problem.fused) return kernels<scalar_t>().team_forward(params, stream);
+  return kernels<scalar_t>().fused_team_forward(
+      params, fused_params<scalar_t>(f, plan.team.traversal, stream), stream);
 }
 
 template <typename scalar_t>
@@ -38,7 +37,7 @@ void run_statistics(const Forward& f, const Plan& plan, cudaStream_t stream) {
   merge.partials = collect_statistics<scalar_t>(f, plan, workspace, stream);
   merge.shift = merge_shift(plan);
   merge.statistics = statistics_output<acc_t>(f);
-  check_launch(launch_merge_statistics(plan.merge, merge, stream), "merge_kernel");
+  check_launch(merges<acc_t>().statistics(plan.merge, merge, stream), "merge_kernel");
 }
 
 template <typename scalar_t>
@@ -64,7 +63,7 @@ Forward run_checked(const at::Tensor& input, const OptionalTensor& weight,
   const c10::DeviceGuard guard(input.device());
   Forward f;
   f.input = dense(input);
-  f.output = at::empty_like(f.input);
+  f.output = allocate_like(f.input);
   f.save_mean = channel_vector(input);
   f.save_invstd = channel_vector(input);
   if (input.numel() == 0) {

@@ -1,8 +1,9 @@
 // The seam between host code and kernels: one function per stage. Each enqueues one kernel on the
-// stream and returns the launch's error. Definitions are in the .cu file of the stage.
+// stream and returns the launch's error. Definitions are in the .cuh file of the stage; host code
+// comes to them by way of kernel_table.h.
 //
-// scalar_t is half, bfloat16, float or double and acc_t float or double, instantiated there; host
-// code names them by the tag types of dispatch.h without any CUDA header.
+// scalar_t is half, bfloat16, float or double and acc_t float or double; host code names them by
+// the tag types of dispatch.h without any CUDA header.
 #pragma once
 
 #include "params.h"
@@ -49,7 +50,7 @@ LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& 
                               const FusedForward<scalar_t>& fused, cudaStream_t stream);
 
 // Zeroes a mask that a kernel of a tiling that is not exact will write.
-LaunchStatus launch_clear_mask(uint8_t* mask, int64_t bytes, cudaStream_t stream);
+LaunchStatus clear_mask(uint8_t* mask, int64_t bytes, cudaStream_t stream);
 
 template <typename scalar_t>
 LaunchStatus launch_backward_reduce(Pattern pattern, const BackwardReduceParams<scalar_t>& params,

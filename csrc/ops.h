@@ -6,8 +6,6 @@
 #include <optional>
 #include <tuple>
 
-#include "plan.h"
-
 namespace batchnorm_cuda {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -112,8 +110,5 @@ std::tuple<OptionalTensor, OptionalTensor> sync_fused_backward_elementwise(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
     const at::Tensor& mean, const at::Tensor& invstd, const at::Tensor& sums,
     const at::Tensor& count, const at::Tensor& mask, bool need_input, bool need_residual);
-
-// What the planner is told to force, for tests and benchmarks; process-wide.
-void set_plan_options(const PlanOptions& options);
 
 }  // namespace batchnorm_cuda

@@ -1,5 +1,5 @@
 // Partial results in the workspace: each block leaves one accumulator per channel of its split, and
-// the merge kernel (merge.cu) folds the rows in order.
+// the merge kernel (merge.cuh) folds the rows in order.
 #pragma once
 
 #include "params.h"

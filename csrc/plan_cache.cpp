@@ -3,6 +3,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <unordered_map>
 
 namespace batchnorm_cuda {
@@ -10,6 +11,9 @@ namespace {
 
 // Training repeats a few hundred problems at most: a network's layers, forward and backward.
 constexpr size_t kMaxPlans = 1024;
+
+std::mutex options_mutex;
+PlanOptions forced_options;
 
 using Key = std::array<int64_t, 37>;
 
@@ -74,6 +78,16 @@ struct Hash {
 };
 
 }  // namespace
+
+void set_plan_options(const PlanOptions& options) {
+  const std::lock_guard<std::mutex> lock(options_mutex);
+  forced_options = options;
+}
+
+PlanOptions plan_options() {
+  const std::lock_guard<std::mutex> lock(options_mutex);
+  return forced_options;
+}
 
 const Plan& cached_plan(const Problem& problem, const DeviceInfo& device,
                         const PlanOptions& options) {

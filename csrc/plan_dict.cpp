@@ -1,10 +1,11 @@
 #include "plan_dict.h"
 
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "plan_candidates.h"
-
-namespace py = pybind11;
 
 namespace batchnorm_cuda {
 namespace {
@@ -64,18 +65,78 @@ void visit_costs(Model& m, F&& f) {
   visit_walk(m.along_row, "along_row", f);
 }
 
-// Takes what it knows out of `left`; what stays was misspelt.
-template <typename T>
-void take(py::dict& left, const char* key, T& value) {
-  if (!left.contains(key)) return;
-  value = left[key].cast<T>();
-  left.attr("pop")(key);
+// As Python writes it.
+std::string repr(const Value& value) {
+  if (const auto* text = std::get_if<std::string>(&value)) return "'" + *text + "'";
+  if (const auto* flag = std::get_if<bool>(&value)) return *flag ? "True" : "False";
+  if (const auto* whole = std::get_if<int64_t>(&value)) return std::to_string(*whole);
+  if (std::holds_alternative<NamedValues>(value)) return "{...}";
+  const double number = std::get<double>(value);
+  char digits[32];
+  int precision = 1;
+  do {
+    std::snprintf(digits, sizeof(digits), "%.*g", precision, number);
+  } while (std::strtod(digits, nullptr) != number && ++precision <= 17);
+  const std::string result = digits;
+  return result.find_first_not_of("-0123456789") == std::string::npos ? result + ".0" : result;
 }
 
-void check_empty(const py::dict& left, const char* what) {
+// A value for a field of type T: one of that type, or a number that T holds as well.
+template <typename T>
+T cast(const NamedValue& from) {
+  if constexpr (std::is_same_v<T, std::string>) {
+    if (const auto* text = std::get_if<std::string>(&from.value)) return *text;
+  } else {
+    if (const auto* flag = std::get_if<bool>(&from.value)) return static_cast<T>(*flag);
+    const auto* whole = std::get_if<int64_t>(&from.value);
+    if (whole && static_cast<int64_t>(static_cast<T>(*whole)) == *whole) {
+      return static_cast<T>(*whole);
+    }
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    if (const auto* number = std::get_if<double>(&from.value)) return *number;
+  }
+  const char* expected = std::is_same_v<T, std::string> ? "a str"
+                         : std::is_same_v<T, double>    ? "a float"
+                         : std::is_same_v<T, bool>      ? "a bool"
+                         : sizeof(T) == 4               ? "an int of 32 bits"
+                                                        : "an int";
+  throw std::invalid_argument("make_plan: expected " + from.name + " to be " + expected + ", got " +
+                              repr(from.value));
+}
+
+// Out of line for each kind of value, because it is called a hundred times.
+void put(NamedValues& to, const char* name, bool value) { to.push_back({name, value}); }
+void put(NamedValues& to, const char* name, int64_t value) { to.push_back({name, value}); }
+void put(NamedValues& to, const char* name, int value) { put(to, name, int64_t{value}); }
+void put(NamedValues& to, const char* name, double value) { to.push_back({name, value}); }
+void put(NamedValues& to, const char* name, const std::string& value) {
+  to.push_back({name, value});
+}
+void put(NamedValues& to, const char* name, const char* value) {
+  to.push_back({name, std::string(value)});
+}
+void put(NamedValues& to, const char* name, const NamedValues& value) {
+  to.push_back({name, value});
+}
+
+// Takes what it knows out of `left`; what stays was misspelt.
+template <typename T>
+void take(NamedValues& left, const char* name, T& value) {
+  const auto found = std::find_if(left.begin(), left.end(),
+                                  [&](const NamedValue& each) { return each.name == name; });
+  if (found == left.end()) return;
+  value = cast<T>(*found);
+  left.erase(found);
+}
+
+void check_empty(const NamedValues& left, const char* what) {
   if (left.empty()) return;
-  throw py::value_error(std::string("make_plan: unknown ") + what + " " +
-                        py::repr(left).cast<std::string>());
+  std::string names;
+  for (const NamedValue& each : left) {
+    names += (names.empty() ? "'" : ", '") + each.name + "': " + repr(each.value);
+  }
+  throw std::invalid_argument(std::string("make_plan: unknown ") + what + " {" + names + "}");
 }
 
 Op parse_op(const std::string& op) {
@@ -85,7 +146,7 @@ Op parse_op(const std::string& op) {
   if (op == "backward_eval") return Op::kBackwardEval;
   if (op == "double_backward_training") return Op::kDoubleBackwardTraining;
   if (op == "double_backward_eval") return Op::kDoubleBackwardEval;
-  throw py::value_error(
+  throw std::invalid_argument(
       "make_plan: expected op to be forward, backward or double_backward followed by _training or "
       "_eval, got " +
       op);
@@ -96,7 +157,7 @@ Dtype parse_dtype(const std::string& dtype) {
   if (dtype == "bfloat16") return Dtype::kBFloat16;
   if (dtype == "float32") return Dtype::kFloat;
   if (dtype == "float64") return Dtype::kDouble;
-  throw py::value_error(
+  throw std::invalid_argument(
       "make_plan: expected dtype to be float16, bfloat16, float32 or float64, got " + dtype);
 }
 
@@ -110,15 +171,26 @@ const char* pattern_name(Pattern pattern) {
                                        : "along_row";
 }
 
-py::dict to_dict(const Traversal& t) {
-  using py::literals::operator""_a;
-  return py::dict("pattern"_a = pattern_name(t.pattern), "exact"_a = t.exact,
-                  "index_bits"_a = t.index_bits, "shift"_a = t.shift, "threads_x"_a = t.threads_x,
-                  "threads_y"_a = t.threads_y, "row_windows"_a = t.row_windows, "rows"_a = t.rows,
-                  "row_repeat"_a = t.row_repeat, "channel_blocks"_a = t.channel_blocks,
-                  "segments"_a = t.segments, "splits"_a = t.splits, "per_split"_a = t.per_split,
-                  "edge_runs"_a = t.edge_runs, "tasks"_a = t.tasks, "grid"_a = t.grid,
-                  "shared_bytes"_a = t.shared_bytes);
+NamedValues to_values(const Traversal& t) {
+  NamedValues result;
+  put(result, "pattern", pattern_name(t.pattern));
+  put(result, "exact", t.exact);
+  put(result, "index_bits", t.index_bits);
+  put(result, "shift", t.shift);
+  put(result, "threads_x", t.threads_x);
+  put(result, "threads_y", t.threads_y);
+  put(result, "row_windows", t.row_windows);
+  put(result, "rows", t.rows);
+  put(result, "row_repeat", t.row_repeat);
+  put(result, "channel_blocks", t.channel_blocks);
+  put(result, "segments", t.segments);
+  put(result, "splits", t.splits);
+  put(result, "per_split", t.per_split);
+  put(result, "edge_runs", t.edge_runs);
+  put(result, "tasks", t.tasks);
+  put(result, "grid", t.grid);
+  put(result, "shared_bytes", t.shared_bytes);
+  return result;
 }
 
 const char* depth_name(Depth depth) {
@@ -132,23 +204,34 @@ const char* depth_name(Depth depth) {
   }
 }
 
-py::dict to_dict(const Team& team) {
-  using py::literals::operator""_a;
-  return py::dict("pattern"_a = pattern_name(team.pattern), "traversal"_a = to_dict(team.traversal),
-                  "scope"_a = scope_name(team.scope), "size"_a = team.size, "teams"_a = team.teams,
-                  "rounds"_a = team.rounds, "grid"_a = team.grid, "tensors"_a = team.tensors,
-                  "depth"_a = depth_name(team.depth), "two_level"_a = team.two_level,
-                  "register_windows"_a = team.register_windows,
-                  "shared_windows"_a = team.shared_windows, "blocks_per_sm"_a = team.blocks_per_sm,
-                  "shared_bytes"_a = team.shared_bytes, "exchange_bytes"_a = team.exchange_bytes,
-                  "sync_words"_a = team.sync_words, "streamed_bytes"_a = team.streamed_bytes);
+NamedValues to_values(const Team& team) {
+  NamedValues result;
+  put(result, "pattern", pattern_name(team.pattern));
+  put(result, "traversal", to_values(team.traversal));
+  put(result, "scope", scope_name(team.scope));
+  put(result, "size", team.size);
+  put(result, "teams", team.teams);
+  put(result, "rounds", team.rounds);
+  put(result, "grid", team.grid);
+  put(result, "tensors", team.tensors);
+  put(result, "depth", depth_name(team.depth));
+  put(result, "two_level", team.two_level);
+  put(result, "register_windows", team.register_windows);
+  put(result, "shared_windows", team.shared_windows);
+  put(result, "blocks_per_sm", team.blocks_per_sm);
+  put(result, "shared_bytes", team.shared_bytes);
+  put(result, "exchange_bytes", team.exchange_bytes);
+  put(result, "sync_words", team.sync_words);
+  put(result, "streamed_bytes", team.streamed_bytes);
+  return result;
 }
 
 Strategy parse_strategy(const std::string& name) {
   if (name == "auto") return Strategy::kAuto;
   if (name == "two_pass") return Strategy::kTwoPass;
   if (name == "team") return Strategy::kTeam;
-  throw py::value_error("make_plan: expected strategy to be auto, two_pass or team, got " + name);
+  throw std::invalid_argument("make_plan: expected strategy to be auto, two_pass or team, got " +
+                              name);
 }
 
 Scope parse_scope(const std::string& name) {
@@ -156,8 +239,8 @@ Scope parse_scope(const std::string& name) {
   for (const Scope scope : {Scope::kBlock, Scope::kCluster, Scope::kGrid}) {
     if (name == scope_name(scope)) return scope;
   }
-  throw py::value_error("make_plan: expected scope to be auto, block, cluster or grid, got " +
-                        name);
+  throw std::invalid_argument("make_plan: expected scope to be auto, block, cluster or grid, got " +
+                              name);
 }
 
 std::optional<Depth> parse_depth(const std::string& name) {
@@ -165,8 +248,8 @@ std::optional<Depth> parse_depth(const std::string& name) {
   for (const Depth depth : {Depth::kMiddle, Depth::kDeep, Depth::kStream}) {
     if (name == depth_name(depth)) return depth;
   }
-  throw py::value_error("make_plan: expected depth to be auto, middle, deep or stream, got " +
-                        name);
+  throw std::invalid_argument("make_plan: expected depth to be auto, middle, deep or stream, got " +
+                              name);
 }
 
 std::optional<Pattern> parse_pattern(const std::string& name) {
@@ -174,58 +257,64 @@ std::optional<Pattern> parse_pattern(const std::string& name) {
   for (const Pattern pattern : {Pattern::kAlongS, Pattern::kAlongC, Pattern::kAlongRow}) {
     if (name == pattern_name(pattern)) return pattern;
   }
-  throw py::value_error(
+  throw std::invalid_argument(
       "make_plan: expected pattern to be auto, along_s, along_c or along_row, got " + name);
 }
 
-// What is forced, as options_from_dict takes it.
-py::dict to_dict(const PlanOptions& options) {
-  py::dict result;
-  if (options.index_bits > 0) result["index_bits"] = options.index_bits;
-  if (options.splits > 0) result["splits"] = options.splits;
-  result["strategy"] = options.strategy == Strategy::kTeam ? "team" : "two_pass";
+// What is forced, as options_from_values takes it.
+NamedValues to_values(const PlanOptions& options) {
+  NamedValues result;
+  if (options.index_bits > 0) put(result, "index_bits", options.index_bits);
+  if (options.splits > 0) put(result, "splits", options.splits);
+  put(result, "strategy", options.strategy == Strategy::kTeam ? "team" : "two_pass");
   if (options.strategy == Strategy::kTwoPass) return result;
-  result["scope"] = scope_name(options.scope);
-  result["team_size"] = options.team_size;
-  if (options.depth) result["depth"] = depth_name(*options.depth);
-  if (options.slab > 0) result["slab"] = options.slab;
-  if (options.pattern) result["pattern"] = pattern_name(*options.pattern);
+  put(result, "scope", scope_name(options.scope));
+  put(result, "team_size", options.team_size);
+  if (options.depth) put(result, "depth", depth_name(*options.depth));
+  if (options.slab > 0) put(result, "slab", options.slab);
+  if (options.pattern) put(result, "pattern", pattern_name(*options.pattern));
   return result;
 }
 
-py::dict to_dict(const Plan& plan) {
-  using py::literals::operator""_a;
-  py::dict result("strategy"_a = plan.strategy == Strategy::kTeam ? "team" : "two_pass",
-                  "reason"_a = plan.reason, "pattern"_a = pattern_name(plan.pattern),
-                  "vec"_a = plan.vec, "launches"_a = plan.launches,
-                  "workspace_bytes"_a = plan.workspace_bytes,
-                  "compulsory_bytes"_a = plan.compulsory_bytes,
-                  "reread_bytes"_a = plan.reread_bytes, "predicted_bytes"_a = plan.predicted_bytes);
+NamedValues to_values(const Plan& plan) {
+  NamedValues result;
+  put(result, "strategy", plan.strategy == Strategy::kTeam ? "team" : "two_pass");
+  put(result, "reason", plan.reason);
+  put(result, "pattern", pattern_name(plan.pattern));
+  put(result, "vec", plan.vec);
+  put(result, "launches", plan.launches);
+  put(result, "workspace_bytes", plan.workspace_bytes);
+  put(result, "compulsory_bytes", plan.compulsory_bytes);
+  put(result, "reread_bytes", plan.reread_bytes);
+  put(result, "predicted_bytes", plan.predicted_bytes);
   if (plan.strategy == Strategy::kTeam) {
-    result["team"] = to_dict(plan.team);
+    put(result, "team", to_values(plan.team));
     return result;
   }
   if (plan.has_reduce) {
-    result["reduce"] = to_dict(plan.reduce);
-    result["merge"] = py::dict("rows"_a = plan.merge.rows, "threads_x"_a = plan.merge.threads_x,
-                               "threads_y"_a = plan.merge.threads_y, "grid"_a = plan.merge.grid,
-                               "shared_bytes"_a = plan.merge.shared_bytes);
+    put(result, "reduce", to_values(plan.reduce));
+    NamedValues merge;
+    put(merge, "rows", plan.merge.rows);
+    put(merge, "threads_x", plan.merge.threads_x);
+    put(merge, "threads_y", plan.merge.threads_y);
+    put(merge, "grid", plan.merge.grid);
+    put(merge, "shared_bytes", plan.merge.shared_bytes);
+    put(result, "merge", merge);
   }
-  if (plan.has_elementwise) result["elementwise"] = to_dict(plan.elementwise);
+  if (plan.has_elementwise) put(result, "elementwise", to_values(plan.elementwise));
   return result;
 }
 
 }  // namespace
 
-py::dict to_dict(const DeviceInfo& device) {
-  py::dict result;
-  visit_fields(device, [&](const char* key, const auto& value) { result[key] = value; });
+NamedValues to_values(const DeviceInfo& device) {
+  NamedValues result;
+  visit_fields(device, [&](const char* key, const auto& value) { put(result, key, value); });
   return result;
 }
 
-PlanOptions options_from_dict(const py::dict& options) {
+PlanOptions options_from_values(NamedValues left) {
   PlanOptions parsed;
-  py::dict left(options.attr("copy")());
   take(left, "index_bits", parsed.index_bits);
   take(left, "splits", parsed.splits);
   take(left, "team_size", parsed.team_size);
@@ -247,7 +336,7 @@ namespace {
 
 // Takes the problem's part out of `left`.
 Problem take_problem(const std::string& op, int64_t n, int64_t c, int64_t s,
-                     const std::string& dtype, py::dict& left) {
+                     const std::string& dtype, NamedValues& left) {
   Problem problem;
   problem.op = parse_op(op);
   problem.dtype = parse_dtype(dtype);
@@ -266,9 +355,9 @@ Problem take_problem(const std::string& op, int64_t n, int64_t c, int64_t s,
   return problem;
 }
 
-DeviceInfo described(const DeviceInfo& base, const py::dict& device) {
-  DeviceInfo result = base;
-  py::dict left(device.attr("copy")());
+DeviceInfo described(const NamedValues& device) {
+  DeviceInfo result;
+  NamedValues left = device;
   visit_fields(result, [&](const char* key, auto& value) { take(left, key, value); });
   check_empty(left, "device property");
   return result;
@@ -276,42 +365,45 @@ DeviceInfo described(const DeviceInfo& base, const py::dict& device) {
 
 }  // namespace
 
-py::dict plan_as_dict(const std::string& op, int64_t n, int64_t c, int64_t s,
-                      const std::string& dtype, const DeviceInfo& base, const py::dict& device,
-                      const py::dict& options) {
-  py::dict left(options.attr("copy")());
+NamedValues plan_as_values(const std::string& op, int64_t n, int64_t c, int64_t s,
+                           const std::string& dtype, const NamedValues& device,
+                           const NamedValues& options) {
+  NamedValues left = options;
   const Problem problem = take_problem(op, n, c, s, dtype, left);
-  return to_dict(make_plan(problem, described(base, device), options_from_dict(left)));
+  return to_values(make_plan(problem, described(device), options_from_values(left)));
 }
 
-std::vector<py::dict> candidates_as_dicts(const std::string& op, int64_t n, int64_t c, int64_t s,
-                                          const std::string& dtype, const py::dict& device,
-                                          const py::dict& options, const py::dict& costs) {
-  using py::literals::operator""_a;
-  py::dict left(options.attr("copy")());
+std::vector<NamedValues> candidates_as_values(const std::string& op, int64_t n, int64_t c,
+                                              int64_t s, const std::string& dtype,
+                                              const NamedValues& device, const NamedValues& options,
+                                              const NamedValues& costs) {
+  NamedValues left = options;
   const Problem problem = take_problem(op, n, c, s, dtype, left);
   CostModel model;
-  py::dict costs_left(costs.attr("copy")());
+  NamedValues costs_left = costs;
   visit_costs(model,
               [&](const std::string& key, double& value) { take(costs_left, key.c_str(), value); });
   check_empty(costs_left, "cost");
-  std::vector<py::dict> result;
+  std::vector<NamedValues> result;
   for (const PlanCandidate& each :
-       plan_candidates(problem, described({}, device), options_from_dict(left), model)) {
+       plan_candidates(problem, described(device), options_from_values(left), model)) {
     const Plan& plan = each.plan;
     const int64_t splits = plan.has_reduce ? plan.reduce.splits : plan.elementwise.splits;
-    result.push_back(py::dict("options"_a = to_dict(each.options), "cost"_a = plan.cost,
-                              "splits"_a = plan.strategy == Strategy::kTeam ? 0 : splits,
-                              "predicted_bytes"_a = plan.predicted_bytes,
-                              "chosen"_a = each.chosen));
+    NamedValues& candidate = result.emplace_back();
+    put(candidate, "options", to_values(each.options));
+    put(candidate, "cost", plan.cost);
+    put(candidate, "splits", plan.strategy == Strategy::kTeam ? 0 : splits);
+    put(candidate, "predicted_bytes", plan.predicted_bytes);
+    put(candidate, "chosen", each.chosen);
   }
   return result;
 }
 
-py::dict cost_model_as_dict() {
-  py::dict result;
+NamedValues cost_model_as_values() {
+  NamedValues result;
   const CostModel model;
-  visit_costs(model, [&](const std::string& key, double value) { result[key.c_str()] = value; });
+  visit_costs(model,
+              [&](const std::string& key, double value) { put(result, key.c_str(), value); });
   return result;
 }
 

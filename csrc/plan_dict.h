@@ -1,33 +1,43 @@
-// The plan, its problem and its device as Python dictionaries.
+// The plan, its problem and its device as named values, which bindings.cpp makes dictionaries of.
+// No Python here: pybind11 costs the compiler ten times what all of this does.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
+#include <cstdint>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "plan.h"
 
 namespace batchnorm_cuda {
 
-pybind11::dict to_dict(const DeviceInfo& device);
-PlanOptions options_from_dict(const pybind11::dict& options);
+struct NamedValue;
+using NamedValues = std::vector<NamedValue>;  // in the order of the dictionary
+using Value = std::variant<bool, int64_t, double, std::string, NamedValues>;
 
-// Keys of `device` override `base`; unknown keys are a ValueError. Shifts are in elements; absent
-// tensors are -1.
-pybind11::dict plan_as_dict(const std::string& op, int64_t n, int64_t c, int64_t s,
-                            const std::string& dtype, const DeviceInfo& base,
-                            const pybind11::dict& device, const pybind11::dict& options);
+struct NamedValue {
+  std::string name;
+  Value value;
+};
 
-// The candidates of the same problem, each with "options" that force it; keys of `costs` override
+NamedValues to_values(const DeviceInfo& device);
+
+// Here and below: unknown names, and values that are no choice, are a std::invalid_argument.
+PlanOptions options_from_values(NamedValues left);
+
+// Values of `device` override the default device. Shifts are in elements; absent tensors are -1.
+NamedValues plan_as_values(const std::string& op, int64_t n, int64_t c, int64_t s,
+                           const std::string& dtype, const NamedValues& device,
+                           const NamedValues& options);
+
+// The candidates of the same problem, each with "options" that force it; values of `costs` override
 // the default costs.
-std::vector<pybind11::dict> candidates_as_dicts(const std::string& op, int64_t n, int64_t c,
-                                                int64_t s, const std::string& dtype,
-                                                const pybind11::dict& device,
-                                                const pybind11::dict& options,
-                                                const pybind11::dict& costs);
+std::vector<NamedValues> candidates_as_values(const std::string& op, int64_t n, int64_t c,
+                                              int64_t s, const std::string& dtype,
+                                              const NamedValues& device, const NamedValues& options,
+                                              const NamedValues& costs);
 
 // The constants of the cost model that may be fitted, and their values.
-pybind11::dict cost_model_as_dict();
+NamedValues cost_model_as_values();
 
 }  // namespace batchnorm_cuda

@@ -1,4 +1,4 @@
-// Geometry of the kernels that merge what the ranks have gathered (merge_ranks.cu): part of the
+// Geometry of the kernels that merge what the ranks have gathered (merge_ranks.cuh): part of the
 // plan, but a matter of the number of channels alone.
 #pragma once
 

@@ -7,7 +7,6 @@
 
 #include "device_context.h"
 #include "plan_cache.h"
-#include "tensors.h"
 
 namespace batchnorm_cuda {
 namespace {

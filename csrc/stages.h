@@ -2,11 +2,9 @@
 // have in common. Templates, because scalar_t goes through to the kernels.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include <limits>
 
-#include "launch.h"
+#include "kernel_table.h"
 #include "ops.h"
 #include "tensors.h"
 
@@ -62,7 +60,7 @@ struct Forward {
     relu = fusion.relu;
     if (relu && fusion.need_mask) {
       const int64_t bytes = mask_bytes_of(input);
-      mask = at::empty({whole_words(bytes)}, input.options().dtype(at::kByte));
+      mask = allocate({whole_words(bytes)}, input.options().dtype(at::kByte));
       if (mask->numel() != bytes) mask = mask->narrow(0, 0, bytes);
     }
     if (fusion.residual && input.numel() > 0) {
@@ -88,7 +86,7 @@ FusedForward<scalar_t> fused_params(const Forward& f, const Traversal& t, cudaSt
     TORCH_INTERNAL_ASSERT(f.problem.output_shift == 0, "the output is on no 16-byte boundary");
     params.mask = f.mask->mutable_data_ptr<uint8_t>();
     const int64_t bytes = whole_words(f.mask->numel());
-    if (!t.exact) check_launch(launch_clear_mask(params.mask, bytes, stream), "memset");
+    if (!t.exact) check_launch(clear_mask(params.mask, bytes, stream), "memset");
   }
   return params;
 }
@@ -119,7 +117,8 @@ Partials<acc_type<scalar_t>> collect_statistics(const Forward& f, const Plan& pl
   params.traversal = plan.reduce;
   params.input = pointer_to<scalar_t>(f.input);
   params.partials = {workspace.data<acc_type<scalar_t>>(), plan.merge.rows, plan.reduce.c};
-  check_launch(launch_statistics(plan.pattern, params, stream), "collect_statistics_kernel");
+  check_launch(kernels<scalar_t>().statistics(plan.pattern, params, stream),
+               "collect_statistics_kernel");
   return params.partials;
 }
 
@@ -142,11 +141,12 @@ void run_normalize(const Forward& f, const Plan& plan, cudaStream_t stream) {
   params.mean = static_cast<acc_t*>(f.save_mean.data_ptr());
   params.invstd = static_cast<acc_t*>(f.save_invstd.data_ptr());
   const Pattern pattern = plan.elementwise.pattern;
+  const KernelTable<scalar_t>& table = kernels<scalar_t>();
   const LaunchStatus status =
       f.problem.fused
-          ? launch_normalize(pattern, params, fused_params<scalar_t>(f, plan.elementwise, stream),
-                             stream)
-          : launch_normalize(pattern, params, stream);
+          ? table.fused_normalize(pattern, params,
+                                  fused_params<scalar_t>(f, plan.elementwise, stream), stream)
+          : table.normalize(pattern, params, stream);
   check_launch(status, "transform_input_kernel");
 }
 
@@ -221,10 +221,11 @@ void run_reduce(const Backward& b, const Plan& plan, const Sums& sums, cudaStrea
   params.mean = pointer_to<acc_t>(b.save_mean);
   params.invstd = pointer_to<acc_t>(b.save_invstd);
   params.partials = {workspace.data<acc_t>(), plan.merge.rows, plan.reduce.c};
+  const KernelTable<scalar_t>& table = kernels<scalar_t>();
   const LaunchStatus status =
       b.problem.fused
-          ? launch_backward_reduce(plan.pattern, params, fused_reads<scalar_t>(b), stream)
-          : launch_backward_reduce(plan.pattern, params, stream);
+          ? table.fused_backward_reduce(plan.pattern, params, fused_reads<scalar_t>(b), stream)
+          : table.backward_reduce(plan.pattern, params, stream);
   check_launch(status, "backward_reduce_kernel");
 
   MergeGradientsParams<acc_t> merge{};
@@ -236,7 +237,7 @@ void run_reduce(const Backward& b, const Plan& plan, const Sums& sums, cudaStrea
   }
   merge.grad_weight = param_pointer(b.grad_weight);
   merge.grad_bias = param_pointer(b.grad_bias);
-  check_launch(launch_merge_gradients(plan.merge, merge, stream), "merge_kernel");
+  check_launch(merges<acc_t>().gradients(plan.merge, merge, stream), "merge_kernel");
 }
 
 template <typename scalar_t>
@@ -259,10 +260,11 @@ void run_elementwise(const Backward& b, const Plan& plan, const Sums& sums, cuda
     params.sum_dy_xhat = pointer_to<acc_t>(sums.dy_xhat);
   }
   const Pattern pattern = plan.elementwise.pattern;
+  const KernelTable<scalar_t>& table = kernels<scalar_t>();
   const LaunchStatus status =
       b.problem.fused
-          ? launch_backward_elementwise(pattern, params, fused_params<scalar_t>(b), stream)
-          : launch_backward_elementwise(pattern, params, stream);
+          ? table.fused_backward_elementwise(pattern, params, fused_params<scalar_t>(b), stream)
+          : table.backward_elementwise(pattern, params, stream);
   check_launch(status, "backward_elementwise_kernel");
 }
 

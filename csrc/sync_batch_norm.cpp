@@ -1,5 +1,3 @@
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 
 #include "checks.h"
@@ -30,7 +28,7 @@ void run_moments(const Forward& f, const at::Tensor& row) {
   merge.shift = merge_shift(plan);
   merge.count = f.problem.n * f.problem.s;
   merge.moments = {static_cast<acc_t*>(row.data_ptr()), f.problem.c};
-  check_launch(launch_merge_moments(plan.merge, merge, stream), "merge_kernel");
+  check_launch(merges<acc_t>().moments(plan.merge, merge, stream), "merge_kernel");
 }
 
 template <typename scalar_t>
@@ -42,7 +40,7 @@ void run_merge_ranks(const Forward& f, const at::Tensor& gathered, const at::Ten
   params.count = static_cast<int64_t*>(count.data_ptr());
   params.statistics = statistics_output<acc_t>(f);
   const RankMergeGeometry geometry = plan_rank_merge(f.problem.c, device_info(f.input.device()));
-  check_launch(launch_merge_ranks(geometry, params, current_stream(f.input.device())),
+  check_launch(merges<acc_t>().ranks(geometry, params, current_stream(f.input.device())),
                "merge_ranks_kernel");
 }
 
@@ -54,7 +52,7 @@ void run_sum_ranks(const at::Tensor& gathered, const at::Tensor& sums) {
   params.gathered = pointer_to<acc_t>(gathered);
   params.sums = static_cast<acc_t*>(sums.data_ptr());
   const RankMergeGeometry geometry = plan_rank_merge(sums.numel(), device_info(sums.device()));
-  check_launch(launch_sum_ranks(geometry, params, current_stream(sums.device())),
+  check_launch(merges<acc_t>().sum_ranks(geometry, params, current_stream(sums.device())),
                "sum_ranks_kernel");
 }
 
@@ -98,7 +96,7 @@ SyncForward merge_and_normalize(const at::Tensor& input, const OptionalTensor& w
   const UpdatedInPlace mean(running_mean), var(running_var), counter(num_batches_tracked);
   Forward f{};
   f.input = dense(input);
-  f.output = at::empty_like(f.input);
+  f.output = allocate_like(f.input);
   f.save_mean = channel_vector(input);
   f.save_invstd = channel_vector(input);
   f.weight = packed(weight);
@@ -111,7 +109,7 @@ SyncForward merge_and_normalize(const at::Tensor& input, const OptionalTensor& w
   f.eps = eps;
   f.problem = describe_part(Op::kForwardTraining, f.input);
   f.fuse(fusion);
-  const at::Tensor count = at::empty({1}, input.options().dtype(at::kLong));
+  const at::Tensor count = allocate({1}, input.options().dtype(at::kLong));
   if (f.problem.c == 0) {
     if (num_batches_tracked) num_batches_tracked->add_(1);
     return {f, count.zero_()};
@@ -135,10 +133,10 @@ std::tuple<at::Tensor, OptionalTensor, OptionalTensor> reduce_gradients(
     const OptionalTensor& bias, const at::Tensor& mean, const at::Tensor& invstd,
     const OptionalTensor& mask, bool need_weight, bool need_bias) {
   const c10::DeviceGuard guard(input.device());
-  const at::Tensor sums = at::empty({2, input.size(1)}, statistics_options(input));
+  const at::Tensor sums = allocate({2, input.size(1)}, statistics_options(input));
   OptionalTensor grad_weight, grad_bias;
-  if (need_weight) grad_weight = at::empty({input.size(1)}, weight->options());
-  if (need_bias) grad_bias = at::empty({input.size(1)}, bias->options());
+  if (need_weight) grad_weight = allocate({input.size(1)}, weight->options());
+  if (need_bias) grad_bias = allocate({input.size(1)}, bias->options());
   if (input.numel() == 0) {
     if (need_weight) grad_weight->zero_();
     if (need_bias) grad_bias->zero_();
@@ -161,8 +159,8 @@ Backward form_gradients(const at::Tensor& grad_output, const at::Tensor& input,
                         const OptionalTensor& mask, bool need_input, bool need_residual) {
   const c10::DeviceGuard guard(input.device());
   Backward b = backward_part(grad_output, input, mean, invstd, mask);
-  if (need_input) b.grad_input = at::empty_like(b.input);
-  if (need_residual) b.grad_residual = at::empty_like(b.input);
+  if (need_input) b.grad_input = allocate_like(b.input);
+  if (need_residual) b.grad_residual = allocate_like(b.input);
   if (input.numel() == 0 || !(need_input || need_residual)) return b;
   b.weight = packed(weight);
   b.total_count = count;
@@ -185,7 +183,7 @@ Backward form_gradients(const at::Tensor& grad_output, const at::Tensor& input,
 at::Tensor sync_statistics(const at::Tensor& input) {
   check_sync_statistics(input);
   const c10::DeviceGuard guard(input.device());
-  const at::Tensor row = at::empty({moments_values(input)}, statistics_options(input));
+  const at::Tensor row = allocate({moments_values(input)}, statistics_options(input));
   if (input.numel() == 0) return row.zero_();
   Forward f{};
   f.input = dense(input);
@@ -245,7 +243,7 @@ at::Tensor sync_sum(const at::Tensor& gathered) {
   check_sum_ranks(gathered);
   const c10::DeviceGuard guard(gathered.device());
   const at::Tensor rows = gathered.contiguous();
-  const at::Tensor sums = at::empty(gathered.sizes().slice(1), gathered.options());
+  const at::Tensor sums = allocate(gathered.sizes().slice(1), gathered.options());
   if (sums.numel() == 0) return sums;
   if (gathered.scalar_type() == at::kDouble) {
     run_sum_ranks<double>(rows, sums);

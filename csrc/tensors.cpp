@@ -4,16 +4,11 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
-#include <mutex>
-
 #include "device_context.h"
 #include "dispatch.h"
 
 namespace batchnorm_cuda {
 namespace {
-
-std::mutex options_mutex;
-PlanOptions forced_options;
 
 bool same_memory_order(const at::Tensor& a, const at::Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d) {
@@ -25,24 +20,24 @@ bool same_memory_order(const at::Tensor& a, const at::Tensor& b) {
 // Forward-mode AD and torch.func pass tensors that stand for zeros or for negated values without
 // holding them. Looks before it asks the dispatcher, which costs more than the look.
 at::Tensor materialized(const at::Tensor& tensor) {
-  if (tensor._is_zerotensor()) return at::zeros(tensor.sizes(), tensor.options());
+  if (tensor._is_zerotensor()) return allocate_zeros(tensor.sizes(), tensor.options());
   return tensor.is_neg() ? tensor.resolve_neg() : tensor;
 }
 
 }  // namespace
 
-void set_plan_options(const PlanOptions& options) {
-  const std::lock_guard<std::mutex> lock(options_mutex);
-  forced_options = options;
-}
-
-PlanOptions plan_options() {
-  const std::lock_guard<std::mutex> lock(options_mutex);
-  return forced_options;
-}
-
 void check_launch(LaunchStatus status, const char* kernel) {
   TORCH_CHECK(status == 0, "batch_norm: launching ", kernel, " failed: ", describe_status(status));
+}
+
+at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return at::empty(sizes, options);
+}
+
+at::Tensor allocate_like(const at::Tensor& tensor) { return at::empty_like(tensor); }
+
+at::Tensor allocate_zeros(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return at::zeros(sizes, options);
 }
 
 at::Tensor dense(const at::Tensor& tensor) {
@@ -54,11 +49,11 @@ at::Tensor dense(const at::Tensor& tensor) {
 
 at::Tensor dense_like(const at::Tensor& tensor, const at::Tensor& like) {
   const at::Tensor resolved = materialized(tensor);
-  return same_memory_order(resolved, like) ? resolved : at::empty_like(like).copy_(resolved);
+  return same_memory_order(resolved, like) ? resolved : allocate_like(like).copy_(resolved);
 }
 
 at::Tensor on_boundary(const at::Tensor& tensor) {
-  return shift_of(tensor) == 0 ? tensor : at::empty_like(tensor).copy_(tensor);
+  return shift_of(tensor) == 0 ? tensor : allocate_like(tensor).copy_(tensor);
 }
 
 int shift_of(const at::Tensor& tensor) {
@@ -94,7 +89,7 @@ int64_t mask_bytes_of(const at::Tensor& input) {
 }
 
 at::Tensor channel_vector(const at::Tensor& input) {
-  return at::empty({input.size(1)}, statistics_options(input));
+  return allocate({input.size(1)}, statistics_options(input));
 }
 
 OptionalTensor packed(const OptionalTensor& tensor) {
@@ -112,7 +107,7 @@ ParamPointer param_pointer(const OptionalTensor& tensor) {
 Workspace allocate_workspace(const Plan& plan, const at::Tensor& input) {
   Workspace workspace;
   if (plan.workspace_bytes > 0) {
-    workspace.bytes = at::empty({plan.workspace_bytes}, input.options().dtype(at::kByte));
+    workspace.bytes = allocate({plan.workspace_bytes}, input.options().dtype(at::kByte));
   }
   if (plan.strategy == Strategy::kTeam && plan.team.sync_words > 0) {
     workspace.sync = sync_words(input.device(), plan.team.sync_words);

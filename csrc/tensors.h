@@ -8,11 +8,15 @@
 
 namespace batchnorm_cuda {
 
-// What set_plan_options forced.
-PlanOptions plan_options();
-
 // Throws where the status is an error.
 void check_launch(LaunchStatus status, const char* kernel);
+
+// New tensors: uninitialised, uninitialised with the memory order and options of another, and
+// zeros. The functions of torch that make them are declared among most of ATen, which costs the
+// compiler three times what at::Tensor does: tensors.cpp alone includes that.
+at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options);
+at::Tensor allocate_like(const at::Tensor& tensor);
+at::Tensor allocate_zeros(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // The tensor itself where its memory has no gaps or overlaps, else a copy in the suggested format.
 // Any such tensor is [N, C, S] in memory with S the channel stride: dimensions of smaller stride

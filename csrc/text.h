@@ -4,7 +4,8 @@
 // (seen on Ubuntu 24.04 with PyTorch 2.11, where the module named no libstdc++.so.6).
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+#include <c10/util/ArrayRef.h>
 
 #include <cstdio>
 #include <string>

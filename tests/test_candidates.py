@@ -176,11 +176,21 @@ def test_splits_of_two_passes_are_named(extension: ModuleType) -> None:
         ({"pattern": "along_n"}, "expected pattern to be auto, along_s, along_c or along_row"),
         ({"scope": "device"}, "expected scope to be auto, block, cluster or grid, got device"),
         ({"slabs": 4}, "unknown options {'slabs': 4}"),
+        ({"a": 0.1, "b": 1e-7, "c": True}, "unknown options {'a': 0.1, 'b': 1e-07, 'c': True}"),
+        ({"splits": 2.5}, "expected splits to be an int, got 2.5"),
+        ({"slab": 2**32}, "expected slab to be an int of 32 bits, got 4294967296"),
+        ({"depth": 3}, "expected depth to be a str, got 3"),
     ],
 )
 def test_wrong_options(extension: ModuleType, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         extension.make_plan("forward_training", 4, 8, 16, "float16", {}, options)
+
+
+def test_option_of_no_type(extension: ModuleType) -> None:
+    message = "expected splits to be a bool, int, float or str, got None"
+    with pytest.raises(TypeError, match=message):
+        extension.make_plan("forward_training", 4, 8, 16, "float16", {}, {"splits": None})
 
 
 def test_wrong_costs(extension: ModuleType) -> None:

@@ -39,8 +39,9 @@ PLAIN = [
         "plan_rows.cpp",
         "plan_team.cpp",
         "plan_team_layout.cpp",
-        "cluster_query.cu",
         "device_query.cpp",
+        "kernel_loading.cpp",
+        "launch.cpp",
     )
 ]
 CASES = re.findall(r'^    \{"(\w+)",', (EXCHANGE / "driver.cpp").read_text(), re.MULTILINE)
@@ -107,7 +108,7 @@ NOT_COOPERATIVE = Fault(
 )
 LAST_ROW_DROPPED = Fault(
     "last of more than 64 rows dropped",
-    "merge.cu",
+    "merge.cuh",
     "row < p.partials.rows",
     "row < p.partials.rows - (p.partials.rows > 64)",
 )
@@ -150,7 +151,7 @@ FAULTS = list(dict.fromkeys([*(row[0] for row in TABLE), *BARRIERS]))
 def driver():
     """The program with all faults, each behind its switch."""
     folder = build_folder()
-    kernels = {"kernels.cu": KERNELS, "merge.cu": (CSRC / "merge.cu").read_text()}
+    kernels = {"kernels.cu": KERNELS, "common.cu": (CSRC / "common.cu").read_text()}
     sources = {**SOURCES, **kernels}
     planted = {name: plant(name, text, enumerate(FAULTS)) for name, text in sources.items()}
     copy = folder / f"exchange-{digest_of(planted.values())}"

@@ -138,7 +138,7 @@ def test_odd_sizes_are_copied_asynchronously_too() -> None:
 
 
 def test_elementwise_kernels_with_edges_have_fewer_blocks_on_an_sm() -> None:
-    """Three on an SM by their launch bounds, or two: csrc/normalize.cu."""
+    """Three on an SM by their launch bounds, or two: csrc/normalize.cuh."""
     even = explain((32, 64, 56, 56), dtype=torch.float16, device="a100", op="eval")
     odd = explain((32, 64, 57, 57), dtype=torch.float16, device="a100", op="eval")
     for e, blocks in ((even, 3), (odd, 2)):

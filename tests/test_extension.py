@@ -62,11 +62,14 @@ def test_module_compiled_at_installation_is_taken(
 ) -> None:
     path = install_aot(monkeypatch, machine)
     installed = ModuleType("installed")
+    loaders = []
+    installed.set_kernel_loader = loaders.append
     monkeypatch.setattr(_extension, "_import", lambda name, path: installed)
     assert _extension.load_cuda() is installed
     assert capsys.readouterr().err == ""
     info = _extension.build_info()["loaded"]["cuda"]
     assert info["origin"] == "ahead of time" and info["path"] == str(path)
+    assert loaders[0]("half") == str(path.with_name("kernels_half.so"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_build import WORKER, toy  # noqa: F401
+from toy import WORKER
 
 # In every Python below, that of the build too: notes names that are looked up and connections that
 # are made. Sockets between processes of one machine are no network.
@@ -61,6 +61,6 @@ def test_a_look_is_seen(watched: Path) -> None:
     assert seen == ["socket.getaddrinfo", "socket.connect"]
 
 
-def test_import_and_build(watched: Path, toy: Path) -> None:  # noqa: F811
+def test_import_and_build(watched: Path, toy: Path) -> None:
     assert run(f"import batchnorm_cuda\n{WORKER}", toy) == "42"
     assert not watched.exists(), watched.read_text()

@@ -22,6 +22,8 @@ SPELLINGS = {
     "torch.Tensor": "Tensor",
     "dict[str, Any]": "dict",
     "dict[str, object]": "dict",
+    "collections.abc.Callable": "Callable",
+    "Callable[[str], str]": "Callable",
 }
 
 

@@ -405,7 +405,7 @@ def test_text(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("input", "output", "partials", "running_mean"):
         assert re.search(rf"^  {name} +(activation|workspace|parameter) ", text, re.MULTILINE)
     # The misaligned input is read element by element.
-    assert re.search(r"0\.\d+ .* read  input at normalize\.cu:\d+, transform_input_kernel", text)
+    assert re.search(r"0\.\d+ .* read  input at normalize\.cuh:\d+, transform_input_kernel", text)
 
 
 @pytest.mark.parametrize(

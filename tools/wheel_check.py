@@ -25,11 +25,15 @@ from bench.loading import ROOT
 from bench.toolkit import ToolkitError
 from bench.visit.rehearse import without_network
 
+# The first tensor of each dtype loads its kernels; without a GPU they are loaded by hand.
 _LOAD = """
-import json
+import ctypes, json
 import batchnorm_cuda
-from batchnorm_cuda import _extension
+from batchnorm_cuda import _extension, _sources
 _extension.load_cuda()
+for table in _sources.KERNEL_TABLES:
+    library = ctypes.CDLL(_extension._kernels_ahead_of_time(table))
+    getattr(library, f"batchnorm_cuda_kernels_{table}")
 print(json.dumps(batchnorm_cuda.build_info()))
 """
 
@@ -66,9 +70,9 @@ def load(python: Path, place: Path) -> dict[str, Any]:
     command = [*without_network(), str(python), "-c", _LOAD]
     command[0] = shutil.which(command[0]) or command[0]
     info = json.loads(_run(command, cwd=place, env=environment(place)).splitlines()[-1])
-    loaded = info["loaded"]["cuda"]
-    if loaded["origin"] != "ahead of time" or not Path(loaded["path"]).is_relative_to(place):
-        raise CheckError(f"expected the wheel's own binary, got {loaded}")
+    for loaded in info["loaded"].values():
+        if loaded["origin"] != "ahead of time" or not Path(loaded["path"]).is_relative_to(place):
+            raise CheckError(f"expected the wheel's own binary, got {loaded}")
     if info["torch"] != torch.__version__:
         raise CheckError(f"expected torch {torch.__version__}, got {info['torch']}")
     if (place / "cache").exists():

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from batchnorm_cuda import _build, _recipes
-from batchnorm_cuda._compile import BuildError, Recipe
+from batchnorm_cuda._compile import BuildError
+from batchnorm_cuda._recipes import AnyRecipe
 from batchnorm_cuda._toolkit import ToolkitError
 
 from .folder import MOST_BYTES
@@ -29,22 +30,24 @@ NAME = "build.tar.gz"
 _MOST_PIECES = 2  # other files are to come back, too
 
 
-def contents(cache: Path, recipe: Recipe, objects: bool) -> list[Path]:
-    """The module and what its folder records, and if wanted the objects of which it is made."""
-    files = sorted(path for path in (cache / recipe.folder).glob("*") if path.suffix != ".o")
-    if objects:
-        files += [cache / "objects" / recipe.object_name(path) for path in recipe.all_sources]
+def contents(cache: Path, recipes: Sequence[AnyRecipe], objects: bool) -> list[Path]:
+    """The modules and what their folders record, and if wanted the objects they are made of."""
+    files: list[Path] = []
+    for recipe in recipes:
+        files += sorted(path for path in (cache / recipe.folder).glob("*") if path.suffix != ".o")
+        if objects:
+            files += [cache / "objects" / recipe.object_name(path) for path in recipe.all_sources]
     return [path for path in files if path.is_file() and not path.is_symlink()]
 
 
-def find_recipe(cache: Path) -> Recipe | None:
+def find_recipes(cache: Path) -> list[AnyRecipe]:
     """Of what is built: for the GPU, else for the host."""
-    for make in (_recipes.cuda_recipe, _recipes.emulated_recipe):
+    for make in (_recipes.all_cuda_recipes, lambda: [_recipes.emulated_recipe()]):
         with contextlib.suppress(ToolkitError, BuildError):  # no nvcc, no torch for it
-            recipe = make()
-            if (cache / recipe.folder).is_dir():
-                return recipe
-    return None
+            recipes = make()
+            if all((cache / recipe.folder).is_dir() for recipe in recipes):
+                return recipes
+    return []
 
 
 def pack(cache: Path, out: Path, files: Sequence[Path], most: int = MOST_BYTES - 1) -> list[Path]:
@@ -82,20 +85,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.visit.save_build", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     cache, out = _build.cache_dir(), parser.parse_args().out
-    recipe = find_recipe(cache)
-    if recipe is None:
+    recipes = find_recipes(cache)
+    if not recipes:
         print(f"nothing is built in {cache}")
         return NOTHING_TO_RUN_ON
     for objects in (True, False):
-        files = contents(cache, recipe, objects)
+        files = contents(cache, recipes, objects)
         written = pack(cache, out, files)
         if written:
             kind = "with" if objects else "without"
             size = sum(path.stat().st_size for path in written) / 1e6
             names = ", ".join(path.name for path in written)
-            print(f"{recipe.folder}: {len(files)} files, {kind} objects, {size:.1f} MB in {names}")
+            print(
+                f"{recipes[0].folder}: {len(files)} files, {kind} objects, {size:.1f} MB in {names}"
+            )
             return 0
-    print(f"{recipe.folder} is too large to be kept, even compressed")
+    print(f"{recipes[0].folder} is too large to be kept, even compressed")
     return NOTHING_TO_RUN_ON
 
 

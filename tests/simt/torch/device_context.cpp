@@ -2,12 +2,12 @@
 // stream, on which every launch is complete when it returns.
 #include "device_context.h"
 
-#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include "device_query.h"
 #include "known_devices.h"
 #include "simt.h"
+#include "tensors.h"
 
 namespace batchnorm_cuda {
 namespace {
@@ -39,7 +39,7 @@ cudaStream_t current_stream(c10::Device) { return nullptr; }
 at::Tensor sync_words(c10::Device, int64_t words) {
   // One set a thread stands for one a stream: launches of one thread follow one another.
   static thread_local at::Tensor tensor;
-  if (!tensor.defined() || tensor.numel() < words) tensor = at::zeros({words}, at::kLong);
+  if (!tensor.defined() || tensor.numel() < words) tensor = allocate_zeros({words}, at::kLong);
   return tensor;
 }
 

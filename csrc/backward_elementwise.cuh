@@ -2,16 +2,17 @@
 //   grad_input = weight*invstd * (dy - sum_dy/count - x̂ * sum_dy_xhat/count);
 // eval, where the statistics are constants and x is not read: grad_input = weight*invstd * dy.
 // dy may be that of a fused ReLU, and is then the gradient of a residual as well (fused.cuh).
+#pragma once
+
 #include "formulas.cuh"
 #include "fused.cuh"
 #include "launch.cuh"
 
 namespace batchnorm_cuda {
-namespace {
 
 template <typename Cursor, typename Params>
-__device__ __forceinline__ auto load_channel(const Params& p, const Cursor& cursor, int lane,
-                                             typename Params::acc_t count) {
+__device__ __forceinline__ auto load_gradient(const Params& p, const Cursor& cursor, int lane,
+                                              typename Params::acc_t count) {
   using acc_t = typename Params::acc_t;
   if (!cursor.channel_valid(lane)) return GradInput<acc_t>{0};
   const int64_t c = cursor.channel(lane);
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kStageThreads, elementwise_blocks_per_sm(Curso
     Cursor cursor(p.traversal, task);
     GradInput<acc_t> channel[Cursor::kChannels];
 #pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_channel(p, cursor, c, total);
+    for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_gradient(p, cursor, c, total);
     const auto count = cursor.seek_end();
     for (auto i = count; i > 0; i -= kUnrollPairs) {
       Window<typename Cursor::index_t> windows[kUnrollPairs];
@@ -80,12 +81,10 @@ __global__ void __launch_bounds__(kStageThreads, elementwise_blocks_per_sm(Curso
   }
 }
 
-}  // namespace
-
 // ---------------------------------------------------------------------------- launchers
 
 template <typename Cursor, typename Params, typename Epilogue>
-LaunchStatus launch_mode(const Params& params, const Epilogue& epilogue, cudaStream_t stream) {
+LaunchStatus launch_gradients(const Params& params, const Epilogue& epilogue, cudaStream_t stream) {
   const Traversal& t = params.traversal;
   const auto kernel = params.input ? backward_elementwise_kernel<Cursor, true, Epilogue>
                                    : backward_elementwise_kernel<Cursor, false, Epilogue>;
@@ -98,8 +97,8 @@ LaunchStatus launch_backward_elementwise(Pattern pattern,
                                          cudaStream_t stream) {
   const Traversal& t = params.traversal;
   return with_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
-    return launch_mode<typename decltype(tag)::type>(params, Identity<acc_type<scalar_t>>{},
-                                                     stream);
+    return launch_gradients<typename decltype(tag)::type>(params, Identity<acc_type<scalar_t>>{},
+                                                          stream);
   });
 }
 
@@ -110,28 +109,8 @@ LaunchStatus launch_backward_elementwise(Pattern pattern,
                                          cudaStream_t stream) {
   const Traversal& t = params.traversal;
   return with_fused_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
-    return launch_mode<typename decltype(tag)::type>(params, fused, stream);
+    return launch_gradients<typename decltype(tag)::type>(params, fused, stream);
   });
 }
-
-template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<__half>&,
-                                                  cudaStream_t);
-template LaunchStatus launch_backward_elementwise(Pattern,
-                                                  const BackwardElementwiseParams<__nv_bfloat16>&,
-                                                  cudaStream_t);
-template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<float>&,
-                                                  cudaStream_t);
-template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<double>&,
-                                                  cudaStream_t);
-template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<__half>&,
-                                                  const FusedBackward<__half>&, cudaStream_t);
-template LaunchStatus launch_backward_elementwise(Pattern,
-                                                  const BackwardElementwiseParams<__nv_bfloat16>&,
-                                                  const FusedBackward<__nv_bfloat16>&,
-                                                  cudaStream_t);
-template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<float>&,
-                                                  const FusedBackward<float>&, cudaStream_t);
-template LaunchStatus launch_backward_elementwise(Pattern, const BackwardElementwiseParams<double>&,
-                                                  const FusedBackward<double>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

@@ -3,12 +3,13 @@
 // A thread loads kUnroll windows at a time and merges them, as one batch, into the statistics of
 // its channels (accumulate.cuh); the block merges its threads (reduce.cuh) and writes one partial
 // result per channel: [splits, C].
+#pragma once
+
 #include "accumulate.cuh"
 #include "launch.cuh"
 #include "partials.cuh"
 
 namespace batchnorm_cuda {
-namespace {
 
 template <typename Cursor>
 __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
@@ -52,8 +53,6 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   }
 }
 
-}  // namespace
-
 // ---------------------------------------------------------------------------- launchers
 
 template <typename scalar_t>
@@ -66,11 +65,5 @@ LaunchStatus launch_statistics(Pattern pattern, const StatisticsParams<scalar_t>
                          stream, params);
   });
 }
-
-template LaunchStatus launch_statistics(Pattern, const StatisticsParams<__half>&, cudaStream_t);
-template LaunchStatus launch_statistics(Pattern, const StatisticsParams<__nv_bfloat16>&,
-                                        cudaStream_t);
-template LaunchStatus launch_statistics(Pattern, const StatisticsParams<float>&, cudaStream_t);
-template LaunchStatus launch_statistics(Pattern, const StatisticsParams<double>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

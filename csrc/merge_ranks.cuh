@@ -6,11 +6,12 @@
 // units that only their largest magnitude decides, and integers add up exactly (docs/sync.md).
 //
 // A thread serves one column; the rows of neighbouring threads are neighbours in memory.
+#pragma once
+
 #include "launch.cuh"
 #include "statistics.cuh"
 
 namespace batchnorm_cuda {
-namespace {
 
 // Bits of a term, and of the sum: one is left for the sign and one for the rounding of the terms.
 constexpr int kSumBits = 62;
@@ -108,8 +109,6 @@ __global__ void __launch_bounds__(kRankMergeThreads)
   }
 }
 
-}  // namespace
-
 // ---------------------------------------------------------------------------- launchers
 
 template <typename acc_t>
@@ -125,14 +124,5 @@ LaunchStatus launch_sum_ranks(const RankMergeGeometry& geometry,
   return launch_kernel(sum_ranks_kernel<acc_t>, geometry.grid, dim3(kRankMergeThreads), 0, stream,
                        params);
 }
-
-template LaunchStatus launch_merge_ranks(const RankMergeGeometry&, const MergeRanksParams<float>&,
-                                         cudaStream_t);
-template LaunchStatus launch_merge_ranks(const RankMergeGeometry&, const MergeRanksParams<double>&,
-                                         cudaStream_t);
-template LaunchStatus launch_sum_ranks(const RankMergeGeometry&, const SumRanksParams<float>&,
-                                       cudaStream_t);
-template LaunchStatus launch_sum_ranks(const RankMergeGeometry&, const SumRanksParams<double>&,
-                                       cudaStream_t);
 
 }  // namespace batchnorm_cuda

@@ -2,12 +2,13 @@
 // where ggx is the gradient of grad_input: Σ dy, Σ dy·x̂, Σ ggx, Σ ggx·x̂ and Σ ggx·dy with
 // x̂ = (x - mean) * invstd. One partial result per channel and split: [splits, C]. Products and sums
 // are in acc_t, whatever the activation dtype. A tensor that takes no part is not read.
+#pragma once
+
 #include "accumulate.cuh"
 #include "launch.cuh"
 #include "partials.cuh"
 
 namespace batchnorm_cuda {
-namespace {
 
 template <typename Cursor>
 __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
@@ -65,8 +66,6 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   }
 }
 
-}  // namespace
-
 // ---------------------------------------------------------------------------- launchers
 
 template <typename scalar_t>
@@ -80,17 +79,5 @@ LaunchStatus launch_double_backward_reduce(Pattern pattern,
                          stream, params);
   });
 }
-
-template LaunchStatus launch_double_backward_reduce(Pattern,
-                                                    const DoubleBackwardReduceParams<__half>&,
-                                                    cudaStream_t);
-template LaunchStatus launch_double_backward_reduce(
-    Pattern, const DoubleBackwardReduceParams<__nv_bfloat16>&, cudaStream_t);
-template LaunchStatus launch_double_backward_reduce(Pattern,
-                                                    const DoubleBackwardReduceParams<float>&,
-                                                    cudaStream_t);
-template LaunchStatus launch_double_backward_reduce(Pattern,
-                                                    const DoubleBackwardReduceParams<double>&,
-                                                    cudaStream_t);
 
 }  // namespace batchnorm_cuda

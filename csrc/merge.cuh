@@ -4,13 +4,14 @@
 // grad_bias, or the five of the double backward.
 //
 // threadIdx.x is the channel, threadIdx.y takes every threads_y-th row; column_reduce merges.
+#pragma once
+
 #include "formulas.cuh"
 #include "launch.cuh"
 #include "partials.cuh"
 #include "statistics.cuh"
 
 namespace batchnorm_cuda {
-namespace {
 
 // Every row of the workspace begins with the channel of the row group's first lane.
 template <typename acc_t>
@@ -83,8 +84,6 @@ LaunchStatus launch_merge(const MergeGeometry& g, const Params& params, cudaStre
                        g.shared_bytes, stream, params);
 }
 
-}  // namespace
-
 // ---------------------------------------------------------------------------- launchers
 
 template <typename acc_t>
@@ -113,32 +112,5 @@ LaunchStatus launch_merge_double_gradients(const MergeGeometry& geometry,
                                            cudaStream_t stream) {
   return launch_merge<DoubleGradSums<acc_t>>(geometry, params, stream);
 }
-
-const char* describe_status(LaunchStatus status) {
-  return cudaGetErrorString(static_cast<cudaError_t>(status));
-}
-
-const char* name_of_status(LaunchStatus status) {
-  return cudaGetErrorName(static_cast<cudaError_t>(status));
-}
-
-template LaunchStatus launch_merge_statistics(const MergeGeometry&,
-                                              const MergeStatisticsParams<float>&, cudaStream_t);
-template LaunchStatus launch_merge_statistics(const MergeGeometry&,
-                                              const MergeStatisticsParams<double>&, cudaStream_t);
-template LaunchStatus launch_merge_moments(const MergeGeometry&, const MergeMomentsParams<float>&,
-                                           cudaStream_t);
-template LaunchStatus launch_merge_moments(const MergeGeometry&, const MergeMomentsParams<double>&,
-                                           cudaStream_t);
-template LaunchStatus launch_merge_gradients(const MergeGeometry&,
-                                             const MergeGradientsParams<float>&, cudaStream_t);
-template LaunchStatus launch_merge_gradients(const MergeGeometry&,
-                                             const MergeGradientsParams<double>&, cudaStream_t);
-template LaunchStatus launch_merge_double_gradients(const MergeGeometry&,
-                                                    const MergeDoubleGradientsParams<float>&,
-                                                    cudaStream_t);
-template LaunchStatus launch_merge_double_gradients(const MergeGeometry&,
-                                                    const MergeDoubleGradientsParams<double>&,
-                                                    cudaStream_t);
 
 }  // namespace batchnorm_cuda

@@ -2,15 +2,17 @@
 // (the gradient of grad_input) and x: the gradients of dy and of x, as formulas.cuh has them. In
 // eval mode the statistics are constants, so that the gradient of x needs dy alone. A tensor that
 // takes no part is not read, an output that is not wanted not written.
+#pragma once
+
 #include "formulas.cuh"
 #include "launch.cuh"
 #include "partials.cuh"
 
 namespace batchnorm_cuda {
-namespace {
 
 template <bool kTraining, typename Cursor, typename Params>
-__device__ __forceinline__ auto load_channel(const Params& p, const Cursor& cursor, int lane) {
+__device__ __forceinline__ auto load_double_gradient(const Params& p, const Cursor& cursor,
+                                                     int lane) {
   using acc_t = typename Params::acc_t;
   if (!cursor.channel_valid(lane)) return DoubleGrad<acc_t>{};
   const int64_t c = cursor.channel(lane);
@@ -26,12 +28,12 @@ __device__ __forceinline__ auto load_channel(const Params& p, const Cursor& curs
 
 // The three windows at one position.
 template <typename scalar_t>
-struct Inputs {
+struct DoubleBackwardInputs {
   Vec<scalar_t> dy, ggx, x;
 };
 
 template <Lanes kLanes, bool kExact, typename scalar_t, typename index_t>
-__device__ __forceinline__ Inputs<scalar_t> load_inputs(
+__device__ __forceinline__ DoubleBackwardInputs<scalar_t> load_inputs(
     const DoubleBackwardElementwiseParams<scalar_t>& p, const Window<index_t>& window) {
   const int64_t numel = p.traversal.numel;
   return {
@@ -42,9 +44,10 @@ __device__ __forceinline__ Inputs<scalar_t> load_inputs(
 }
 
 template <Lanes kLanes, bool kTraining, typename scalar_t, typename index_t, int kChannels>
-__device__ __forceinline__ void store_outputs(
+__device__ __forceinline__ void store_double_gradients(
     const DoubleBackwardElementwiseParams<scalar_t>& p, const Window<index_t>& window,
-    const Inputs<scalar_t>& in, const DoubleGrad<acc_type<scalar_t>> (&channel)[kChannels]) {
+    const DoubleBackwardInputs<scalar_t>& in,
+    const DoubleGrad<acc_type<scalar_t>> (&channel)[kChannels]) {
   constexpr int kVecSize = kVec<scalar_t>;
   acc_type<scalar_t> ddy[kVecSize], dx[kVecSize];
 #pragma unroll
@@ -74,11 +77,11 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     DoubleGrad<acc_type<scalar_t>> channel[Cursor::kChannels];
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) {
-      channel[c] = load_channel<kTraining>(p, cursor, c);
+      channel[c] = load_double_gradient<kTraining>(p, cursor, c);
     }
     while (cursor.left > 0) {
       Window<typename Cursor::index_t> windows[kUnrollTriples];
-      Inputs<scalar_t> inputs[kUnrollTriples];
+      DoubleBackwardInputs<scalar_t> inputs[kUnrollTriples];
 #pragma unroll
       for (int u = 0; u < kUnrollTriples; ++u) {
         windows[u] = {0, 0, 0};
@@ -87,17 +90,15 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
       }
 #pragma unroll
       for (int u = 0; u < kUnrollTriples; ++u) {
-        store_outputs<Cursor::kLanes, kTraining>(p, windows[u], inputs[u], channel);
+        store_double_gradients<Cursor::kLanes, kTraining>(p, windows[u], inputs[u], channel);
       }
     }
     for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
       const auto inputs = load_inputs<Lanes::kMasked, kExact>(p, edge);
-      store_outputs<Lanes::kMasked, kTraining>(p, edge, inputs, channel);
+      store_double_gradients<Lanes::kMasked, kTraining>(p, edge, inputs, channel);
     });
   }
 }
-
-}  // namespace
 
 // ---------------------------------------------------------------------------- launchers
 
@@ -112,14 +113,5 @@ LaunchStatus launch_double_backward_elementwise(
     return launch_kernel(kernel, t.grid, block_of(t), 0, stream, params);
   });
 }
-
-template LaunchStatus launch_double_backward_elementwise(
-    Pattern, const DoubleBackwardElementwiseParams<__half>&, cudaStream_t);
-template LaunchStatus launch_double_backward_elementwise(
-    Pattern, const DoubleBackwardElementwiseParams<__nv_bfloat16>&, cudaStream_t);
-template LaunchStatus launch_double_backward_elementwise(
-    Pattern, const DoubleBackwardElementwiseParams<float>&, cudaStream_t);
-template LaunchStatus launch_double_backward_elementwise(
-    Pattern, const DoubleBackwardElementwiseParams<double>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

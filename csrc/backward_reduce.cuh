@@ -2,13 +2,14 @@
 // sum_dy = Σ dy and sum_dy_xhat = Σ dy·x̂ with x̂ = (x - mean) * invstd. One partial result per
 // channel and split: [splits, C]. Products and sums are in acc_t, whatever the activation dtype.
 // dy may be that of a fused ReLU (fused.cuh).
+#pragma once
+
 #include "accumulate.cuh"
 #include "fused.cuh"
 #include "launch.cuh"
 #include "partials.cuh"
 
 namespace batchnorm_cuda {
-namespace {
 
 template <typename Cursor, typename Epilogue>
 __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
@@ -60,8 +61,6 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   }
 }
 
-}  // namespace
-
 // ---------------------------------------------------------------------------- launchers
 
 template <typename scalar_t>
@@ -86,22 +85,5 @@ LaunchStatus launch_backward_reduce(Pattern pattern, const BackwardReduceParams<
                          block_of(t), t.shared_bytes, stream, params, fused);
   });
 }
-
-template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<__half>&,
-                                             cudaStream_t);
-template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<__nv_bfloat16>&,
-                                             cudaStream_t);
-template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<float>&,
-                                             cudaStream_t);
-template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<double>&,
-                                             cudaStream_t);
-template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<__half>&,
-                                             const FusedBackward<__half>&, cudaStream_t);
-template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<__nv_bfloat16>&,
-                                             const FusedBackward<__nv_bfloat16>&, cudaStream_t);
-template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<float>&,
-                                             const FusedBackward<float>&, cudaStream_t);
-template LaunchStatus launch_backward_reduce(Pattern, const BackwardReduceParams<double>&,
-                                             const FusedBackward<double>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

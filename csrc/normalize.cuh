@@ -1,16 +1,17 @@
 // The elementwise half of the forward pass, y = (x - mean) * invstd * weight + bias, from saved
 // batch statistics (training) or from the running ones (eval), and what is fused to it (fused.cuh).
 // In eval the thread that owns a channel also leaves mean and invstd for the backward pass.
+#pragma once
+
 #include "formulas.cuh"
 #include "fused.cuh"
 #include "launch.cuh"
 
 namespace batchnorm_cuda {
-namespace {
 
 // What this thread's channels need; invalid channels (past C) get neutral values.
 template <typename Cursor, typename Params>
-__device__ __forceinline__ auto load_channel(const Params& p, const Cursor& cursor, int lane) {
+__device__ __forceinline__ auto load_normalize(const Params& p, const Cursor& cursor, int lane) {
   using acc_t = typename Params::acc_t;
   Normalize<acc_t> channel{0, 1, 0};
   if (!cursor.channel_valid(lane)) return channel;
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kStageThreads, elementwise_blocks_per_sm(Curso
     Cursor cursor(p.traversal, task);
     Normalize<acc_t> channel[Cursor::kChannels];
 #pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_channel(p, cursor, c);
+    for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_normalize(p, cursor, c);
     const auto count = cursor.seek_end();
     for (auto i = count; i > 0; i -= kWindows) {
       Window<typename Cursor::index_t> windows[kWindows];
@@ -84,8 +85,6 @@ __global__ void __launch_bounds__(kStageThreads, elementwise_blocks_per_sm(Curso
   }
 }
 
-}  // namespace
-
 // ---------------------------------------------------------------------------- launchers
 
 template <typename scalar_t>
@@ -110,23 +109,5 @@ LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& 
                          block_of(t), 0, stream, params, fused);
   });
 }
-
-LaunchStatus launch_clear_mask(uint8_t* mask, int64_t bytes, cudaStream_t stream) {
-  return static_cast<LaunchStatus>(cudaMemsetAsync(mask, 0, static_cast<size_t>(bytes), stream));
-}
-
-template LaunchStatus launch_normalize(Pattern, const NormalizeParams<__half>&, cudaStream_t);
-template LaunchStatus launch_normalize(Pattern, const NormalizeParams<__nv_bfloat16>&,
-                                       cudaStream_t);
-template LaunchStatus launch_normalize(Pattern, const NormalizeParams<float>&, cudaStream_t);
-template LaunchStatus launch_normalize(Pattern, const NormalizeParams<double>&, cudaStream_t);
-template LaunchStatus launch_normalize(Pattern, const NormalizeParams<__half>&,
-                                       const FusedForward<__half>&, cudaStream_t);
-template LaunchStatus launch_normalize(Pattern, const NormalizeParams<__nv_bfloat16>&,
-                                       const FusedForward<__nv_bfloat16>&, cudaStream_t);
-template LaunchStatus launch_normalize(Pattern, const NormalizeParams<float>&,
-                                       const FusedForward<float>&, cudaStream_t);
-template LaunchStatus launch_normalize(Pattern, const NormalizeParams<double>&,
-                                       const FusedForward<double>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda
