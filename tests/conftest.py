@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import older_torch
 import pytest
 import torch
 from fake_toolkit import write_program
@@ -144,6 +145,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    older_torch.mark(items)
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):
