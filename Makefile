@@ -1,9 +1,11 @@
 # `make train` and `make test` need nothing but Python: they set up .venv themselves.
 #   PYTHON  the interpreter to make .venv with
 #   TORCH   the torch to install, as pip takes it: TORCH=torch==2.14.1
+#   LOCK    a file of pinned requirements to install instead, torch too, as CI does (.ci/run)
 PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
+LOCK ?=
 PYTEST_ARGS ?=
 
 # The version as pip knows it: a torchvision belongs to exactly one, and is never to change it.
@@ -18,7 +20,8 @@ TOOLKIT := $(PYTHON) batchnorm_cuda/_toolkit.py >/dev/null 2>&1
 NVCC_EXTRA = $(shell nvidia-smi -L >/dev/null 2>&1 && ! $(TOOLKIT) && echo ,nvcc)
 
 .PHONY: help venv train test lint docs cuda sass extension extension-host standalone \
-	standalone-host bench gpu-check gpu-check-rehearsal visit-rehearsal readme clean FORCE
+	standalone-host bench gpu-check gpu-check-rehearsal visit-rehearsal readme lock sbom wheel \
+	versions clean FORCE
 
 help:
 	@echo "make train   train the digits example        make lint   check formatting and style"
@@ -27,6 +30,8 @@ help:
 	@echo "make sass    report the kernels' machine code  make standalone  the driver without PyTorch"
 	@echo "make bench   time batch norm, or model it    make gpu-check   check all on a GPU, time it"
 	@echo "make readme  write its performance section   make clean   remove $(VENV) and build output"
+	@echo "make wheel   a compiled wheel, checked       make sbom    what the package ships and needs"
+	@echo "make lock    pin CI's requirements anew      make versions  try other versions of torch"
 	@echo "make visit-rehearsal  the visit to a lent GPU, as far as it goes without one"
 
 venv: $(VENV)/.ready
@@ -34,16 +39,37 @@ venv: $(VENV)/.ready
 # The package is installed editable: the sources in this tree are what runs.
 $(VENV)/.ready: pyproject.toml setup.py $(VENV)/.torch
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifneq ($(LOCK),)
+	$(PIP) --require-hashes -r $(LOCK)
+	$(PIP) --no-build-isolation --no-deps -e .
+else
 	$(PIP) --upgrade pip "setuptools>=77" wheel
 	$(PIP) --no-build-isolation -e ".[test,train,bench,dev,docs,sass$(NVCC_EXTRA)]" "$(TORCH)"
 	@$(PIP) torchvision "torch==$$($(BIN)/python -c '$(TORCH_VERSION)')" \
 		|| echo "no torchvision fits this torch: its tests are left out"
+endif
 	touch $@
 
-# Changes when TORCH does, so that asking for another version installs it.
+# Changes when TORCH or LOCK does, so that asking for another version installs it.
+ASKED = $(if $(LOCK),$(LOCK) $(shell cksum < $(LOCK)),$(TORCH))
 $(VENV)/.torch: FORCE
 	@mkdir -p $(VENV)
-	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
+	@echo '$(ASKED)' | cmp -s - $@ || echo '$(ASKED)' > $@
+
+# CI's requirements anew, every version and hash of them: for its platform and Python only.
+# runtime.txt is what the package itself needs, in the same versions: the SBOM's source.
+COMPILE = $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock"
+lock: venv
+	$(PIP) -e ".[release]"
+	$(COMPILE) --all-extras pyproject.toml .ci/requirements.in -o .ci/requirements.txt
+	$(COMPILE) .ci/visit.in -o .ci/visit.txt
+	$(COMPILE) -c .ci/requirements.txt pyproject.toml -o .ci/runtime.txt
+
+# A CycloneDX bill of what the package ships and needs, in the versions that CI tests.
+sbom: venv
+	@$(BIN)/python -c "import cyclonedx_py" 2>/dev/null || $(PIP) -e ".[release]"
+	$(BIN)/python -m tools.sbom
 
 train: venv
 	$(BIN)/python examples/train_digits.py
@@ -77,6 +103,16 @@ sass: venv
 	$(BIN)/python -m bench.sass --budget
 	$(BIN)/python -m pytest -m "nvcc or not nvcc" tests/test_sass.py tests/test_issue_budget.py
 
+# A wheel of the compiled package for this torch and Python, checked where nothing can be compiled:
+# dist/batchnorm_cuda-<version>+torch<version>.cu<version>-<python>-<platform>.whl
+wheel: venv
+	$(BIN)/python -m tools.wheel
+
+# Other versions of torch, one after another in environments of their own; then the FAQ's table.
+VERSIONS ?=
+versions: venv
+	$(BIN)/python -m tools.versions $(VERSIONS)
+
 # The extension as it is built at the first use, for the GPU that is here; and for the CPU.
 extension:
 	$(PYTHON) -c "from batchnorm_cuda import _extension; \
@@ -88,7 +124,7 @@ extension-host:
 standalone:
 	$(MAKE) -C bench/standalone cuda PYTHON=$(PYTHON)
 standalone-host:
-	$(MAKE) -C bench/standalone host
+	$(MAKE) -C bench/standalone host PYTHON=$(PYTHON)
 
 # On the GPU against cuDNN and others; without one, bytes by models: `python -m bench --help`.
 BENCH_ARGS ?=
@@ -108,12 +144,11 @@ gpu-check-rehearsal: venv
 # A visit to a lent GPU as it will be there (bench/visit): with the interpreter of VISIT_PYTHON, which
 # is set up as there if it is missing, from a plain copy and without a network.
 VISIT_PYTHON ?= build/visit-venv/bin/python
-VISIT_PACKAGES := torch==2.11.0 torchvision==0.26.0 timm numpy scikit-learn matplotlib tqdm jinja2 \
-	pytest pytest-xdist pytest-timeout hypothesis setuptools wheel ninja pybind11
+VISIT_PACKAGES ?= .ci/visit.in
 VISIT_ARGS ?= --compile
 visit-rehearsal:
 	@test -x $(VISIT_PYTHON) || { $(PYTHON) -m venv build/visit-venv \
-		&& build/visit-venv/bin/python -m pip install --quiet $(VISIT_PACKAGES); }
+		&& build/visit-venv/bin/python -m pip install --quiet -r $(VISIT_PACKAGES); }
 	$(VISIT_PYTHON) -m bench.visit.rehearse $(VISIT_ARGS)
 
 # The README's section on performance, from runs of the models or of a GPU in bench/results.

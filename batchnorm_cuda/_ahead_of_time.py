@@ -18,11 +18,11 @@ def build_into(folder: Path, module: str, archs: list[str]) -> None:
     try:
         recipe, *kernels = _recipes.all_cuda_recipes(any_gpu=True)
         built = [_build.build(recipe), *_build.build_kernels(kernels)]
-    except BuildError as error:
+    except (BuildError, ValueError) as error:
         sys.exit(f"BATCHNORM_CUDA_AOT=1: {error}")
     folder.mkdir(parents=True, exist_ok=True)
     for path, name in zip(built, (module, *(f"{each.name}.so" for each in kernels)), strict=True):
-        shutil.copy(path, folder / name)
+        shutil.copyfile(path, folder / name)  # not the mode: the cache's are for one user
     record = {
         "torch": torch.__version__,
         "cuda": recipe.key["cuda"],

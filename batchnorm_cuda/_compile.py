@@ -19,14 +19,18 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import _sources
+
+if TYPE_CHECKING:
+    from ._kernels import KernelRecipe
 
 # Dies with the process that started it, and takes ninja and the compilers along: its standard input
 # is a pipe whose other end only that process holds, and it leads a process group of its own.
 # SIGTERM, because ninja gives each compiler another group, and passes this signal on to them.
 _CHILD = """
-import json, os, signal, subprocess, sys, threading
+import json, os, shlex, signal, subprocess, sys, threading
 
 def die_with_parent():
     os.read(0, 1)
@@ -38,8 +42,9 @@ with open(sys.argv[1]) as file:
 if "command" in spec:
     sys.exit(subprocess.call(spec["command"], stdin=subprocess.DEVNULL))
 sys.path[:] = spec["sys_path"]
-from torch.utils.cpp_extension import load
-load(**spec["load"])
+from torch.utils import cpp_extension
+cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)  # torch does not
+cpp_extension.load(**spec["load"])
 """
 
 
@@ -56,7 +61,7 @@ class Recipe:
     sources: list[Path]  # .cpp
     key: dict[str, str]  # every ingredient whose change makes the old binary wrong
     job_bytes: int
-    compiled_as_cpp: list[Path] = field(default_factory=list)  # .cu files, through wrappers
+    kernels: KernelRecipe | None = None  # whose objects are linked, too
     include_dirs: list[Path] = field(default_factory=list)  # of our own headers
     cflags: list[str] = field(default_factory=list)
     ldflags: list[str] = field(default_factory=list)
@@ -68,10 +73,6 @@ class Recipe:
     def folder(self) -> str:
         """The cache folder's name: other sources, versions or flags give another."""
         return f"{self.name.strip('_')}-{digest(self.key, self._flags())}"
-
-    @property
-    def all_sources(self) -> list[Path]:
-        return [*self.sources, *self.compiled_as_cpp]
 
     def object_name(self, source: Path) -> str:
         """The cache name of one compiled file: as `folder`, but for the files that it includes."""
@@ -93,23 +94,20 @@ def digest(*parts: object) -> str:
 
 def compile_extension(recipe: Recipe, work: Path, objects: Path, jobs: int) -> None:
     objects.mkdir(exist_ok=True)
-    stored = {path: objects / recipe.object_name(path) for path in recipe.all_sources}
-    reused = [path for path in recipe.all_sources if touch(stored[path])]
+    stored = {path: objects / recipe.object_name(path) for path in recipe.sources}
+    reused = [path for path in recipe.sources if touch(stored[path])]
     if len(reused) == len(stored):  # cpp_extension links nothing without a source: the cheapest
         reused.remove(min(reused, key=lambda path: stored[path].stat().st_size))
+    kernels = recipe.kernels.compile_objects(work, objects, jobs) if recipe.kernels else []
     for name, target in recipe.links.items():
         (work / name).symlink_to(target)
     load = {
         "name": recipe.name,
-        "sources": [
-            str(_wrap(path, work) if path in recipe.compiled_as_cpp else path)
-            for path in recipe.all_sources
-            if path not in reused
-        ],
+        "sources": [str(path) for path in recipe.sources if path not in reused],
         "extra_include_paths": [str(path) for path in recipe.include_dirs],
         "extra_cflags": [*recipe.cflags, *map(quoted, _sources.path_maps())],
         "extra_ldflags": [
-            *(quoted(str(stored[path])) for path in reused),
+            *(quoted(str(path)) for path in (*kernels, *(stored[source] for source in reused))),
             quoted(f"-L{work}"),
             *recipe.ldflags,
         ],
@@ -120,7 +118,7 @@ def compile_extension(recipe: Recipe, work: Path, objects: Path, jobs: int) -> N
         status = run_child(
             {"sys_path": sys.path, "load": load},
             work,
-            {**recipe.environment, "MAX_JOBS": str(jobs)},
+            {**recipe.environment, **_links_to_tools(recipe, work), "MAX_JOBS": str(jobs)},
         )
     finally:
         _store_objects(stored, work)
@@ -160,6 +158,7 @@ def run_child(spec: dict[str, object], work: Path, settings: dict[str, str]) -> 
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=0o077,  # whatever the user's is: see _trust.py
             )
         try:
             return child.wait()
@@ -169,6 +168,20 @@ def run_child(spec: dict[str, object], work: Path, settings: dict[str, str]) -> 
     finally:
         os.close(read_end)
         os.close(write_end)
+
+
+def _links_to_tools(recipe: Recipe, work: Path) -> dict[str, str]:
+    """Links in `work`, where ninja runs, to tools whose paths torch does not, or not always, quote.
+
+    A compiler keeps its name, from which some tell the language.
+    """
+    links = {}
+    for variable in ("CUDA_HOME", "CC", "CXX"):
+        path = Path(recipe.environment.get(variable) or os.environ.get(variable, ""))
+        if path.is_absolute() and quoted(str(path)) != str(path):
+            (work / variable).symlink_to(path if path.is_dir() else path.parent)
+            links[variable] = variable if path.is_dir() else f"{variable}/{path.name}"
+    return links
 
 
 def touch(path: Path) -> bool:
@@ -187,16 +200,9 @@ def _store_objects(stored: dict[Path, Path], work: Path) -> None:
     lines = log.read_text().splitlines() if log.exists() else []
     finished = {line.split("\t")[3] for line in lines if line.count("\t") >= 4}
     for path, target in stored.items():
-        for name in (f"{path.stem}.o", f"{path.stem}_cu.o", f"{path.stem}.cuda.o"):
-            if name in finished and (work / name).exists():
-                (work / name).replace(target)
-
-
-def _wrap(source: Path, work: Path) -> Path:
-    """A C++ file that includes a `.cu`: cpp_extension would give the `.cu` itself to nvcc."""
-    wrapper = work / f"{source.stem}_cu.cpp"
-    wrapper.write_text(f'#include "{source}"\n')
-    return wrapper
+        name = f"{path.stem}.o"
+        if name in finished and (work / name).exists():
+            (work / name).replace(target)
 
 
 def failure_excerpt(log: str, lines: int = 12) -> str:

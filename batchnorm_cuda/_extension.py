@@ -82,17 +82,21 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         "version", "torch" and "torch_cuda" (None for a build of torch without CUDA), all strings;
-        "cache_dir", where just-in-time builds are kept; "ahead_of_time", what was recorded when the
-        kernels were compiled at installation, or None; and "loaded", for each extension that this
-        process has loaded so far ("cuda", "emulated", and the kernels of "cuda" by what they are
-        for, such as "kernels_bfloat16") its file, its origin ("ahead of time" or "just in time")
-        and what it was compiled from and for.
+        "cache_dir", where just-in-time builds are kept, or None if this user has no home folder;
+        "ahead_of_time", what was recorded when the kernels were compiled at installation, or None;
+        and "loaded", for each extension that this process has loaded so far ("cuda", "emulated",
+        and the kernels of "cuda" by what they are for, such as "kernels_bfloat16") its file, its
+        origin ("ahead of time" or "just in time") and what it was compiled from and for.
     """
+    try:
+        cache = str(_build.cache_dir())
+    except BuildError:
+        cache = None
     return {
         "version": __version__,
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
-        "cache_dir": str(_build.cache_dir()),
+        "cache_dir": cache,
         "ahead_of_time": _read_aot_record(),
         "loaded": {name: dict(info) for name, info in _info.items()},
     }
@@ -169,7 +173,10 @@ def _aot_path() -> Path | None:
 
 
 def _read_aot_record() -> dict[str, Any] | None:
-    return json.loads(_AOT_RECORD.read_text()) if _AOT_RECORD.exists() else None
+    try:
+        return json.loads(_AOT_RECORD.read_text())
+    except (OSError, ValueError):  # there is none, or only a part of one: then none is known
+        return None
 
 
 def _import(name: str, path: Path) -> ModuleType:

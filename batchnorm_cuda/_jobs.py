@@ -22,9 +22,15 @@ def compile_jobs(job_bytes: int) -> int:
 
 
 def max_jobs(job_bytes: int, cpus: int, memory: int | None, explicit: str | None) -> int:
-    """MAX_JOBS if it is set to a number, else one per core while the memory lasts, but one."""
-    if explicit and explicit.isdigit() and int(explicit) > 0:
-        return int(explicit)
+    """MAX_JOBS if it is set, else one per core while the memory lasts, but one."""
+    wanted = (explicit or "").strip()
+    if wanted:
+        if not (wanted.isascii() and wanted.isdigit() and int(wanted)):
+            raise ValueError(
+                f"MAX_JOBS={explicit!r}: expected how many compilers to run at once, as a whole "
+                "number above 0; correct it or unset it"
+            )
+        return int(wanted)
     return max(1, cpus if memory is None else min(cpus, memory // job_bytes))
 
 

@@ -115,6 +115,13 @@ def compiler_version() -> str:
     """Name and version of the C++ compiler that torch's builder will call."""
     compiler = os.environ.get("CXX", "c++")
     printed = _run(compiler, "--version").splitlines()
+    program, *arguments = compiler.split() or [""]
+    if not printed and arguments and shutil.which(program):
+        raise ToolkitError(
+            f"CXX={compiler!r} is a program with arguments, where one program is expected. For "
+            "ccache, unset CXX and set `PATH=/usr/lib/ccache:$PATH`, where g++ is a link to it; "
+            f'else name a script in CXX that runs `exec {compiler} "$@"`'
+        )
     if not printed:
         raise ToolkitError(
             f"no C++ compiler: {compiler!r} does not run; install one (`apt-get install g++` or "
@@ -173,6 +180,7 @@ def _run(*command: str | Path) -> str:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="surrogateescape",  # as in the names of files
             timeout=60,
         )
     except (OSError, subprocess.TimeoutExpired):

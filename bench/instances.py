@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from .machine_code.kernels import demangle, shorten
 from .toolkit import ToolkitError, resolve
 
 _KERNEL = re.compile(r"^\w+_kernel(<|$)")
+CUOBJDUMP_HINT = "`pip install nvidia-cuda-cuobjdump` brings it"
+_FROM_PYPI = "nvidia/cu*/bin/cuobjdump"
 _SECONDS = 120
 
 
@@ -43,6 +47,22 @@ def compiled(library: Path) -> tuple[set[str], str]:
     return short_names(host_symbols(_output([tool, library]))), "nm"
 
 
+def per_architecture(library: Path) -> dict[str, set[str]]:
+    """Mangled names of the kernels by architecture ("9.0"), as cuobjdump reads the machine code.
+
+    Raises ToolkitError where there is no cuobjdump.
+    """
+    tool = find_cuobjdump()
+    if tool is None:
+        raise ToolkitError(f"no cuobjdump in the toolkit, from PyPI or on PATH: {CUOBJDUMP_HINT}")
+    found: dict[str, set[str]] = {}
+    for part in _output([tool, "-res-usage", library]).split("Fatbin elf code:")[1:]:
+        arch = re.search(r"^arch = sm_(\d+)(\d)", part, flags=re.MULTILINE)
+        if arch is not None:
+            found.setdefault(".".join(arch.groups()), set()).update(device_functions(part))
+    return found
+
+
 def device_functions(text: str) -> list[str]:
     """Mangled names out of `cuobjdump -res-usage`: "Function NAME:", a line each."""
     return re.findall(r"^\s*Function\s+([^\s:]+):", text, flags=re.MULTILINE)
@@ -55,14 +75,12 @@ def host_symbols(text: str) -> list[str]:
 
 
 def find_cuobjdump() -> str | None:
-    """Of the toolkit, or on PATH."""
-    try:
-        inside = resolve().home / "bin" / "cuobjdump"
-    except ToolkitError:
-        inside = None
-    if inside is not None and os.access(inside, os.X_OK):
-        return str(inside)
-    return shutil.which("cuobjdump")
+    """Of the toolkit, from PyPI (the `dev` extra), or on PATH."""
+    candidates = [p for entry in sys.path for p in Path(entry or ".").glob(_FROM_PYPI)]
+    with contextlib.suppress(ToolkitError):
+        candidates.insert(0, resolve().home / "bin" / "cuobjdump")
+    usable = (str(path) for path in candidates if os.access(path, os.X_OK))
+    return next(usable, None) or shutil.which("cuobjdump")
 
 
 def _output(command: list[str | Path]) -> str:

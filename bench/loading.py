@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
+_PACKAGE = "batchnorm_cuda_without_torch"
+
+
+def load_package(name: str) -> ModuleType:
+    """A module of the package that needs no torch, which importing the package itself would."""
+    if _PACKAGE not in sys.modules:
+        sys.modules[_PACKAGE] = ModuleType(_PACKAGE)
+        sys.modules[_PACKAGE].__path__ = [str(ROOT / "batchnorm_cuda")]
+    return importlib.import_module(f"{_PACKAGE}.{name}")
 
 
 def load(folder: str, name: str) -> ModuleType:

@@ -12,7 +12,7 @@ bench/machine_code/kernels.py.
 bandwidth (bench/machine_code/budget.py); with --markdown as the table of docs/issue-budget.md. Exit
 status 1 if a loop takes more than it may.
 
-Needs nvcc and nvdisasm, and neither a GPU nor PyTorch.
+Needs nvcc, cuobjdump and nvdisasm, and neither a GPU nor PyTorch.
 """
 
 from __future__ import annotations
@@ -24,18 +24,15 @@ from dataclasses import asdict, replace
 
 from .machine_code.budget import budgets
 from .machine_code.budget_table import budget_markdown, budget_table, over_budget
-from .machine_code.compile import CompileError, Job, compile_all
+from .machine_code.compile import CompileError, compile_all
 from .machine_code.kernels import Kernel, describe, problems
 from .machine_code.table import instance_table, template_table
-from .toolkit import Toolkit, ToolkitError, archs, devices, find_nvdisasm, resolve, sources
+from .toolkit import Toolkit, ToolkitError, archs, devices, resolve
 
 
 def kernels_for(wanted: list[str], kit: Toolkit) -> list[Kernel]:
     """Compiles every kernel source for the architectures ("8.0") and describes what came out."""
-    nvdisasm = find_nvdisasm(kit.home)
-    jobs = [Job(path, arch) for arch in wanted for path in sources.kernel_sources()]
-    texts = compile_all(jobs, kit, nvdisasm)
-    return [k for job, text in zip(jobs, texts, strict=True) for k in describe(job, text)]
+    return [k for job, text in compile_all(wanted, kit).items() for k in describe(job, text)]
 
 
 def supported(wanted: list[str], kit: Toolkit) -> list[str]:

@@ -1,27 +1,29 @@
 """The CUDA toolkit and the kernels' source files, for tools that work without PyTorch.
 
 Loads the package's own helpers by their paths, because importing the package imports torch.
-`python -m bench.toolkit nvcc|cudart|gencode|sources` prints one of them for a Makefile.
+`python -m bench.toolkit nvcc|cudart|sources` prints one of them for a Makefile, and
+`python -m bench.toolkit objects|host-objects FOLDER` leaves the compiled kernels there.
 """
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from .loading import load
+from .loading import load, load_package
 
-archs = load("batchnorm_cuda", "_archs")
+archs = load_package("_archs")
+build = load_package("_build")
 devices = load("batchnorm_cuda", "devices")
-sources = load("batchnorm_cuda", "_sources")
-toolkit = load("batchnorm_cuda", "_toolkit")
+kernels = load_package("_kernels")
+sources = load_package("_sources")
+toolkit = load_package("_toolkit")
 Toolkit = toolkit.Toolkit
 ToolkitError = toolkit.ToolkitError
-
-NVDISASM_HINT = "`pip install nvidia-cuda-nvdisasm` fetches it, or put NVIDIA's own on PATH"
 
 
 def resolve() -> Toolkit:
@@ -29,17 +31,18 @@ def resolve() -> Toolkit:
     return toolkit.resolve_toolkit(None)
 
 
-def find_nvdisasm(home: Path) -> Path:
-    """The disassembler of the toolkit at `home`, of PyPI or on PATH. Raises ToolkitError."""
-    candidates = [home / "bin" / "nvdisasm"]
+def find_tool(name: str, home: Path) -> Path:
+    """nvdisasm or cuobjdump of the toolkit at `home`, of PyPI or on PATH. Raises ToolkitError."""
+    candidates = [home / "bin" / name]
     for entry in sys.path:
-        candidates += sorted(Path(entry or ".").glob("nvidia/cu*/bin/nvdisasm"), reverse=True)
-    on_path = shutil.which("nvdisasm")
+        candidates += sorted(Path(entry or ".").glob(f"nvidia/cu*/bin/{name}"), reverse=True)
+    on_path = shutil.which(name)
     candidates += [Path(on_path)] if on_path else []
     for candidate in candidates:
         if os.access(candidate, os.X_OK):
             return candidate
-    raise ToolkitError(f"no nvdisasm in {home / 'bin'}, from PyPI or on PATH: {NVDISASM_HINT}")
+    hint = f"`pip install nvidia-cuda-{name}` fetches it, or put NVIDIA's own on PATH"
+    raise ToolkitError(f"no {name} in {home / 'bin'}, from PyPI or on PATH: {hint}")
 
 
 def visible_gpus() -> list[tuple[int, int]]:
@@ -53,26 +56,50 @@ def visible_gpus() -> list[tuple[int, int]]:
     return [archs.capability(line) for line in lines if line[0].isdigit()]
 
 
-def gencode(kit: Toolkit) -> list[str]:
-    """nvcc flags for TORCH_CUDA_ARCH_LIST, else for the GPUs present, else for the defaults."""
+def kernel_objects(kit: Toolkit, wanted: list[str]) -> dict[Path, Path]:
+    """The compiled objects of all kernels for the architectures, by source: the extension's own."""
+    return build.build_objects(
+        [kernels.KernelRecipe.of(x, kit, wanted) for x in sources.KERNEL_TABLES]
+    )
+
+
+def host_objects() -> dict[Path, Path]:
+    """The same for the host model."""
+    return build.build_objects([kernels.KernelRecipe.emulated()])
+
+
+def copy_objects(objects: dict[Path, Path], folder: Path) -> None:
+    """Leave <source>.o in `folder`, with the time of now where it is new: so make sees it."""
+    for source, path in objects.items():
+        target = folder / f"{source.name}.o"
+        if not target.exists() or not filecmp.cmp(path, target, shallow=False):
+            shutil.copyfile(path, target)
+
+
+def cuda_objects(kit: Toolkit) -> dict[Path, Path]:
+    """For TORCH_CUDA_ARCH_LIST, else the GPUs here, else the defaults."""
     explicit = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    return archs.gencode(archs.select(explicit, visible_gpus(), kit.gpu_codes()))
+    return kernel_objects(kit, archs.select(explicit, visible_gpus(), kit.gpu_codes()))
 
 
-def main(wanted: str) -> int:
+def main(wanted: str, *folder: str) -> int:
     if wanted == "sources":
         print(*(path.name for path in sources.kernel_sources()))
         return 0
     try:
+        if wanted == "host-objects":
+            copy_objects(host_objects(), Path(*folder))
+            return 0
         kit = resolve()
-    except ToolkitError as error:
+        if wanted == "objects":
+            copy_objects(cuda_objects(kit), Path(*folder))
+            return 0
+    except (ToolkitError, build.BuildError) as error:
         print(error, file=sys.stderr)
         return 1
-    answers = {"nvcc": lambda: [kit.nvcc], "cudart": lambda: [kit.cudart]}
-    answers["gencode"] = lambda: gencode(kit)
-    print(*answers[wanted]())
+    print({"nvcc": kit.nvcc, "cudart": kit.cudart}[wanted])
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

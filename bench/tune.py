@@ -108,6 +108,7 @@ def run(options: argparse.Namespace, setting: Setting) -> int:
     facts = environment.collect(None if setting.kind == MEASURED else "h100")
     facts |= {"kind": setting.kind, "device": setting.machine.name}
     facts |= {"planner_device": setting.planner_device, "problems": len(work), "done": 0}
+    _write_facts(path, facts)  # also where there is no time for even one problem
     start, longest, failed = time.monotonic(), 0.0, 0
     for case in work:
         began = time.monotonic()
@@ -119,10 +120,14 @@ def run(options: argparse.Namespace, setting: Setting) -> int:
         failed += sum(row.status != OK for row in rows)
         longest = max(longest, time.monotonic() - began)
         facts["done"] += 1
-        path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+        _write_facts(path, facts)
         print(_line(case, rows), flush=True)
     print(f"{facts['done']} of {len(work)} problems, {failed} rows without a time; wrote {path}")
     return 1 if failed else 0
+
+
+def _write_facts(path: Path, facts: dict[str, Any]) -> None:
+    path.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _line(case: BenchCase, rows: list[TuneRow]) -> str:

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import older_torch
 import pytest
 import torch
+from fake_toolkit import write_program
+from toy import write_toy
 
 from batchnorm_cuda import _extension
 
@@ -88,6 +91,29 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the toy's sources, and an empty cache beside it."""
+    monkeypatch.setenv("BATCHNORM_CUDA_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_NO_COMPILER_WRAPPER", "1")  # ccache would answer for the compiler
+    monkeypatch.delenv("CXX", raising=False)
+    return write_toy(tmp_path / "toy")
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which files have been compiled so far, as seen by the compiler."""
+    log = tmp_path / "compiled"
+    script = f'#!/bin/sh\ncase "$*" in *" -c "*) echo "$*" >> {log} ;; esac\nexec c++ "$@"\n'
+    monkeypatch.setenv("CXX", str(write_program(tmp_path / "bin" / "c++", script)))
+    return lambda: sorted(
+        Path(word).name
+        for line in (log.read_text().splitlines() if log.exists() else [])
+        for word in line.split()
+        if word.endswith(".cpp")
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -119,6 +145,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    older_torch.mark(items)
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -5,88 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from fake_toolkit import make_toolkit, write_program
+from toy import HEADER, VALUE, start_worker, toy_recipe, wait_for
 
-import batchnorm_cuda
-from batchnorm_cuda import _build, _compile, _recipes, _sources, _toolkit
-
-# A module without torch's headers compiles in a second.
-TOY = """
-#include <Python.h>
-#include "toy_value.h"
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "toy", NULL, -1, NULL};
-PyMODINIT_FUNC PyInit_toy(void) {
-  PyObject* module = PyModule_Create(&definition);
-  PyModule_AddIntConstant(module, "value", toy_value());
-  return module;
-}
-"""
-HEADER = "int toy_value();\n"
-VALUE = '#include "toy_value.h"\nint toy_value() { return 42; }\n'
-
-# Builds the toy of the folder in argv[1] and prints its value.
-WORKER = """
-import importlib.util, sys
-from pathlib import Path
-from test_build import toy_recipe
-from batchnorm_cuda import _build
-spec = importlib.util.spec_from_file_location("toy", _build.build(toy_recipe(Path(sys.argv[1]))))
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-print(module.value)
-"""
-
-
-def toy_recipe(folder: Path) -> _compile.Recipe:
-    sources = [folder / "toy.cpp", folder / "toy_value.cpp"]
-    texts = [path.read_text() for path in (*sources, folder / "toy_value.h")]
-    key = {"sources": "".join(texts), "torch": torch.__version__}
-    return _compile.Recipe("toy", "a toy", sources, key, job_bytes=1 << 20)
-
-
-@pytest.fixture
-def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the toy's sources, and an empty cache beside it."""
-    monkeypatch.setenv("BATCHNORM_CUDA_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCH_NO_COMPILER_WRAPPER", "1")  # ccache would answer for the compiler
-    monkeypatch.delenv("CXX", raising=False)
-    folder = tmp_path / "toy"
-    folder.mkdir()
-    (folder / "toy.cpp").write_text(TOY)
-    (folder / "toy_value.cpp").write_text(VALUE)
-    (folder / "toy_value.h").write_text(HEADER)
-    return folder
-
-
-@pytest.fixture
-def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Which files have been compiled so far, as seen by the compiler."""
-    log = tmp_path / "compiled"
-    script = f'#!/bin/sh\ncase "$*" in *" -c "*) echo "$*" >> {log} ;; esac\nexec c++ "$@"\n'
-    monkeypatch.setenv("CXX", str(write_program(tmp_path / "bin" / "c++", script)))
-    return lambda: sorted(
-        Path(word).name
-        for line in (log.read_text().splitlines() if log.exists() else [])
-        for word in line.split()
-        if word.endswith(".cpp")
-    )
-
-
-def start_worker(toy: Path, **variables: str) -> subprocess.Popen:
-    paths = [Path(batchnorm_cuda.__file__).parent.parent, Path(__file__).parent]
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(toy)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+from batchnorm_cuda import _build, _compile, _kernels, _recipes, _sources, _toolkit
 
 
 def test_four_processes_build_once_and_all_load(toy: Path) -> None:
@@ -101,7 +28,7 @@ def test_killed_build_blocks_nobody_and_leaves_nothing_running(toy: Path, tmp_pa
     hang = f'#!/bin/sh\ncase "$*" in *" -c "*) echo $$ > {pid_file}; exec sleep 600 ;; esac\n'
     hanging = write_program(tmp_path / "bin" / "c++", hang + 'exec c++ "$@"\n')
     victim = start_worker(toy, CXX=str(hanging))
-    _wait_for(lambda: pid_file.exists() and pid_file.read_text().strip())
+    wait_for(lambda: pid_file.exists() and pid_file.read_text().strip())
     os.kill(victim.pid, signal.SIGKILL)
     victim.communicate()
     left = [path.name for path in (tmp_path / "cache").glob("*.tmp-*")]
@@ -111,14 +38,7 @@ def test_killed_build_blocks_nobody_and_leaves_nothing_running(toy: Path, tmp_pa
     assert time.monotonic() - start < 60
     assert not list((tmp_path / "cache").glob("*.tmp-*"))
     compiler = int(pid_file.read_text())
-    _wait_for(lambda: not Path(f"/proc/{compiler}").exists())
-
-
-def _wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)
+    wait_for(lambda: not Path(f"/proc/{compiler}").exists())
 
 
 def test_failure_quotes_the_compiler_and_keeps_the_other_objects(toy: Path, compiled) -> None:
@@ -149,24 +69,6 @@ def test_only_what_an_edit_reaches_is_compiled_again(toy: Path, compiled) -> Non
     _build.build(toy_recipe(toy))
     assert len(compiled()) == commented + 2
     assert _build.build(toy_recipe(toy)) and len(compiled()) == commented + 2
-
-
-@pytest.mark.parametrize("places", ["sources", "cache", "checkout", "sources, cache, checkout"])
-def test_folders_of_any_name(
-    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: str
-) -> None:
-    """Each is built in, and an object of an earlier build is linked."""
-    name = "it's (a) größe & more"
-    if "sources" in places:
-        toy = toy.rename(tmp_path / name)
-    if "cache" in places:
-        monkeypatch.setenv("BATCHNORM_CUDA_CACHE_DIR", str(tmp_path / f"cache of {name}"))
-    if "checkout" in places:
-        maps = [f"-ffile-prefix-map={tmp_path / name}/="]
-        monkeypatch.setattr(_sources, "path_maps", lambda: maps)
-    assert _build.build(toy_recipe(toy)).exists()
-    (toy / "toy_value.cpp").write_text(VALUE.replace("42", "43"))
-    assert _build.build(toy_recipe(toy)).exists()
 
 
 def test_unwritable_cache_names_the_variable(
@@ -208,11 +110,9 @@ def _edit(path: Path) -> None:
     path.write_text(path.read_text() + "\nextern int edited;\n")
 
 
-COMMON_CHANGES = {
+HOST_CHANGES = {
     "version": lambda m, _: m.setattr(_recipes, "__version__", "0.0.0"),
     "compiler": lambda m, _: m.setattr(_toolkit, "compiler_version", lambda: "c++ 99"),
-}
-HOST_CHANGES = COMMON_CHANGES | {
     "torch": lambda m, _: m.setattr(torch, "__version__", "2.0.0+cu130"),
     "torch's CUDA": lambda m, _: m.setattr(torch.version, "cuda", "13.1"),
     "python ABI": lambda m, _: m.setattr(_recipes.sysconfig, "get_config_var", lambda _: "cp399"),
@@ -223,7 +123,9 @@ HOST_CHANGES = COMMON_CHANGES | {
 NVCC = {
     "nvcc": lambda m, root: m.setenv("CUDA_HOME", str(make_toolkit(root / "cuda-13.9", "13.9")))
 }
-KERNEL_CHANGES = COMMON_CHANGES | {
+KERNEL_CHANGES = {
+    "version": lambda m, _: m.setattr(_kernels, "__version__", "0.0.0"),
+    "compiler": lambda m, _: m.setattr(_kernels, "compiler_version", lambda: "c++ 99"),
     "architectures": lambda m, _: m.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0"),
     "flags": lambda m, _: m.setattr(_sources, "NVCC_FLAGS", ("-O1",)),
     "the user's flags": lambda m, _: m.setenv("NVCC_APPEND_FLAGS", "-lineinfo"),
@@ -232,7 +134,7 @@ KERNEL_CHANGES = COMMON_CHANGES | {
 }
 EMULATED_CHANGES = HOST_CHANGES | {
     "kernel": lambda m, root: _edit(root / "csrc" / "stages_half.cu"),
-    "cpu": lambda m, _: m.setattr(_recipes, "_cpu_hash", lambda: "another"),
+    "cpu": lambda m, _: m.setattr(_kernels, "cpu_hash", lambda: "another"),
     "host model": lambda m, root: _edit(root / "simt" / "include" / "cuda_runtime.h"),
     "new file": lambda m, root: (root / "csrc" / "extra.cuh").touch(),
 }
@@ -282,6 +184,6 @@ def test_lists_of_sources_are_complete() -> None:
     """No file is forgotten, and no two give one object (ninja would not say so)."""
     written = {p for p in _sources.csrc_dir().iterdir() if p.suffix in (".cpp", ".cu")}
     assert set(_sources.cuda_sources()) == written
-    emulated = _recipes.emulated_recipe().all_sources
+    emulated = _recipes.emulated_recipe().sources
     assert len({path.stem for path in emulated}) == len(emulated)
     assert all(path.is_file() for path in emulated)

@@ -21,7 +21,7 @@ from bench.machine_code.budget_table import (
 from bench.machine_code.kernels import Kernel, MainLoop
 from bench.machine_code.listing import Instruction, LaunchBounds, Resources
 from bench.sass import kernels_for
-from bench.toolkit import ToolkitError, devices, find_nvdisasm, resolve
+from bench.toolkit import ToolkitError, devices, find_tool, resolve
 
 # 10 SMs at 1 GHz share 1280 GB/s: 128 bytes a cycle and SM, 4 cycles and 16 slots for 512.
 DEVICE = {
@@ -46,7 +46,7 @@ STAGE = Kernel(
     arch="8.0",
     source="stages_half.cu",
     bounds=LaunchBounds(256, 2),
-    resources=Resources(64, 0, 0, 0, 0),
+    resources=Resources(64, 0, 0),
     instructions=100,
     loads={128: 4},
     stores={128: 4},
@@ -184,7 +184,7 @@ def test_kinds_of_instructions(opcode: str, kind: str, window: str | None) -> No
 def test_memory_and_not_issue_bounds_every_loop(arch: str) -> None:
     try:
         kit = resolve()
-        find_nvdisasm(kit.home)
+        find_tool("nvdisasm", kit.home)
     except ToolkitError as error:
         pytest.skip(str(error))
     if arch not in kit.gpu_codes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
-from bench.machine_code.compile import Job, compile_one
+from bench.machine_code.compile import Job, architectures, texts_of
 from bench.machine_code.kernels import (
     Kernel,
     MainLoop,
@@ -31,7 +32,7 @@ from bench.machine_code.listing import (
 )
 from bench.machine_code.loops import find_loops
 from bench.sass import kernels_for
-from bench.toolkit import Toolkit, ToolkitError, archs, find_nvdisasm, resolve, sources
+from bench.toolkit import Toolkit, ToolkitError, archs, find_tool, kernels, resolve, sources
 
 # ------------------------------------------------------------------------------- parsers
 
@@ -52,16 +53,14 @@ PTX = """
 }
 """
 
-PTXAS = """
-ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_Z5boundPf' for 'sm_80'
-ptxas info    : Function properties for _Z5boundPf
-    152 bytes stack frame, 148 bytes spill stores, 144 bytes spill loads
-ptxas info    : Used 16 registers, used 1 barriers, 152 bytes cumulative stack size, 1024 bytes smem
-ptxas info    : Compiling entry function '_Z4openPf' for 'sm_80'
-ptxas info    : Function properties for _Z4openPf
-    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Used 40 registers, used 0 barriers, 360 bytes cmem[0]
+RESOURCES = """
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function _Z5boundPf:
+  REG:16 STACK:152 SHARED:1024 LOCAL:0 CONSTANT[0]:560 TEXTURE:0 SURFACE:0 SAMPLER:0
+ Function _Z4openPf:
+  REG:40 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:360 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 
 # A loop over tasks with a loop over windows in it, whose rare path lies behind the end and jumps
@@ -112,16 +111,16 @@ def test_launch_bounds_are_read_from_ptx() -> None:
     }
 
 
-def test_resources_are_read_from_the_report_of_ptxas() -> None:
-    assert parse_resources(PTXAS) == {
-        "_Z5boundPf": Resources(16, 152, 148, 144, 1024),
-        "_Z4openPf": Resources(40, 0, 0, 0, 0),
+def test_resources_are_read_from_the_report_of_cuobjdump() -> None:
+    assert parse_resources(RESOURCES) == {
+        "_Z5boundPf": Resources(16, 152, 1024),
+        "_Z4openPf": Resources(40, 0, 0),
     }
 
 
 def test_a_report_without_numbers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="not a ptxas report"):
-        parse_resources("ptxas info    : Compiling entry function '_Z1k' for 'sm_80'\n")
+    with pytest.raises(ValueError, match="not a report of cuobjdump"):
+        parse_resources(" Function _Z1k:\n  GLOBAL:0\n")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +240,7 @@ CLEAN = Kernel(
     arch="8.0",
     source="stages_half.cu",
     bounds=LaunchBounds(256, 2),
-    resources=Resources(128, 0, 0, 0, 0),
+    resources=Resources(128, 0, 0),
     instructions=100,
     loads={128: 4, 16: 2},
     stores={128: 4},
@@ -262,10 +261,8 @@ MASKED = "transform_input_kernel<AlongRuns<__half, int, false>>"
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"resources": Resources(128, 0, 8, 0, 0)}, "spills 8 bytes out, 0 bytes in"),
-        ({"resources": Resources(128, 0, 0, 4, 0)}, "spills 0 bytes out, 4 bytes in"),
-        ({"resources": Resources(128, 16, 0, 0, 0)}, "has a stack frame of 16 bytes"),
-        ({"resources": Resources(129, 0, 0, 0, 0)}, "uses 129 registers, the plan allows 128"),
+        ({"resources": Resources(128, 16, 0)}, "has a stack frame of 16 bytes"),
+        ({"resources": Resources(129, 0, 0)}, "uses 129 registers, the plan allows 128"),
         ({"local_accesses": 3}, "makes 3 accesses to local memory"),
         ({"main_loop": NARROW}, "makes 8 accesses of 16 bits in its main loop"),
         ({"main_loop": None}, "is exact, but no loop moves 16 bytes at a time"),
@@ -373,7 +370,8 @@ __global__ void unbounded_kernel(float* x) { x[threadIdx.x] = 0; }
 def kit() -> Toolkit:
     try:
         found = resolve()
-        find_nvdisasm(found.home)
+        for name in ("cuobjdump", "nvdisasm"):
+            find_tool(name, found.home)
     except ToolkitError as error:
         pytest.skip(str(error))
     return found
@@ -383,17 +381,29 @@ def test_planted_faults_are_found(kit: Toolkit, tmp_path: Path) -> None:
     source = tmp_path / "planted.cu"
     source.write_text(PLANTED)
     job = Job(source, "8.0")
-    texts = compile_one(job, kit, find_nvdisasm(kit.home), build_dir=tmp_path)
+    recipe = kernels.KernelRecipe.of("half", kit, ["8.0+PTX"])
+    planted = tmp_path / "planted.o"
+    subprocess.run([*recipe.compiler, "-c", source, "-o", planted], check=True)
+    texts = texts_of(job, planted, kit, build_dir=tmp_path)
     found = {kernel.name: " ".join(problems(kernel)) for kernel in describe(job, texts)}
     assert found.pop("wide_kernel<AlongS<float, int>>") == ""
     assert found.pop("crowded_kernel<256>") == ""
     narrow = found.pop("narrow_kernel<AlongS<float, int>>")
     assert narrow == "makes 1 accesses of 32 bits in its main loop"
     spilling = found.pop("crowded_kernel<1024>")
-    assert "spills" in spilling and "accesses to local memory" in spilling
+    assert "stack frame" in spilling and "accesses to local memory" in spilling
     indexed = found.pop("indexed_kernel")
     assert "stack frame" in indexed and "accesses to local memory" in indexed
     assert found == {"unbounded_kernel": "has no __launch_bounds__"}
+
+
+def test_one_compilation_serves_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what the environment asks for holds what is wanted, with its PTX."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX;10.0+PTX")
+    assert architectures(["9.0"]) == ["8.0", "9.0+PTX", "10.0+PTX"]
+    assert architectures(["8.0"]) == ["8.0+PTX"]
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    assert architectures(["9.0", "8.0"]) == ["8.0+PTX", "9.0+PTX"]
 
 
 @pytest.mark.nvcc

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
 from fake_toolkit import make_toolkit, make_wrapper, write_program
+from torch.utils import cpp_extension
 
 from batchnorm_cuda import _archs, _jobs, _toolkit
 
@@ -113,6 +116,25 @@ def test_missing_compiler_names_it_and_the_cure(monkeypatch: pytest.MonkeyPatch)
         _toolkit.compiler_version()
 
 
+@pytest.mark.parametrize("compiler", ["env c++", "env -i c++"])
+def test_compiler_with_arguments_is_named_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch, compiler: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    said = f"CXX='{re.escape(compiler)}' is a program with arguments.*PATH=/usr/lib/ccache"
+    with pytest.raises(_toolkit.ToolkitError, match=said):
+        _toolkit.compiler_version()
+
+
+def test_every_name_of_torch_is_taken() -> None:
+    """As torch takes it, read from its own source: the names are in no table that it exports."""
+    source = inspect.getsource(cpp_extension._get_cuda_arch_flags)
+    names = dict(re.findall(r"\('([A-Z][\w+]*)', '([\d.;+PTX]+)'\)", source))
+    assert "Ampere+Tegra" in names
+    for name, meaning in names.items():
+        assert set(_archs.parse(name)) >= set(meaning.removesuffix("+PTX").split(";"))
+
+
 @pytest.mark.parametrize(
     ("explicit", "visible", "expected"),
     [
@@ -123,7 +145,11 @@ def test_missing_compiler_names_it_and_the_cure(monkeypatch: pytest.MonkeyPatch)
         (None, [(6, 1), (8, 0)], "8.0+PTX"),  # an old card beside the one in use
         ("9.0;8.0", [(12, 0)], "8.0;9.0+PTX"),
         ("8.0+PTX 9.0", [], "8.0+PTX;9.0+PTX"),
-        ("Ampere;Hopper+PTX", [], "8.0;8.6;9.0+PTX"),
+        ("Ampere;Hopper+PTX", [(9, 0)], "8.0;8.6;9.0+PTX"),
+        ("Ampere+Tegra", [], "8.7+PTX"),
+        ("Ampere+Tegra+PTX Volta", [], "7.0;8.7+PTX"),
+        ("Blackwell", [], "10.0+PTX"),  # of which this nvcc knows no more
+        ("Pascal", [], "6.0;6.1+PTX"),  # of which it knows none, and will say so
     ],
 )
 def test_architectures(explicit: str | None, visible: list, expected: str) -> None:
@@ -162,12 +188,18 @@ def test_coverage(built: list[str], gpu: tuple[int, int], runs: bool) -> None:
         (8, 1 * GIB, None, 1),
         (8, None, None, 8),
         (2, 1 * GIB, "6", 6),
-        (4, 64 * GIB, "many", 4),
-        (4, 64 * GIB, "0", 4),
+        (4, 64 * GIB, " 2 ", 2),
+        (4, 64 * GIB, "", 4),
     ],
 )
 def test_jobs(cpus: int, memory: int | None, explicit: str | None, expected: int) -> None:
     assert _jobs.max_jobs(3 * GIB, cpus, memory, explicit) == expected
+
+
+@pytest.mark.parametrize("nonsense", ["many", "0", "-1", "2.5", "2 3", "²"])
+def test_nonsense_for_jobs_is_named(nonsense: str) -> None:
+    with pytest.raises(ValueError, match=f"MAX_JOBS='{nonsense}': expected .* whole number"):
+        _jobs.max_jobs(3 * GIB, 4, None, nonsense)
 
 
 def test_available_memory_is_within_the_machine() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,11 +61,18 @@ def test_a_file_on_the_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert "host ms" in out.out
 
 
-def test_stops_in_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("seconds", "done"), [(0.5, 0), (3.5, 1), (9.5, 3)])
+def test_stops_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, done: int
+) -> None:
     """A problem that may not be done in time is not begun; those that were done stay."""
-    assert main(["tune", f"--out={tmp_path}", "--seconds=0.000001", "--problems=5"]) == 0
+    readings = itertools.count(0.0, 1.0)  # each look at the clock takes a second
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(readings)))
+    monkeypatch.setattr(tune, "problem_rows", lambda *_: [])
+    monkeypatch.setattr(tune, "_line", lambda *_: "")
+    assert main(["tune", f"--out={tmp_path}", f"--seconds={seconds}", "--problems=3"]) == 0
     (path,) = tmp_path.glob("*-tune.json")
-    assert json.loads(path.read_text())["done"] == 1
+    assert json.loads(path.read_text())["done"] == done
 
 
 def test_each_plan_runs_as_it_is_forced(

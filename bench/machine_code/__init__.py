@@ -1,6 +1,6 @@
 """What the compiler made of the kernels, read from its own output and from the disassembly.
 
-- compile.py: .cu file and architecture -> PTX, ptxas' report and disassembly, cached
+- compile.py: compiled object and architecture -> PTX, resources and disassembly, cached
 - listing.py: those three texts -> launch bounds, resources and instructions
 - loops.py: instructions -> loops of the control flow graph
 - kernels.py: all of it -> one Kernel record, and what is wrong with it

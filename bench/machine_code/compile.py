@@ -1,34 +1,32 @@
-"""Compiles a `.cu` file for one architecture into the texts that listing.py reads, and keeps them.
+"""Takes the kernels' compiled objects apart into the texts that listing.py reads, and keeps them.
 
-    build/sass/<arch>/<stem>/{key,kernels.ptx,ptxas.txt,kernels.cubin,kernels.sass}
+    build/sass/<object>/sm_<arch>/{kernels.ptx,resources.txt,kernels.sass}
 
-`key` is a hash of everything that the result depends on; a folder with the same key is reused.
+The objects are those that the extension is linked from (batchnorm_cuda/_kernels.py), compiled if
+they are not there yet. An object is named by everything that it depends on, and so are its texts.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
+import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..loading import ROOT
-from ..toolkit import Toolkit, sources
+from ..toolkit import Toolkit, archs, find_tool, kernel_objects
 
 BUILD_DIR = ROOT / "build" / "sass"
-# Two compilers at once: each takes up to 3 GB on a file of many template instances.
 MAX_JOBS = 2
-# As the extension is compiled; torch adds the language standard and nothing that changes the code.
-FLAGS = ("-std=c++17", *sources.NVCC_FLAGS)
+_NAMES = ("kernels.ptx", "resources.txt", "kernels.sass")
 
 
 class CompileError(RuntimeError):
-    """nvcc or nvdisasm failed; the message holds what it said."""
+    """A tool failed; the message holds what it said."""
 
 
 @dataclass(frozen=True)
@@ -46,58 +44,59 @@ class Texts:
     """What the tools said about one source and architecture."""
 
     ptx: str
-    ptxas: str
+    resources: str  # cuobjdump -res-usage
     sass: str
 
 
-def compile_all(jobs: list[Job], kit: Toolkit, nvdisasm: Path, build_dir: Path = BUILD_DIR):
-    """Texts of every job, in order; at most MAX_JOBS compilers run at a time."""
+def architectures(wanted: list[str]) -> list[str]:
+    """What to compile for: all of TORCH_CUDA_ARCH_LIST where that holds what is wanted, with the
+    intermediate code that says what was asked for, so that one compilation serves several."""
+    with_ptx = [f"{arch}+PTX" for arch in wanted]
+    listed = archs.parse(os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(with_ptx))
+    return archs.with_newest_ptx(listed if set(with_ptx) <= set(listed) else with_ptx)
+
+
+def compile_all(wanted: list[str], kit: Toolkit, build_dir: Path = BUILD_DIR) -> dict[Job, Texts]:
+    """Texts of every kernel source for every architecture."""
+    objects = kernel_objects(kit, architectures(wanted))
+    jobs = [Job(source, arch) for arch in wanted for source in objects]
     with ThreadPoolExecutor(MAX_JOBS) as pool:
-        return list(pool.map(lambda job: compile_one(job, kit, nvdisasm, build_dir), jobs))
+        texts = pool.map(lambda job: texts_of(job, objects[job.source], kit, build_dir), jobs)
+        return dict(zip(jobs, texts, strict=True))
 
 
-def compile_one(job: Job, kit: Toolkit, nvdisasm: Path, build_dir: Path = BUILD_DIR) -> Texts:
-    folder = build_dir / f"sm_{job.number}" / job.source.stem
+def texts_of(job: Job, compiled: Path, kit: Toolkit, build_dir: Path = BUILD_DIR) -> Texts:
+    """From the object that holds code and PTX for the architecture."""
+    folder = build_dir / compiled.stem / f"sm_{job.number}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    key = _key(job, kit, nvdisasm)
-    with (folder.parent / f"{job.source.stem}.lock").open("a+") as lock:
+    with folder.with_suffix(".lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
-        if not (folder / "key").exists() or (folder / "key").read_text() != key:
-            print(f"compiling {job.source.name} for sm_{job.number}", file=sys.stderr, flush=True)
-            _build(job, kit, nvdisasm, folder, key)
-        names = ("kernels.ptx", "ptxas.txt", "kernels.sass")
-        return Texts(*((folder / name).read_text() for name in names))
+        if not folder.is_dir():
+            _take_apart(job, compiled, kit, folder)
+        return Texts(*((folder / name).read_text() for name in _NAMES))
 
 
-def _key(job: Job, kit: Toolkit, nvdisasm: Path) -> str:
-    include_dirs = [sources.csrc_dir()]
-    version = _run([nvdisasm, "--version"])
-    parts = [job.arch, *FLAGS, kit.version, str(kit.nvcc), version]
-    parts.append(sources.closure_hash(job.source, include_dirs))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _build(job: Job, kit: Toolkit, nvdisasm: Path, folder: Path, key: str) -> None:
+def _take_apart(job: Job, compiled: Path, kit: Toolkit, folder: Path) -> None:
+    cuobjdump, nvdisasm = (find_tool(name, kit.home) for name in ("cuobjdump", "nvdisasm"))
     work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
     try:
-        ptx, cubin = work / "kernels.ptx", work / "kernels.cubin"
-        nvcc = [kit.nvcc, *FLAGS]
-        front = ["-ptx", f"-arch=compute_{job.number}", f"-I{sources.csrc_dir()}"]
-        _run([*nvcc, *front, "-o", ptx, job.source])
-        back = ["-cubin", f"-arch=sm_{job.number}", "--resource-usage"]
-        (work / "ptxas.txt").write_text(_run([*nvcc, *back, "-o", cubin, ptx]))
-        (work / "kernels.sass").write_text(_run([nvdisasm, "-c", cubin]))
-        (work / "key").write_text(key)
-        shutil.rmtree(folder, ignore_errors=True)
+        arch = ["-arch", f"sm_{job.number}"]
+        _run([cuobjdump, *arch, "-xelf", "all", "-xptx", "all", compiled], work)
+        (cubin,) = work.glob("*.cubin")
+        (ptx,) = work.glob(f"*.sm_{job.number}.ptx")
+        texts = (ptx.read_text(), _run([cuobjdump, "-res-usage", cubin], work))
+        for name, text in zip(_NAMES, (*texts, _run([nvdisasm, "-c", cubin], work)), strict=True):
+            (work / name).write_text(text)
         work.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _run(command: list[str | Path]) -> str:
+def _run(command: list[str | Path], folder: Path) -> str:
     """What the command printed on both streams."""
     done = subprocess.run(
         [str(part) for part in command],
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -147,11 +147,9 @@ def resident_blocks(registers: int, threads: int, arch: str) -> int:
 
 
 def problems(kernel: Kernel) -> list[str]:
-    """What breaks the rules: spills, local memory, narrow accesses, registers beyond the bounds."""
+    """What breaks the rules: a stack, local memory, narrow accesses, registers past the bounds."""
     found = []
     r = kernel.resources
-    if r.spill_store_bytes or r.spill_load_bytes:
-        found.append(f"spills {r.spill_store_bytes} bytes out, {r.spill_load_bytes} bytes in")
     if r.stack_bytes:
         found.append(f"has a stack frame of {r.stack_bytes} bytes")
     if kernel.local_accesses:
@@ -206,9 +204,9 @@ def describe(job: Job, texts: Texts) -> list[Kernel]:
     """Every kernel of one compiled source, by name."""
     bounds = parse_launch_bounds(texts.ptx)
     listings = parse_listing(texts.sass)
-    resources = parse_resources(texts.ptxas)
+    resources = parse_resources(texts.resources)
     if not (bounds.keys() == listings.keys() == resources.keys()):
-        raise ValueError(f"{job.source.name}: PTX, ptxas' report and disassembly differ in kernels")
+        raise ValueError(f"{job.source.name}: PTX, resources and disassembly differ in kernels")
     names = demangle(sorted(resources))
     kernels = [
         _kernel(names[k], job, bounds[k], resources[k], listings[k]) for k in sorted(resources)

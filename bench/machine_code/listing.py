@@ -1,4 +1,4 @@
-"""Parses what nvcc, ptxas and nvdisasm print about compiled kernels. Text in, records out."""
+"""Parses what nvcc, cuobjdump and nvdisasm print about compiled kernels. Text in, records out."""
 
 from __future__ import annotations
 
@@ -31,35 +31,25 @@ def parse_launch_bounds(ptx: str) -> dict[str, LaunchBounds]:
     return bounds
 
 
-# ------------------------------------------------------------------------------- ptxas -v
+# ------------------------------------------------------------------------------- cuobjdump
 
 
 @dataclass(frozen=True)
 class Resources:
     registers: int
-    stack_bytes: int
-    spill_store_bytes: int
-    spill_load_bytes: int
-    static_shared_bytes: int
+    stack_bytes: int  # spilled registers are there, too
+    static_shared_bytes: int  # 1 KB of it CUDA's own, from 8.0 on
 
 
 def parse_resources(report: str) -> dict[str, Resources]:
-    """ptxas' report (--resource-usage), by mangled kernel name."""
+    """What `cuobjdump -res-usage` prints of a cubin, by mangled kernel name."""
     found = {}
-    for part in re.split(r"Compiling entry function ", report)[1:]:
-        name = re.match(r"'([^']+)'", part)
-        # The kernel's own properties come last; functions that it calls are listed before.
-        frames = re.findall(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
-        )
-        used = re.search(r"Used (\d+) registers(.*)", part)
-        if name is None or not frames or used is None:
-            raise ValueError(f"not a ptxas report: {part[:200]!r}")
-        shared = re.search(r"(\d+) bytes smem", used.group(2))
-        stack, stores, loads = (sum(int(frame[i]) for frame in frames) for i in range(3))
-        found[name.group(1)] = Resources(
-            int(used.group(1)), stack, stores, loads, int(shared.group(1)) if shared else 0
-        )
+    for part in re.split(r"^ Function ", report, flags=re.MULTILINE)[1:]:
+        used = dict(re.findall(r"\b([A-Z]+):(\d+)", part))
+        if not {"REG", "STACK", "SHARED"} <= used.keys():
+            raise ValueError(f"not a report of cuobjdump: {part[:200]!r}")
+        values = (int(used[name]) for name in ("REG", "STACK", "SHARED"))
+        found[part.split(":")[0]] = Resources(*values)
     return found
 
 

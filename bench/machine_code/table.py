@@ -11,7 +11,7 @@ def template_table(kernels: list[Kernel]) -> str:
     """Ranges over the instances of each kernel template."""
     rows = [
         [
-            "kernel", "arch", "instances", "registers", "blocks/SM", "spills", "local", "shared",
+            "kernel", "arch", "instances", "registers", "blocks/SM", "stack", "local", "shared",
             "code", "loads", "stores", "instructions/16 B, exact", "masked",
         ]
     ]  # fmt: skip
@@ -28,8 +28,8 @@ def template_table(kernels: list[Kernel]) -> str:
                 str(len(members)),
                 _range([x.registers for x in r]),
                 _range([member.blocks_per_sm for member in members]),
-                str(sum(x.spill_store_bytes + x.spill_load_bytes for x in r)),
-                str(sum(m.local_accesses + m.resources.stack_bytes for m in members)),
+                str(sum(x.stack_bytes for x in r)),
+                str(sum(m.local_accesses for m in members)),
                 _range([x.static_shared_bytes for x in r]),
                 _range([member.instructions for member in members]),
                 _widths([member.loads for member in members]),
@@ -44,7 +44,7 @@ def template_table(kernels: list[Kernel]) -> str:
 def instance_table(kernels: list[Kernel]) -> str:
     rows = [
         [
-            "kernel", "arch", "registers", "limit", "blocks/SM", "spills", "local", "shared",
+            "kernel", "arch", "registers", "limit", "blocks/SM", "stack", "local", "shared",
             "code", "loads", "stores", "main loop", "moves", "instructions/16 B",
         ]
     ]  # fmt: skip
@@ -58,8 +58,8 @@ def instance_table(kernels: list[Kernel]) -> str:
                 str(r.registers),
                 str(kernel.register_limit),
                 str(kernel.blocks_per_sm),
-                f"{r.spill_store_bytes}+{r.spill_load_bytes}",
-                str(kernel.local_accesses + r.stack_bytes),
+                str(r.stack_bytes),
+                str(kernel.local_accesses),
                 str(r.static_shared_bytes),
                 str(kernel.instructions),
                 _widths([kernel.loads]),

@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in KINDS:
         print(f"expected one of {', '.join(KINDS)}, got {' '.join(arguments) or 'nothing'}")
         return 3
-    if (torch.version.cuda or "").startswith("13."):  # the toolkit's major version, too
+    # There are cores enough where a GPU is; elsewhere the objects are shared with other builds.
+    if torch.cuda.is_available() and (torch.version.cuda or "").startswith("13."):
         os.environ.setdefault("NVCC_APPEND_FLAGS", "--split-compile=0")
     started = time.monotonic()
     if arguments[0] == "cuda":

@@ -25,7 +25,8 @@ from . import folder, plans, table
 
 _PLACE = ROOT / "build" / "rehearsal"
 _BUILDS = "build"  # of the copy
-_KEPT = ("PATH", "LANG", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS", "BATCHNORM_CUDA_CACHE_DIR")
+_KEPT = ("PATH", "LANG", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS")
+_KEPT += ("TORCH_CUDA_ARCH_LIST", "BATCHNORM_CUDA_CACHE_DIR")
 _STARTING_SECONDS = 60  # that a machine under load may take beyond the minutes
 
 

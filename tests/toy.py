@@ -1,0 +1,73 @@
+"""A tiny extension to try the build cache with, and processes that build it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import batchnorm_cuda
+from batchnorm_cuda import _compile
+
+# A module without torch's headers compiles in a second.
+TOY = """
+#include <Python.h>
+#include "toy_value.h"
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "toy", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_toy(void) {
+  PyObject* module = PyModule_Create(&definition);
+  PyModule_AddIntConstant(module, "value", toy_value());
+  return module;
+}
+"""
+HEADER = "int toy_value();\n"
+VALUE = '#include "toy_value.h"\nint toy_value() { return 42; }\n'
+
+# Builds the toy of the folder in argv[1] and prints its value.
+WORKER = """
+import importlib.util, sys
+from pathlib import Path
+from toy import toy_recipe
+from batchnorm_cuda import _build
+spec = importlib.util.spec_from_file_location("toy", _build.build(toy_recipe(Path(sys.argv[1]))))
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.value)
+"""
+
+
+def toy_recipe(folder: Path) -> _compile.Recipe:
+    sources = [folder / "toy.cpp", folder / "toy_value.cpp"]
+    texts = [path.read_text() for path in (*sources, folder / "toy_value.h")]
+    key = {"sources": "".join(texts), "torch": torch.__version__}
+    return _compile.Recipe("toy", "a toy", sources, key, job_bytes=1 << 20)
+
+
+def write_toy(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "toy.cpp").write_text(TOY)
+    (folder / "toy_value.cpp").write_text(VALUE)
+    (folder / "toy_value.h").write_text(HEADER)
+    return folder
+
+
+def start_worker(toy: Path, **variables: str) -> subprocess.Popen:
+    paths = [Path(batchnorm_cuda.__file__).parent.parent, Path(__file__).parent]
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(toy)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)

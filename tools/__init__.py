@@ -1,0 +1,1 @@
+"""What releases and CI need, and neither a user nor a benchmark does."""
