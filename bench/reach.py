@@ -229,8 +229,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="the first problem of every instance")
     options = parser.parse_args(arguments)
     extension = _extension.load_emulated()
-    libraries = options.library or [Path(str(extension.__file__))]
-    compiled = set().union(*(instances.compiled(path)[0] for path in libraries)) - FIXED - UNCHOSEN
+    libraries = options.library or [str(extension.__file__)]
+    compiled = instances.compiled(libraries)[0] - FIXED - UNCHOSEN
     if not compiled:
         print(f"python -m bench reach: no kernels in {', '.join(map(str, libraries))}")
         return 2
