@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -621,3 +622,11 @@ def test_the_regret_of_the_planner(tmp_path: Path) -> None:
         "1.50 2x3 nchw fp16 backward: team block 2 3.0000 ms; best team grid 2 2.0000 ms",
         "1.00 2x3 nchw fp16 forward: team block 2 1.0000 ms; best team block 2 1.0000 ms",
     ]
+
+
+def test_builds_go_where_nobody_else_can_write(tmp_path: Path) -> None:
+    assert command.cache_folder(tmp_path) == tmp_path / "visit-cache"
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    elsewhere = command.cache_folder(tmp_path / "open")
+    assert elsewhere.parent == Path(tempfile.gettempdir())

@@ -22,11 +22,14 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from batchnorm_cuda import _trust
 
 from ..environment import commit
 from ..loading import ROOT
@@ -72,11 +75,23 @@ class Visit:
         print(text, flush=True)
 
 
+def cache_folder(build: Path) -> Path:
+    """Where the extension is built: below the repository, where nobody else can write there.
+
+    Who owns a copy of it on a lent machine, and with which modes, is not ours to say.
+    """
+    try:
+        _trust.make_private(build / "visit-cache")
+    except (_trust.UntrustedError, OSError):
+        return Path(tempfile.gettempdir()) / f"batchnorm_cuda_visit_{os.geteuid()}"
+    return build / "visit-cache"
+
+
 def variables() -> dict[str, str]:
     """Of the environment of every part: nothing needs a home that can be written."""
     build = ROOT / "build"
     wanted = {
-        "BATCHNORM_CUDA_CACHE_DIR": build / "visit-cache",
+        "BATCHNORM_CUDA_CACHE_DIR": cache_folder(build),
         "TORCHINDUCTOR_CACHE_DIR": build / "inductor",
         "TRITON_CACHE_DIR": build / "triton",
     }
