@@ -124,7 +124,7 @@ extension-host:
 standalone:
 	$(MAKE) -C bench/standalone cuda PYTHON=$(PYTHON)
 standalone-host:
-	$(MAKE) -C bench/standalone host
+	$(MAKE) -C bench/standalone host PYTHON=$(PYTHON)
 
 # On the GPU against cuDNN and others; without one, bytes by models: `python -m bench --help`.
 BENCH_ARGS ?=

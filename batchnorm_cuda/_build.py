@@ -21,7 +21,7 @@ from pathlib import Path
 
 from . import _jobs, _trust
 from ._compile import BuildError, Recipe, touch
-from ._nvcc import KernelRecipe, compile_objects
+from ._kernels import KernelRecipe, compile_objects
 
 KERNELS = "kernels"  # where compilers of all tables work
 _KEEP_SECONDS = 30 * 24 * 3600
@@ -115,12 +115,21 @@ def build_objects(recipes: list[KernelRecipe]) -> dict[Path, Path]:
         }
         if all([touch(path) for path in objects.values()]):
             return objects
-        _trust.make_private(root / KERNELS)
         with lock(_lock_of(root / KERNELS), "waiting for another process: all kernels"):
+            _set_aside(root / KERNELS)
+            _trust.make_private(root / KERNELS)
             jobs = _jobs.compile_jobs(recipes[0].job_bytes)
-            say(f"compiling kernels for {recipes[0].key['archs']} with {jobs} job(s)")
+            names = ", ".join(recipe.name for recipe in recipes)
+            say(f"compiling {names} in {folder} with {jobs} job(s); this takes minutes, once")
             compile_objects(recipes, root / KERNELS, folder, jobs)
     return objects
+
+
+def _set_aside(folder: Path) -> None:
+    """Compilers whose parents were killed may still write into the folder of an earlier build."""
+    if folder.exists():
+        aside = folder.rename(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _module_of(recipe: Recipe | KernelRecipe, root: Path) -> Path:

@@ -19,8 +19,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import _sources
+
+if TYPE_CHECKING:
+    from ._kernels import KernelRecipe
 
 # Dies with the process that started it, and takes ninja and the compilers along: its standard input
 # is a pipe whose other end only that process holds, and it leads a process group of its own.
@@ -57,7 +61,7 @@ class Recipe:
     sources: list[Path]  # .cpp
     key: dict[str, str]  # every ingredient whose change makes the old binary wrong
     job_bytes: int
-    compiled_as_cpp: list[Path] = field(default_factory=list)  # .cu files, through wrappers
+    kernels: KernelRecipe | None = None  # whose objects are linked, too
     include_dirs: list[Path] = field(default_factory=list)  # of our own headers
     cflags: list[str] = field(default_factory=list)
     ldflags: list[str] = field(default_factory=list)
@@ -69,10 +73,6 @@ class Recipe:
     def folder(self) -> str:
         """The cache folder's name: other sources, versions or flags give another."""
         return f"{self.name.strip('_')}-{digest(self.key, self._flags())}"
-
-    @property
-    def all_sources(self) -> list[Path]:
-        return [*self.sources, *self.compiled_as_cpp]
 
     def object_name(self, source: Path) -> str:
         """The cache name of one compiled file: as `folder`, but for the files that it includes."""
@@ -94,23 +94,20 @@ def digest(*parts: object) -> str:
 
 def compile_extension(recipe: Recipe, work: Path, objects: Path, jobs: int) -> None:
     objects.mkdir(exist_ok=True)
-    stored = {path: objects / recipe.object_name(path) for path in recipe.all_sources}
-    reused = [path for path in recipe.all_sources if touch(stored[path])]
+    stored = {path: objects / recipe.object_name(path) for path in recipe.sources}
+    reused = [path for path in recipe.sources if touch(stored[path])]
     if len(reused) == len(stored):  # cpp_extension links nothing without a source: the cheapest
         reused.remove(min(reused, key=lambda path: stored[path].stat().st_size))
+    kernels = recipe.kernels.compile_objects(work, objects, jobs) if recipe.kernels else []
     for name, target in recipe.links.items():
         (work / name).symlink_to(target)
     load = {
         "name": recipe.name,
-        "sources": [
-            str(_wrap(path, work) if path in recipe.compiled_as_cpp else path)
-            for path in recipe.all_sources
-            if path not in reused
-        ],
+        "sources": [str(path) for path in recipe.sources if path not in reused],
         "extra_include_paths": [str(path) for path in recipe.include_dirs],
         "extra_cflags": [*recipe.cflags, *map(quoted, _sources.path_maps())],
         "extra_ldflags": [
-            *(quoted(str(stored[path])) for path in reused),
+            *(quoted(str(path)) for path in (*kernels, *(stored[source] for source in reused))),
             quoted(f"-L{work}"),
             *recipe.ldflags,
         ],
@@ -203,16 +200,9 @@ def _store_objects(stored: dict[Path, Path], work: Path) -> None:
     lines = log.read_text().splitlines() if log.exists() else []
     finished = {line.split("\t")[3] for line in lines if line.count("\t") >= 4}
     for path, target in stored.items():
-        for name in (f"{path.stem}.o", f"{path.stem}_cu.o", f"{path.stem}.cuda.o"):
-            if name in finished and (work / name).exists():
-                (work / name).replace(target)
-
-
-def _wrap(source: Path, work: Path) -> Path:
-    """A C++ file that includes a `.cu`: cpp_extension would give the `.cu` itself to nvcc."""
-    wrapper = work / f"{source.stem}_cu.cpp"
-    wrapper.write_text(f'#include "{source.name}"\n')  # by -I: no quote in a path can end it
-    return wrapper
+        name = f"{path.stem}.o"
+        if name in finished and (work / name).exists():
+            (work / name).replace(target)
 
 
 def failure_excerpt(log: str, lines: int = 12) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sysconfig
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
 
 from . import _archs, _jobs, _sources, _toolkit
 from ._compile import BuildError, Recipe, quoted
-from ._nvcc import KernelRecipe
+from ._kernels import KernelRecipe
 from ._version import __version__
 
 AnyRecipe: TypeAlias = Recipe | KernelRecipe
@@ -74,15 +72,17 @@ def cuda_target(any_gpu: bool) -> tuple[_toolkit.Toolkit, list[str]]:
 
 def emulated_recipe() -> Recipe:
     """`_C_emulated`: the same sources for the CPU, against the headers of tests/simt/include."""
+    kernels = KernelRecipe.emulated()
     return Recipe(
         name="_C_emulated",
         label=f"the kernels' CPU emulation (torch {torch.__version__})",
         sources=_sources.emulated_cpp_sources(),
-        compiled_as_cpp=_sources.kernel_sources(),
-        include_dirs=_sources.emulated_include_dirs(),
-        cflags=[*_sources.CXX_FLAGS, "-march=native", "-DBATCHNORM_CUDA_HOST_MODEL"],
+        kernels=kernels,
+        include_dirs=kernels.include_dirs,
+        cflags=[*_sources.CXX_FLAGS, *_sources.EMULATED_FLAGS],
         job_bytes=_jobs.HOST_JOB_BYTES,
-        key=_common_key() | {"sources": _sources.content_hash(emulated=True), "cpu": _cpu_hash()},
+        key=_common_key()
+        | {"sources": _sources.content_hash(emulated=True), "cpu": kernels.key["cpu"]},
     )
 
 
@@ -117,10 +117,3 @@ def _common_key() -> dict[str, str]:
         "python": str(sysconfig.get_config_var("SOABI")),
         "compiler": _toolkit.compiler_version(),
     }
-
-
-def _cpu_hash() -> str:
-    """-march=native makes a binary for this kind of CPU; a shared cache may serve several."""
-    text = Path("/proc/cpuinfo").read_text()
-    lines = {line for line in text.splitlines() if line.startswith(("flags", "Features", "model"))}
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]

@@ -51,6 +51,8 @@ KERNEL_SOURCES = tuple(name for names in KERNEL_TABLES.values() for name in name
 CXX_FLAGS = ("-O2", "-fvisibility=hidden")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 
+EMULATED_FLAGS = ("-march=native", "-DBATCHNORM_CUDA_HOST_MODEL")
+
 _SOURCE_SUFFIXES = {".cpp", ".cu", ".cuh", ".h"}
 
 

@@ -25,10 +25,10 @@ usage: python -m bench [OPTIONS]            time batch norm on this GPU; or with
        python -m bench compare A.csv B.csv  what became slower from A to B, beyond the spread
        python -m bench report RUN.csv       write Markdown, plots and HTML of a run again
        python -m bench readme [--recount]   write the README's section on performance
-       python -m bench gpu-check            everything there is to check on a machine with a GPU
-       python -m bench visit --plan P ...   the same and more in parts, for a GPU lent for minutes
+       python -m bench gpu-check            all there is to check on a machine with a GPU, and in
+       python -m bench visit --plan P ...   parts, with more of it, on one that is lent for minutes
        python -m bench tune                 time every plan that the planner could have chosen
-       python -m bench exchange             what launches and exchanges between blocks cost
+       python -m bench exchange; python -m bench build-time  cost of exchanges, of compiling
        python -m bench calibrate TUNE.csv   fit the constants of the planner's cost model to that
 
   --set NAME        shapes; repeatable: {", ".join(list(SETS)[:6])},

@@ -2,7 +2,7 @@
 
 Loads the package's own helpers by their paths, because importing the package imports torch.
 `python -m bench.toolkit nvcc|cudart|sources` prints one of them for a Makefile, and
-`python -m bench.toolkit objects FOLDER` leaves the compiled kernels there.
+`python -m bench.toolkit objects|host-objects FOLDER` leaves the compiled kernels there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .loading import load, load_package
 archs = load_package("_archs")
 build = load_package("_build")
 devices = load("batchnorm_cuda", "devices")
-nvcc = load_package("_nvcc")
+kernels = load_package("_kernels")
 sources = load_package("_sources")
 toolkit = load_package("_toolkit")
 Toolkit = toolkit.Toolkit
@@ -59,18 +59,27 @@ def visible_gpus() -> list[tuple[int, int]]:
 def kernel_objects(kit: Toolkit, wanted: list[str]) -> dict[Path, Path]:
     """The compiled objects of all kernels for the architectures, by source: the extension's own."""
     return build.build_objects(
-        [nvcc.KernelRecipe.of(x, kit, wanted) for x in sources.KERNEL_TABLES]
+        [kernels.KernelRecipe.of(x, kit, wanted) for x in sources.KERNEL_TABLES]
     )
 
 
-def copy_objects(kit: Toolkit, folder: Path) -> None:
-    """Leave <source>.o in `folder`, for TORCH_CUDA_ARCH_LIST, else the GPUs here, else defaults."""
-    explicit = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    wanted = archs.select(explicit, visible_gpus(), kit.gpu_codes())
-    for source, path in kernel_objects(kit, wanted).items():
+def host_objects() -> dict[Path, Path]:
+    """The same for the host model."""
+    return build.build_objects([kernels.KernelRecipe.emulated()])
+
+
+def copy_objects(objects: dict[Path, Path], folder: Path) -> None:
+    """Leave <source>.o in `folder`, with the time of now where it is new: so make sees it."""
+    for source, path in objects.items():
         target = folder / f"{source.name}.o"
         if not target.exists() or not filecmp.cmp(path, target, shallow=False):
-            shutil.copyfile(path, target)  # with the time of now, by which make sees that it is new
+            shutil.copyfile(path, target)
+
+
+def cuda_objects(kit: Toolkit) -> dict[Path, Path]:
+    """For TORCH_CUDA_ARCH_LIST, else the GPUs here, else the defaults."""
+    explicit = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    return kernel_objects(kit, archs.select(explicit, visible_gpus(), kit.gpu_codes()))
 
 
 def main(wanted: str, *folder: str) -> int:
@@ -78,9 +87,12 @@ def main(wanted: str, *folder: str) -> int:
         print(*(path.name for path in sources.kernel_sources()))
         return 0
     try:
+        if wanted == "host-objects":
+            copy_objects(host_objects(), Path(*folder))
+            return 0
         kit = resolve()
         if wanted == "objects":
-            copy_objects(kit, Path(*folder))
+            copy_objects(cuda_objects(kit), Path(*folder))
             return 0
     except (ToolkitError, build.BuildError) as error:
         print(error, file=sys.stderr)

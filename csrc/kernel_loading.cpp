@@ -28,8 +28,8 @@ KernelLoader& kernel_loader() {
 // Never unloaded: kernels may be running.
 const void* load(const std::string& name) {
   if (!kernel_loader()) {
-    throw std::runtime_error("batch_norm: the kernels \"" + name +
-                             "\" are not linked into this module, and no loader of them is set");
+    throw std::runtime_error("batch_norm: the kernels of " + name +
+                             " are not linked into this module, and no loader of them is set");
   }
   const std::string path = kernel_loader()(name);
   void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);

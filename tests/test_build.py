@@ -13,7 +13,7 @@ import torch
 from fake_toolkit import make_toolkit, write_program
 from toy import HEADER, VALUE, start_worker, toy_recipe, wait_for
 
-from batchnorm_cuda import _build, _compile, _recipes, _sources, _toolkit
+from batchnorm_cuda import _build, _compile, _kernels, _recipes, _sources, _toolkit
 
 
 def test_four_processes_build_once_and_all_load(toy: Path) -> None:
@@ -110,11 +110,9 @@ def _edit(path: Path) -> None:
     path.write_text(path.read_text() + "\nextern int edited;\n")
 
 
-COMMON_CHANGES = {
+HOST_CHANGES = {
     "version": lambda m, _: m.setattr(_recipes, "__version__", "0.0.0"),
     "compiler": lambda m, _: m.setattr(_toolkit, "compiler_version", lambda: "c++ 99"),
-}
-HOST_CHANGES = COMMON_CHANGES | {
     "torch": lambda m, _: m.setattr(torch, "__version__", "2.0.0+cu130"),
     "torch's CUDA": lambda m, _: m.setattr(torch.version, "cuda", "13.1"),
     "python ABI": lambda m, _: m.setattr(_recipes.sysconfig, "get_config_var", lambda _: "cp399"),
@@ -125,7 +123,9 @@ HOST_CHANGES = COMMON_CHANGES | {
 NVCC = {
     "nvcc": lambda m, root: m.setenv("CUDA_HOME", str(make_toolkit(root / "cuda-13.9", "13.9")))
 }
-KERNEL_CHANGES = COMMON_CHANGES | {
+KERNEL_CHANGES = {
+    "version": lambda m, _: m.setattr(_kernels, "__version__", "0.0.0"),
+    "compiler": lambda m, _: m.setattr(_kernels, "compiler_version", lambda: "c++ 99"),
     "architectures": lambda m, _: m.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0"),
     "flags": lambda m, _: m.setattr(_sources, "NVCC_FLAGS", ("-O1",)),
     "the user's flags": lambda m, _: m.setenv("NVCC_APPEND_FLAGS", "-lineinfo"),
@@ -134,7 +134,7 @@ KERNEL_CHANGES = COMMON_CHANGES | {
 }
 EMULATED_CHANGES = HOST_CHANGES | {
     "kernel": lambda m, root: _edit(root / "csrc" / "stages_half.cu"),
-    "cpu": lambda m, _: m.setattr(_recipes, "_cpu_hash", lambda: "another"),
+    "cpu": lambda m, _: m.setattr(_kernels, "cpu_hash", lambda: "another"),
     "host model": lambda m, root: _edit(root / "simt" / "include" / "cuda_runtime.h"),
     "new file": lambda m, root: (root / "csrc" / "extra.cuh").touch(),
 }
@@ -184,6 +184,6 @@ def test_lists_of_sources_are_complete() -> None:
     """No file is forgotten, and no two give one object (ninja would not say so)."""
     written = {p for p in _sources.csrc_dir().iterdir() if p.suffix in (".cpp", ".cu")}
     assert set(_sources.cuda_sources()) == written
-    emulated = _recipes.emulated_recipe().all_sources
+    emulated = _recipes.emulated_recipe().sources
     assert len({path.stem for path in emulated}) == len(emulated)
     assert all(path.is_file() for path in emulated)

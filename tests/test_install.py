@@ -94,7 +94,7 @@ def test_installed_package_finds_its_own_sources(tree: Path, tmp_path: Path) -> 
         f"import sys; sys.path.insert(0, {str(target)!r})\n"
         "from batchnorm_cuda import _sources, _recipes\n"
         "recipe = _recipes.emulated_recipe()\n"
-        "paths = [*recipe.all_sources, *recipe.include_dirs]\n"
+        "paths = [*recipe.sources, *recipe.kernels.sources, *recipe.include_dirs]\n"
         "print(all(path.exists() for path in paths), _sources.csrc_dir(), _sources.simt_dir())\n"
     )
     done = subprocess.run(

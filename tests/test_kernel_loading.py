@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,7 @@ import pytest
 from fake_toolkit import write_program
 from simt_build import CSRC
 
-from batchnorm_cuda import _build, _compile, _extension, _nvcc, _sources
+from batchnorm_cuda import _build, _compile, _extension, _kernels, _sources
 
 # Asks for tables, each time a line is read, and prints what they answer.
 PROGRAM = r"""
@@ -68,7 +69,7 @@ def test_a_table_is_loaded_once_when_it_is_first_needed(tmp_path: Path) -> None:
         capture_output=True,
     )
     missing, first, second, wrong = done.stdout.splitlines()
-    assert 'the kernels "half" are not linked into this module' in missing
+    assert "the kernels of half are not linked into this module" in missing
     assert first == "loads half, 42"
     assert second == "42"
     path = tmp_path / "kernels_float.so"
@@ -103,12 +104,12 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def recipe_of(folder: Path, table: str = "toy", **key: str) -> _nvcc.KernelRecipe:
-    return _nvcc.KernelRecipe(
+def recipe_of(folder: Path, table: str = "toy", **key: str) -> _kernels.KernelRecipe:
+    return _kernels.KernelRecipe(
         table=table,
         label="toy kernels",
         sources=[folder / "toy.cu", folder / "more.cu"],
-        key={"cuda": "13.0", **key},
+        key={"cuda": "13.0", "archs": "9.0", **key},
         job_bytes=1 << 20,
         compiler=[str(folder / "nvcc"), "-x", "c++", "-fPIC"],
         linker=["c++", "-shared"],
@@ -140,6 +141,17 @@ def test_tables_share_objects(toy: Path) -> None:
     assert [value_of(path) for path in paths] == [42, 42]
     assert compiled(toy) == 2
     assert [path.name for path in paths] == ["kernels_toy.so", "kernels_other.so"]
+
+
+def test_compilers_of_a_killed_build_write_nowhere_else(toy: Path, tmp_path: Path) -> None:
+    """Their folder is not that of the next build, in which half an object would pass for whole."""
+    _build.build_kernels([recipe_of(toy)])
+    left = os.open(tmp_path / "cache" / _build.KERNELS, os.O_RDONLY)
+    (toy / "value.h").write_text("#define VALUE 43\n")
+    _build.build_kernels([recipe_of(toy)])
+    assert os.fstat(left).st_ino != (tmp_path / "cache" / _build.KERNELS).stat().st_ino
+    os.close(left)
+    assert not list((tmp_path / "cache").glob("*.tmp-*"))
 
 
 @pytest.mark.parametrize("name", ["cuda", "archs", "compiler", "flags"])

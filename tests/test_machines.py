@@ -21,7 +21,7 @@ from fake_toolkit import write_program
 from toy import VALUE, toy_recipe, wait_for
 
 import batchnorm_cuda
-from batchnorm_cuda import _build, _compile, _extension
+from batchnorm_cuda import _ahead_of_time, _build, _compile, _extension, _recipes
 from batchnorm_cuda._compile import BuildError, Recipe
 
 DAY = 24 * 3600
@@ -39,7 +39,7 @@ class Compiler:
 
     def __call__(self, recipe: Recipe, work: Path, objects: Path, jobs: int) -> None:
         self.builds += 1
-        for source in recipe.all_sources:
+        for source in recipe.sources:
             stored = objects / recipe.object_name(source)
             if not _compile.touch(stored):
                 self.compiled.append(source.name)
@@ -138,13 +138,29 @@ def test_cache_of_two_file_systems(
         _build.build(toy_recipe(toy))
 
 
+SHARED_MEMORY = Path("/dev/shm")  # often a file system of its own
+HAS_SHARED_MEMORY = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
+
+
+@pytest.mark.skipif(not HAS_SHARED_MEMORY, reason="no /dev/shm")
+def test_objects_on_another_file_system(toy: Path, cache: Path, compiler: Compiler) -> None:
+    """Said before anything is compiled: a move there could be cut in half."""
+    _build._trust.make_private(cache)
+    with tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as elsewhere:
+        (cache / "objects").symlink_to(elsewhere)
+        if os.stat(elsewhere).st_dev == cache.stat().st_dev:
+            pytest.skip("/dev/shm is no other file system")
+        with pytest.raises(BuildError, match=r"objects'\): a cache must lie on one file system"):
+            _build.build(toy_recipe(toy))
+    assert compiler.builds == 0
+
+
 def test_another_file_system_for_scratch_and_a_clock_that_was_set_back(
     toy: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, compiled
 ) -> None:
     """Also: a umask that hides nothing, and a package that must not be written."""
-    scratch = Path("/dev/shm")
-    if scratch.is_dir() and os.access(scratch, os.W_OK):
-        monkeypatch.setenv("TMPDIR", str(scratch))
+    if HAS_SHARED_MEMORY:
+        monkeypatch.setenv("TMPDIR", str(SHARED_MEMORY))
     future = time.time() + 1000 * DAY
     for path, when in zip(sorted(toy.iterdir()), (future, 0, future), strict=True):
         os.utime(path, (when, when))
@@ -160,6 +176,25 @@ def test_another_file_system_for_scratch_and_a_clock_that_was_set_back(
     assert {path for path, when in after.items() if before.get(path) != when} == set()
     for path in (cache, cache / "objects", module.parent, module, *cache.glob("objects/*")):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+
+
+def test_installation_ahead_of_time(
+    toy: Path, tmp_path: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are for all users, other than the cache's; nonsense ends without a traceback."""
+    recipe = toy_recipe(toy)
+    recipe.key["cuda"] = "13.0"
+    monkeypatch.setattr(_recipes, "all_cuda_recipes", lambda **_: [recipe])
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(SystemExit, match="BATCHNORM_CUDA_AOT=1: MAX_JOBS='many'"):
+        _ahead_of_time.build_into(tmp_path / "site", "_C.so", ["8.0"])
+    monkeypatch.delenv("MAX_JOBS")
+    built = _build.build(recipe)
+    built.chmod(0o700)
+    _ahead_of_time.build_into(tmp_path / "site", "_C.so", ["8.0"])
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "site" / "_C.so").stat().st_mode) == 0o666 & ~umask
 
 
 def set_age(path: Path, days: float) -> None:

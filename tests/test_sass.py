@@ -32,7 +32,7 @@ from bench.machine_code.listing import (
 )
 from bench.machine_code.loops import find_loops
 from bench.sass import kernels_for
-from bench.toolkit import Toolkit, ToolkitError, archs, find_tool, nvcc, resolve, sources
+from bench.toolkit import Toolkit, ToolkitError, archs, find_tool, kernels, resolve, sources
 
 # ------------------------------------------------------------------------------- parsers
 
@@ -381,7 +381,7 @@ def test_planted_faults_are_found(kit: Toolkit, tmp_path: Path) -> None:
     source = tmp_path / "planted.cu"
     source.write_text(PLANTED)
     job = Job(source, "8.0")
-    recipe = nvcc.KernelRecipe.of("half", kit, ["8.0+PTX"])
+    recipe = kernels.KernelRecipe.of("half", kit, ["8.0+PTX"])
     planted = tmp_path / "planted.o"
     subprocess.run([*recipe.compiler, "-c", source, "-o", planted], check=True)
     texts = texts_of(job, planted, kit, build_dir=tmp_path)

@@ -56,7 +56,7 @@ def build(target: str, *variables: str) -> Path:
 
 @pytest.fixture(scope="module")
 def host() -> Path:
-    return build("host")
+    return build("host", f"PYTHON={sys.executable}")
 
 
 @pytest.fixture(scope="module")

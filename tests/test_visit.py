@@ -312,7 +312,7 @@ def test_a_build_goes_from_one_visit_to_the_next(tmp_path: Path) -> None:
         (cache / name).write_bytes(os.urandom(1000))
     recipe = SimpleNamespace(
         folder="C-1",
-        all_sources=[Path("common.cu"), Path("forward.cu")],  # of one the object is gone
+        sources=[Path("common.cu"), Path("forward.cu")],  # of one the object is gone
         object_name=lambda source: f"{source.stem}-2.o",
     )
     whole, small = (save_build.contents(cache, [recipe], objects) for objects in (True, False))

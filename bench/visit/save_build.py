@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from batchnorm_cuda import _build, _recipes
-from batchnorm_cuda._compile import BuildError
+from batchnorm_cuda._compile import BuildError, Recipe
 from batchnorm_cuda._recipes import AnyRecipe
 from batchnorm_cuda._toolkit import ToolkitError
 
@@ -36,8 +36,14 @@ def contents(cache: Path, recipes: Sequence[AnyRecipe], objects: bool) -> list[P
     for recipe in recipes:
         files += sorted(path for path in (cache / recipe.folder).glob("*") if path.suffix != ".o")
         if objects:
-            files += [cache / "objects" / recipe.object_name(path) for path in recipe.all_sources]
+            files += objects_of(recipe, cache)
+            files += objects_of(recipe.kernels, cache) if isinstance(recipe, Recipe) else []
     return [path for path in files if path.is_file() and not path.is_symlink()]
+
+
+def objects_of(recipe: AnyRecipe | None, cache: Path) -> list[Path]:
+    sources = recipe.sources if recipe else []
+    return [cache / "objects" / recipe.object_name(path) for path in sources]
 
 
 def find_recipes(cache: Path) -> list[AnyRecipe]:

@@ -1,14 +1,16 @@
-"""Compiles the kernels with nvcc: a shared object for each table, which knows nothing of torch.
+"""Compiles the kernels, which know nothing of torch: one build serves every version of it.
 
-So one build serves every version of torch on the same CUDA, and the objects serve whoever links
-kernels. ninja runs the compilers, as for torch's builder, from a file that is written here.
+By nvcc into a shared object for each table, or by the C++ compiler into objects for the host model;
+who links kernels shares the objects. ninja runs the compilers, as for torch's builder, from a file
+that is written here. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import _archs, _jobs, _sources
@@ -28,9 +30,11 @@ class KernelRecipe:
     sources: list[Path]
     key: dict[str, str]
     job_bytes: int
-    compiler: list[str]  # nvcc and its flags
-    linker: list[str]
-    libraries: list[Path]
+    compiler: list[str]  # with its flags
+    linker: list[str] = field(default_factory=list)
+    libraries: list[Path] = field(default_factory=list)
+    include_dirs: list[Path] = field(default_factory=list)  # beside the sources' own
+    lines: bool = False  # the objects name files and lines
 
     @classmethod
     def of(cls, table: str, toolkit: Toolkit, archs: list[str]) -> KernelRecipe:
@@ -62,13 +66,24 @@ class KernelRecipe:
             libraries=[toolkit.cudart],
         )
 
+    @classmethod
+    def emulated(cls) -> KernelRecipe:
+        """All kernels for the host model: objects, which are linked into what uses them."""
+        flags = ["-std=c++17", *_sources.CXX_FLAGS, "-fPIC", *_sources.EMULATED_FLAGS, "-x", "c++"]
+        return cls(
+            table="emulated",
+            label="the kernels for the host model",
+            sources=_sources.kernel_sources(),
+            key={"version": __version__, "compiler": compiler_version(), "cpu": cpu_hash()},
+            job_bytes=_jobs.HOST_JOB_BYTES,
+            compiler=[os.environ.get("CXX", "c++"), *flags],
+            include_dirs=_sources.emulated_include_dirs(),
+            lines=True,
+        )
+
     @property
     def name(self) -> str:
         return f"kernels_{self.table}"
-
-    @property
-    def all_sources(self) -> list[Path]:
-        return self.sources
 
     @property
     def folder(self) -> str:
@@ -77,18 +92,28 @@ class KernelRecipe:
         return f"{self.name}-{digest(self.key, self.linker, names)}"
 
     def object_name(self, source: Path) -> str:
-        content = _sources.closure_hash([source], [], lines=False)
+        content = _sources.closure_hash([source], self.include_dirs, lines=self.lines)
         # Where the compiler lies makes no difference.
         return f"{source.stem}-{digest(self.key, self.compiler[1:], content)}.o"
 
     def compile(self, work: Path, objects: Path, jobs: int) -> None:
         """Leave `<name>.so` in `work`, or raise BuildError with the compiler's own words."""
-        compile_objects([self], work, objects, jobs)
+        linked = self.compile_objects(work, objects, jobs)
         module = f"{self.name}.so"
-        linked = [objects / self.object_name(source) for source in self.sources]
         command = [*self.linker, "-o", module, *map(str, (*linked, *self.libraries))]
         if run_child({"command": command}, work, {}) != 0:
             raise failure(self.label, work, work.parent / f"{self.folder}.log")
+
+    def compile_objects(self, work: Path, objects: Path, jobs: int) -> list[Path]:
+        """The compiled objects, in the order of the sources."""
+        compile_objects([self], work, objects, jobs)
+        return [objects / self.object_name(source) for source in self.sources]
+
+    def command(self, source: Path, target: str) -> list[str]:
+        # Paths are no part of the object's name: what they lead to is.
+        places = [f"-I{folder}" for folder in self.include_dirs]
+        places += _sources.path_maps() if self.lines else []
+        return [*self.compiler, *places, "-c", str(source), "-o", target]
 
 
 def compile_objects(recipes: list[KernelRecipe], work: Path, objects: Path, jobs: int) -> None:
@@ -99,7 +124,7 @@ def compile_objects(recipes: list[KernelRecipe], work: Path, objects: Path, jobs
         for source in recipe.sources:
             target = objects / recipe.object_name(source)
             if not touch(target):
-                edges[target] = [*recipe.compiler, "-c", str(source), "-o", target.name]
+                edges[target] = recipe.command(source, target.name)
     if not edges:
         return
     _refuse_double_quotes(edges)
@@ -109,7 +134,8 @@ def compile_objects(recipes: list[KernelRecipe], work: Path, objects: Path, jobs
 
 
 def _refuse_double_quotes(edges: dict[Path, list[str]]) -> None:
-    for word in (word for command in edges.values() for word in command):
+    by_nvcc = [command for command in edges.values() if Path(command[0]).name == "nvcc"]
+    for word in (word for command in by_nvcc for word in command):
         if '"' in word:
             raise BuildError(
                 f"nvcc takes no double quote in the name of a file or folder: {word}; give the "
@@ -128,3 +154,10 @@ def ninja_file(edges: dict[Path, list[str]]) -> str:
             f"  command = {shlex.join(command)} && {moved}".replace("$", "$$"),
         ]
     return "\n".join(lines) + "\n"
+
+
+def cpu_hash() -> str:
+    """-march=native makes a binary for this kind of CPU; a shared cache may serve several."""
+    text = Path("/proc/cpuinfo").read_text()
+    lines = {line for line in text.splitlines() if line.startswith(("flags", "Features", "model"))}
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
