@@ -62,9 +62,15 @@ def load_cuda() -> ModuleType:
     return _cuda
 
 
-def build_kernels() -> None:
-    """Compile what `load_cuda()` leaves to the first tensor of each dtype, all at once."""
-    _build.build_kernels([_recipes.kernel_recipe(table) for table in _sources.KERNEL_TABLES])
+def build_kernels() -> list[Path]:
+    """All that `load_cuda()` leaves to the first tensor of a dtype, compiled if need be, at once:
+    the shared objects of all kernels.
+    """
+    load_cuda()
+    if _info["cuda"]["origin"] == _AOT:
+        return [Path(_kernels_ahead_of_time(table)) for table in _sources.KERNEL_TABLES]
+    recipes = [_recipes.kernel_recipe(table) for table in _sources.KERNEL_TABLES]
+    return _build.build_kernels(recipes)
 
 
 def load_emulated() -> ModuleType:

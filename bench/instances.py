@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .machine_code.kernels import demangle, shorten
@@ -30,21 +30,25 @@ def short_names(names: Iterable[str]) -> set[str]:
     return {short for short in map(shorten, plain) if _KERNEL.match(short)}
 
 
-def compiled(library: Path) -> tuple[set[str], str]:
-    """Names of the kernels in the library, and the tool that listed them.
+def compiled(libraries: Sequence[str | Path]) -> tuple[set[str], str]:
+    """Names of the kernels in the libraries, and the tool that listed them.
 
     Device code is what counts, which cuobjdump reads. Without it, and for the host model, the
     symbols of the host's side are read: every kernel has one there.
     """
     tool = find_cuobjdump()
     if tool is not None:
-        found = short_names(device_functions(_output([tool, "-res-usage", library])))
+        found = short_names(
+            name
+            for library in libraries
+            for name in device_functions(_output([tool, "-res-usage", library]))
+        )
         if found:
             return found, "cuobjdump"
     tool = shutil.which("nm")
     if tool is None:
         return set(), "neither cuobjdump nor nm is here"
-    return short_names(host_symbols(_output([tool, library]))), "nm"
+    return short_names(host_symbols(_output([tool, *libraries]))), "nm"
 
 
 def per_architecture(library: Path) -> dict[str, set[str]]:

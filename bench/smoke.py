@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,7 +51,7 @@ class Group:
     done: int = 0
     current: dict[str, Any] | None = None  # started and not answered
     ran: set[str] = field(default_factory=set)
-    library: str = ""
+    libraries: Sequence[str] = ()
     device: str = ""
     worst: float = 0.0
     statuses: Counter = field(default_factory=Counter)
@@ -59,7 +60,7 @@ class Group:
 
     def take(self, message: dict[str, Any], table: FlushedCsv) -> None:
         if "cases" in message:
-            self.cases, self.library = message["cases"], message["library"]
+            self.cases, self.libraries = message["cases"], message["libraries"]
             self.device = message["device"]
         if "start" in message:
             self.done, self.current = message["start"], message["case"]
@@ -100,11 +101,11 @@ def follow(group: Group, deadline: float, table: FlushedCsv) -> None:
 
 def coverage(groups: list[Group], out: Path, table: FlushedCsv) -> str:
     """Rows and list of the instances, and their summary."""
-    library = next((group.library for group in groups if group.library), "")
-    if not library:
+    libraries = next((group.libraries for group in groups if group.libraries), ())
+    if not libraries:
         return "no kernel instance known"
     ran = instances.short_names(name for group in groups for name in group.ran)
-    found, tool = instances.compiled(Path(library))
+    found, tool = instances.compiled(libraries)
     if not found:
         return f"{len(ran)} kernel instances ran of an unknown number ({tool})"
     table.write_all(

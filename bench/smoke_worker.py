@@ -2,7 +2,7 @@
 
     python3 -m bench.smoke_worker fp16 [--first 0] [--all]
 
-Answers (bench/worker.py) come as soon as there is one: {"cases", "library", "device"}, then
+Answers (bench/worker.py) come as soon as there is one: {"cases", "libraries", "device"}, then
 {"start"} and {"row"} of every case, {"ran"} with names of kernels, and {"end"}. Whatever stops the
 process, the one that reads knows at which case. Ends with status 3 after an error that leaves the
 CUDA context without use: the next cases need another process.
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from batchnorm_cuda import _extension, build_info
+from batchnorm_cuda import _extension
 
 from . import check, smoke_cases
 from .smoke_problem import Problem
@@ -125,12 +125,12 @@ def main(arguments: list[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(smoke_cases.DTYPES)))
     extension = _extension.load_cuda() if gpu else _extension.load_emulated()
-    library = build_info()["loaded"]["cuda" if gpu else "emulated"]["path"]
+    libraries = _extension.build_kernels() if gpu else [extension.__file__]
     found = smoke_cases.all_cases(options.dtype, smoke_cases.Planner(extension))
     if not gpu and not options.all:
         found = smoke_cases.cut(found, options.dtype)
     name = torch.cuda.get_device_name() if gpu else "the host model"
-    say({"cases": len(found), "library": library, "device": name})
+    say({"cases": len(found), "libraries": [str(path) for path in libraries], "device": name})
     if not run_cases(found, options.first, extension, "cuda" if gpu else "cpu", say):
         os._exit(CONTEXT_LOST)  # destructors would only fail again
     say({"end": True})

@@ -49,7 +49,7 @@ def run(tmp_path: Path, code: str, seconds: float = 60) -> tuple[int, list[dict[
 
 # Three cases, of which the middle one is `{}`.
 THREE = """
-say(cases=3, library="", device="GPU 1")
+say(cases=3, libraries=[], device="GPU 1")
 for i in range(first, 3):
     say(start=i, case={{"case": f"case {{i}}"}})
     if i == 1:
@@ -231,7 +231,7 @@ def test_a_process_that_never_begins_fails(tmp_path: Path) -> None:
 
 
 def test_nothing_passed_is_no_pass(tmp_path: Path) -> None:
-    assert run(tmp_path, 'say(cases=0, library="", device=""); say(end=True)')[0] == 1
+    assert run(tmp_path, 'say(cases=0, libraries=[], device=""); say(end=True)')[0] == 1
 
 
 def test_rows_are_on_disk_when_killed(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_instances_that_did_not_run_are_listed(
 ) -> None:
     idle = "merge_kernel<Welford<float>>"
     monkeypatch.setattr(instances, "compiled", lambda path: ({FORWARD, idle}, "cuobjdump"))
-    code = THREE.format("pass").replace('library=""', 'library="x.so"')
+    code = THREE.format("pass").replace("libraries=[]", 'libraries=["x.so"]')
     status, rows = run(tmp_path, code + f"say(ran={json.dumps([PROFILED])})\n")
     assert status == 0
     ran = {row["case"]: row["ran"] for row in rows if row["kind"] == "instance"}
@@ -309,7 +309,7 @@ def test_a_case_says_what_was_launched(planner: smoke_cases.Planner) -> None:
     assert [m["start"] for m in said if "start" in m] == [0, 1]
     ran = instances.short_names(said[-1]["ran"])
     library = sys.modules[planner.extension.__name__].__file__
-    compiled, _ = instances.compiled(Path(library))
+    compiled, _ = instances.compiled([library])
     assert len(ran) >= 4 and ran < compiled
     patterns = {name.split("<")[0] for name in ran}
     assert patterns >= {"team_kernel", "collect_statistics_kernel", "merge_kernel"}
