@@ -43,6 +43,7 @@ TRIED = (
 )
 NEWEST = "newest"
 PACKAGES = ("pytest", "expecttest", "hypothesis", "numpy", "setuptools>=77", "wheel", "ninja")
+PACKAGES += ("nvidia-cuda-cuobjdump",)  # which reads the wheel's kernels
 # What calls torch where torch changes: its operators, graphs, transforms, modules and builder.
 TESTS = (
     "batched_gradients",
