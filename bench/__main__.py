@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 
 COMMANDS = ("compare", "report", "readme", "gpu-check", "visit", "tune", "exchange", "calibrate")
-COMMANDS += ("build-time",)
+COMMANDS += ("build-time", "reach")
 EXTRA = ("matplotlib", "tqdm", "jinja2")  # "bench" of pyproject.toml
 
 

@@ -27,9 +27,9 @@ usage: python -m bench [OPTIONS]            time batch norm on this GPU; or with
        python -m bench readme [--recount]   write the README's section on performance
        python -m bench gpu-check            all there is to check on a machine with a GPU, and in
        python -m bench visit --plan P ...   parts, with more of it, on one that is lent for minutes
-       python -m bench tune                 time every plan that the planner could have chosen
+       python -m bench tune; python -m bench reach  time all plans; problems of all kernels
        python -m bench exchange; python -m bench build-time  cost of exchanges, of compiling
-       python -m bench calibrate TUNE.csv   fit the constants of the planner's cost model to that
+       python -m bench calibrate TUNE.csv   fit the planner's constants to the times of all plans
 
   --set NAME        shapes; repeatable: {", ".join(list(SETS)[:6])},
                     {", ".join(list(SETS)[6:])} (default: short)

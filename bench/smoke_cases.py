@@ -198,6 +198,19 @@ def _sync(dtype: str) -> Iterator[Case]:
             yield Case(dtype, "sync", pattern, (max(shape[0], 3), *shape[1:]), layout, form)
 
 
+def _depths(dtype: str, op: str, pattern: str, form: str) -> list[str]:
+    """Of which there are kernels (csrc/plan.h, team_windows), the most common first."""
+    if "row" in pattern:
+        return ["middle"]
+    found = [depth for depth in DEPTHS if not (form and depth == "deep")]
+    wide = dtype == "fp64"
+    if (pattern == "runs, masked" and form and not wide) or (
+        pattern == "along S" and op == "forward" and wide
+    ):
+        found.remove("middle")
+    return found
+
+
 def _teams(dtype: str, device: Mapping[str, Any]) -> Iterator[Case]:
     sms = device["sm_count"]
     scopes = [("block", 1), ("grid", 3)]
@@ -205,16 +218,16 @@ def _teams(dtype: str, device: Mapping[str, Any]) -> Iterator[Case]:
         scopes += [("cluster", 2)]
     for depth, (pattern, target), (scope, size) in product(DEPTHS, TEAMS.items(), scopes):
         for op, form in product(("forward", "backward"), ("", "residual+relu", "relu")):
-            if (depth != "middle" and "row" in pattern) or (depth == "deep" and form):
-                continue  # there are no such kernels
-            if form != "relu" or depth == "middle":
+            depths = _depths(dtype, op, pattern, form)
+            if depth in depths and (form != "relu" or depth == depths[0]):
                 yield Case(dtype, op, pattern, *target[2:], form, scope, size, depth)
     # Every SM in one team, and the largest cluster.
     widest = [("grid", sms), ("cluster", device["max_cluster"])]
     for (scope, size), (pattern, target) in product(widest, TEAMS.items()):
         if "row" not in pattern and size > 2:
             for op in ("forward", "backward"):
-                yield Case(dtype, op, pattern, *target[2:], "", scope, size, "middle")
+                depth = _depths(dtype, op, pattern, "")[0]
+                yield Case(dtype, op, pattern, *target[2:], "", scope, size, depth)
     for pattern in ("along S", "along C"):  # constant statistics
         for form in ("", "residual+relu"):
             target = TEAMS[pattern][2:]

@@ -86,7 +86,8 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr bool team_is_pipelined(Depth depth) {
 // Windows of all its tensors together that a thread keeps in registers; 0: there is no such
 // kernel. The most that the compiler places without a spill for every architecture (`make sass`):
 // up to 184 of a deep kernel's 255 registers. What a fused kernel does beside takes registers, and
-// there is no deep one.
+// there is no deep one. Nor is there a middle one that would hold no more than the one that
+// streams, whose rounds cost less: nothing is planned with it (`python -m bench reach`).
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exact, Depth depth,
                                                       int value_bytes, int tensors,
                                                       bool fused = false) {
@@ -103,7 +104,8 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exac
   }
   if (along_c) return middle ? 8 : 4;
   if (!middle) return !exact && value_bytes == 8 ? 8 : 12;
-  return value_bytes == 8 || (fused && !exact) ? 12 : 16;
+  if (exact ? value_bytes == 8 && tensors == 1 : value_bytes < 8 && fused) return 0;
+  return value_bytes == 8 ? 12 : 16;
 }
 
 // Rows of a block of columns x rows threads that column_reduce merges by warp shuffles: all rows of

@@ -134,6 +134,14 @@ bool has_scope(const TeamRequest& r, Scope scope, int64_t size) {
                                   : scope == Scope::kGrid && r.device.cooperative;
 }
 
+// May teams be of this depth? For middle kernels that are not there those that stream stand in.
+bool has_depth(const TeamRequest& r, Depth depth) {
+  if (windows_of(r, depth) == 0) return false;
+  const Depth forced = r.options.depth.value_or(depth);
+  return forced == depth || (forced == Depth::kMiddle && depth == Depth::kStream &&
+                             windows_of(r, Depth::kMiddle) == 0);
+}
+
 // Offers all teams of one walk: the one enumeration, of what is chosen from and what is listed.
 template <typename Offer>
 void offer_teams(const Walk& walk, const Offer& offer) {
@@ -142,7 +150,7 @@ void offer_teams(const Walk& walk, const Offer& offer) {
   if (!fits_32_bits(r, base)) return;
   const bool shares_block = r.pattern == Pattern::kAlongS && base.threads_x < kTeamThreads;
   for (const Depth depth : kDepths) {
-    if (r.options.depth.value_or(depth) != depth || windows_of(r, depth) == 0) continue;
+    if (!has_depth(r, depth)) continue;
     for (const int64_t size : team_sizes(r, base, depth)) {
       if (shares_block && size > 1) continue;
       for (const Scope scope : kScopes) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from fake_toolkit import write_program
-from toy import VALUE, toy_recipe, wait_for
+from toy import VALUE, fork, toy_recipe, wait_for
 
 import batchnorm_cuda
 from batchnorm_cuda import _ahead_of_time, _build, _compile, _extension, _recipes
@@ -307,11 +306,12 @@ def test_killed_at_any_moment(toy: Path, cache: Path, compiler: Compiler, moment
     set_age(cache / "objects" / "old.o", 31)
     (toy / "toy_value.cpp").write_text(VALUE)
     owner, name, die = MOMENTS[moment]
-    child = os.fork()
-    if child == 0:
+
+    def be_killed() -> None:
         setattr(owner, name, die(getattr(owner, name)))
         _build.build(toy_recipe(toy))
-        os._exit(0)
+
+    child = fork(be_killed)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert _build.build(toy_recipe(toy)).read_text() == "module"
     build_value(toy, 2)
@@ -333,13 +333,13 @@ def test_killed_for_want_of_memory(
     hang = f'#!/bin/sh\ncase "$*" in *" -c "*) echo $$ > {pid_file}; exec sleep 600 ;; esac\n'
     monkeypatch.setenv("CXX", str(write_program(tmp_path / "c++", hang + 'exec c++ "$@"\n')))
     said, say = os.pipe()
-    builder = os.fork()
-    if builder == 0:
-        with contextlib.suppress(BuildError):
+
+    def build() -> None:
+        with pytest.raises(BuildError):
             _build.build(toy_recipe(toy))
-            os._exit(0)
         os.write(say, b"BuildError")
-        os._exit(0)
+
+    builder = fork(build)
     os.close(say)
     wait_for(lambda: pid_file.exists() and pid_file.read_text().strip())
     compiler = int(pid_file.read_text())
@@ -397,8 +397,8 @@ def test_cache_of_root_for_another_user(
 def said_to_another_user(recipe: Recipe) -> str:
     """The path of a build, or the error."""
     said, say = os.pipe()
-    child = os.fork()
-    if child == 0:
+
+    def build() -> None:
         os.setgroups([])
         os.setgid(61234)
         os.setuid(61234)
@@ -406,6 +406,7 @@ def said_to_another_user(recipe: Recipe) -> str:
             os.write(say, str(_build.build(recipe)).encode())
         except BuildError as error:
             os.write(say, str(error).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
+
+    os.waitpid(fork(build), 0)
+    os.close(say)
     return os.read(said, 10000).decode()

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from toy import fork
 
 from batchnorm_cuda import _trust
 from batchnorm_cuda._trust import UntrustedError, make_private, require_trusted
@@ -219,10 +220,7 @@ def test_what_is_trusted_cannot_be_exchanged_before_it_is_loaded(
         require_trusted(module)
     except UntrustedError:
         refused = True
-    child = os.fork()
-    if child == 0:
-        _exchange(module)
-    os.waitpid(child, 0)
+    os.waitpid(fork(lambda: _exchange(module)), 0)
     assert refused == (module.read_text() != "ours")
 
 
@@ -243,4 +241,3 @@ def _exchange(module: Path) -> None:
         folder.mkdir()
     with contextlib.suppress(OSError):
         module.write_text("theirs")
-    os._exit(0)

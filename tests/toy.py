@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -64,6 +65,18 @@ def start_worker(toy: Path, **variables: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Start a process that does `work` and ends, whatever comes of it: it runs no further test."""
+    process = os.fork()
+    if process == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return process
 
 
 def wait_for(condition, seconds: float = 60) -> None:
