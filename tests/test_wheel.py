@@ -166,7 +166,7 @@ A, B = "_Z8a_kernelIfEvPT_", "_Z8b_kernelPi"
 
 
 def test_kernels_are_read_by_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each file and architecture is a part of its own; functions that are no kernels do not count."""
+    """Each file and architecture is a part of its own; only kernels count."""
     part = (
         "\nFatbin elf code:\n================\narch = sm_{arch}\nhost = linux\n\nResource usage:\n"
     )
