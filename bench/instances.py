@@ -52,7 +52,7 @@ def compiled(libraries: Sequence[str | Path]) -> tuple[set[str], str]:
 
 
 def per_architecture(library: Path) -> dict[str, set[str]]:
-    """Mangled names of the kernels by architecture ("9.0"), as cuobjdump reads the machine code.
+    """Short names of our kernels by architecture ("9.0"), as cuobjdump reads the machine code.
 
     Raises ToolkitError where there is no cuobjdump.
     """
@@ -63,7 +63,8 @@ def per_architecture(library: Path) -> dict[str, set[str]]:
     for part in _output([tool, "-res-usage", library]).split("Fatbin elf code:")[1:]:
         arch = re.search(r"^arch = sm_(\d+)(\d)", part, flags=re.MULTILINE)
         if arch is not None:
-            found.setdefault(".".join(arch.groups()), set()).update(device_functions(part))
+            names = short_names(device_functions(part))
+            found.setdefault(".".join(arch.groups()), set()).update(names)
     return found
 
 

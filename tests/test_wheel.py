@@ -162,21 +162,31 @@ def test_every_kernel_is_there_for_every_architecture(
         wheel_check.holdings(tmp_path, archs)
 
 
+A, B = "_Z8a_kernelIfEvPT_", "_Z8b_kernelPi"
+
+
 def test_kernels_are_read_by_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library has a part for each file and architecture; the one that links them has none."""
+    """Each file and architecture is a part of its own; only kernels count."""
     part = (
         "\nFatbin elf code:\n================\narch = sm_{arch}\nhost = linux\n\nResource usage:\n"
     )
     function = " Function {name}:\n  REG:8 STACK:0\n"
-    parts = [("90", ""), ("90", "_Zb"), ("80", "_Za"), ("80", "_Zb"), ("120", "_Zb")]
+    parts = [
+        ("90", ""),
+        ("90", B),
+        ("80", A),
+        ("80", B),
+        ("120", B),
+        ("120", "__cuda_sm70_shflsync"),
+    ]
     text = "".join(
         part.format(arch=arch) + (function.format(name=name) if name else "")
         for arch, name in parts
     )
     monkeypatch.setattr(instances, "find_cuobjdump", lambda: "cuobjdump")
     monkeypatch.setattr(instances, "_output", lambda command: text)
-    found = instances.per_architecture(Path("_C.so"))
-    assert found == {"9.0": {"_Zb"}, "8.0": {"_Za", "_Zb"}, "12.0": {"_Zb"}}
+    found, b = instances.per_architecture(Path("_C.so")), "b_kernel"
+    assert found == {"9.0": {b}, "8.0": {"a_kernel<float>", b}, "12.0": {b}}
 
     monkeypatch.setattr(instances, "find_cuobjdump", lambda: None)
     with pytest.raises(ToolkitError, match="`pip install nvidia-cuda-cuobjdump` brings it"):

@@ -43,6 +43,7 @@ TRIED = (
 )
 NEWEST = "newest"
 PACKAGES = ("pytest", "expecttest", "hypothesis", "numpy", "setuptools>=77", "wheel", "ninja")
+PACKAGES += ("nvidia-cuda-cuobjdump",)  # which reads the wheel's kernels
 # What calls torch where torch changes: its operators, graphs, transforms, modules and builder.
 TESTS = (
     "batched_gradients",
@@ -227,10 +228,21 @@ def result(record: dict[str, Any]) -> str:
     return "; ".join(said)
 
 
+def not_tried(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for what TRIED names and nobody has run."""
+    known = {record["torch"] for record in records}
+    pairs = [asked.split("=") for asked in TRIED]
+    return [
+        {"torch": torch, "python": python}
+        for torch, python in pairs
+        if torch not in {*known, NEWEST}
+    ]
+
+
 def table(records: list[dict[str, Any]]) -> str:
     lines = ["| PyTorch | its CUDA | Python | tests of what depends on it | compiled for 9.0 |"]
     lines.append("|---|---|---|---|---|")
-    for record in sorted(records, key=key, reverse=True):
+    for record in sorted([*records, *not_tried(records)], key=key, reverse=True):
         cells = (record["torch"], record.get("cuda") or "-", record["python"], result(record))
         lines.append(f"| {' | '.join(cells)} | {record.get('extension', 'not tried')} |")
     return "\n".join(lines) + "\n"

@@ -58,7 +58,7 @@ def install(wheel: Path, place: Path) -> Path:
     python = place / "venv" / "bin" / "python"
     folder = sysconfig.get_path("purelib", vars={"base": str(place / "venv")})
     borrowed = Path(folder) / "borrowed.pth"
-    borrowed.write_text("".join(f"{entry}\n" for entry in sys.path if "site-packages" in entry))
+    borrowed.write_text("".join(f"{path}\n" for path in sys.path if path.endswith("-packages")))
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-index"]
     # Elsewhere than in the checkout, whose package would be found first.
     _run([*pip, "--disable-pip-version-check", wheel], cwd=place, env=environment(place))
