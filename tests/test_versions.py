@@ -85,12 +85,13 @@ def test_a_report_is_counted(tmp_path: Path) -> None:
 
 def test_a_row_tells_all_that_did_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "TRIED", ("2.8.0=3.11", "2.9.1=3.12", "newest=3.13"))
-    tests = {"passed": 7, "failed": 2, "reasons": {"old torch": 3}}
+    failures = ["test_ops::test_b[x]", "test_ops::test_b[y]"]
+    tests = {"passed": 7, "failed": 2, "failures": failures, "reasons": {"old torch": 3}}
     record = {"torch": "2.10.0", "python": "3.10.13", "cuda": "12.8", "tests": tests}
     older = {"torch": "2.9.1", "python": "3.12.1", "cuda": "12.8", "failure": "no such version"}
     lines = versions.table([older, record]).splitlines()
     assert lines[2:] == [
-        "| 2.10.0 | 12.8 | 3.10.13 | 7 pass; 2 fail; 3 cannot: old torch | not tried |",
+        "| 2.10.0 | 12.8 | 3.10.13 | 7 pass; 2 fail (test_b); 3 cannot: old torch | not tried |",
         "| 2.9.1 | 12.8 | 3.12.1 | no such version | not tried |",
         "| 2.8.0 | - | 3.11 | not tried | not tried |",
     ]

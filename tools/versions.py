@@ -223,7 +223,8 @@ def result(record: dict[str, Any]) -> str:
     if not tests:
         return "not tried"
     said = [f"{tests['passed']} pass"]
-    said += [f"{tests['failed']} fail"] if tests["failed"] else []
+    names = sorted({each.split("::")[-1].split("[")[0] for each in tests["failures"]})
+    said += [f"{tests['failed']} fail ({', '.join(names)})"] if names else []
     said += [f"{count} cannot: {reason}" for reason, count in tests["reasons"].items()]
     return "; ".join(said)
 
