@@ -37,11 +37,12 @@ HOST_SOURCES = (
     "tensors.cpp",
 )
 DEVICE_CONTEXT = "device_context.cpp"
+_KERNEL_PARTS = ("team_backward", "stages", "team_forward", "fused_team_forward")
 # The kernels, by table (csrc/kernel_table.h): what all dtypes share, and each dtype.
 KERNEL_TABLES = {
     "common": ("common.cu",),
     **{
-        dtype: (f"stages_{dtype}.cu", f"team_forward_{dtype}.cu", f"team_backward_{dtype}.cu")
+        dtype: tuple(f"{part}_{dtype}.cu" for part in _KERNEL_PARTS)
         for dtype in ("half", "bfloat16", "float", "double")
     },
 }

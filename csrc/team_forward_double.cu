@@ -4,7 +4,5 @@
 namespace batchnorm_cuda {
 
 template LaunchStatus launch_team_forward(const TeamForwardParams<double>&, cudaStream_t);
-template LaunchStatus launch_team_forward(const TeamForwardParams<double>&,
-                                          const FusedForward<double>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

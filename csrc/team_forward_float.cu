@@ -4,7 +4,5 @@
 namespace batchnorm_cuda {
 
 template LaunchStatus launch_team_forward(const TeamForwardParams<float>&, cudaStream_t);
-template LaunchStatus launch_team_forward(const TeamForwardParams<float>&,
-                                          const FusedForward<float>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

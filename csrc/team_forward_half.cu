@@ -4,7 +4,5 @@
 namespace batchnorm_cuda {
 
 template LaunchStatus launch_team_forward(const TeamForwardParams<__half>&, cudaStream_t);
-template LaunchStatus launch_team_forward(const TeamForwardParams<__half>&,
-                                          const FusedForward<__half>&, cudaStream_t);
 
 }  // namespace batchnorm_cuda

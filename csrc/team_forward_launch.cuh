@@ -1,5 +1,5 @@
-// The launchers of the forward pass's team kernels, plain and fused (fused.cuh). Each dtype is
-// instantiated in a file of its own, because these kernels take the compiler longest.
+// The launchers of the forward pass's team kernels, plain and fused (fused.cuh). Each is
+// instantiated in a file of its own for each dtype, because they take the compiler longest.
 #pragma once
 
 #include "team_forward.cuh"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from batchnorm_cuda import _sources
 from bench import build_time
 from bench.build_time import Build, Compiled, makespan, markdown
+from bench.loading import ROOT
 
 FILES = [
     Compiled("forward.cpp", 4.0, 5.0, 300.0),
@@ -56,3 +59,10 @@ def test_compilers_leave_notes(tmp_path: Path) -> None:
     note = Compiled(**json.loads(line))
     assert note.file == "plan.cpp" and note.part == "_C"
     assert 0 < note.cpu <= note.wall + 0.1 and note.mb > 0
+
+
+def test_page_has_the_files() -> None:
+    """docs/build-time.md was printed of the files as they are."""
+    page = (ROOT / "docs" / "build-time.md").read_text()
+    named = re.findall(r"^\| `([\w.]+)` \|", page, flags=re.MULTILINE)
+    assert sorted(named) == sorted(path.name for path in _sources.cuda_sources())
