@@ -5,6 +5,7 @@ The files are written by `make lock`; CI installs them with --require-hashes.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -70,9 +71,13 @@ def test_the_package_runs_with_what_ci_tests() -> None:
 
 
 def make(*words: str) -> str:
-    """What make would run for a new environment."""
+    """What make would run for a new environment, whatever this one's make was told."""
+    told = ("LOCK", "TORCH", "VISIT_PACKAGES", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS")
+    environment = {name: value for name, value in os.environ.items() if name not in told}
     command = ["make", "-n", "venv", "VENV=build/none", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
