@@ -48,8 +48,13 @@ def batch_norm(
     if training:
         # Statistics of nothing are 0; they are not used, but take part in gradients.
         count = max(x.numel() // max(x.shape[1], 1), 1)
-        mean = x.sum(reduced, keepdim=True) / count
-        centred = x - mean
+        # From the channel's first value, as in the kernels: a sum of large values would round.
+        first = x.detach()[(slice(1), slice(None), *[slice(1)] * (x.dim() - 2))]
+        first = first.sum(reduced, keepdim=True)  # of one value, or of none
+        shifted = x - first
+        beyond = shifted.sum(reduced, keepdim=True) / count
+        centred = shifted - beyond
+        mean = first + beyond
         var = centred.square().sum(reduced, keepdim=True) / count
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
@@ -61,10 +66,12 @@ def batch_norm(
         centred = x - per_channel(running_mean.to(acc), x)
         var = running_var.to(acc)
     output = transform(dense, centred, (var + eps).rsqrt(), weight, bias, residual, relu)
-    if output.requires_grad and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and output.grad_fn is not None:
         # grad_input then has the input's strides, too, whatever those of grad_output. A compiler
-        # chooses strides by itself, and traces no hook that looks at them.
-        output.register_hook(lambda grad: with_strides_of(dense, grad))
+        # chooses strides by itself, and traces no hook that looks at them. The hook is the node's,
+        # because a tensor with hooks warns when it is saved, and holds no tensor.
+        place = dense.shape, dense.stride()
+        output.grad_fn.register_prehook(lambda grads: (_placed(*place, grads[0]), *grads[1:]))
     return output
 
 
@@ -106,11 +113,15 @@ def per_channel(vector: Tensor, input: Tensor) -> Tensor:
 
 
 def with_strides_of(dense: Tensor, values: Tensor | None) -> Tensor | None:
-    if values is None or values.stride() == dense.stride():  # None: a gradient of zero
+    return _placed(dense.shape, dense.stride(), values)
+
+
+def _placed(shape: torch.Size, stride: tuple[int, ...], values: Tensor | None) -> Tensor | None:
+    if values is None or values.stride() == stride:  # None: a gradient of zero
         return values
     if batched_by_autograd(values):  # a gradient of many: the strides of one are not seen
         return values
-    return torch.empty_like(dense, dtype=values.dtype).copy_(values)
+    return values.new_empty_strided(shape, stride).copy_(values)
 
 
 def _update(running: Tensor, statistic: Tensor, factor: float | Tensor) -> None:

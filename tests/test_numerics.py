@@ -144,6 +144,16 @@ def test_constant_channel(backend: Backend, layout, value: float) -> None:
     assert bool(x.grad.isfinite().all())
 
 
+@both_layouts
+@pytest.mark.parametrize("value", [1e7, -3e9, 2.0**100], ids=str)
+def test_constant_channel_of_large_values(backend: Backend, layout, value: float) -> None:
+    """Nothing is left of the first value's difference from itself: the output is the bias."""
+    x = layout(torch.full((8, 3, 16, 17), value)).to(backend.device)
+    bias = torch.tensor([1.0, -2.0, 0.0], device=backend.device)
+    output = batch_norm(x, None, None, None, bias, training=True)
+    assert torch.equal(output, bias.view(1, 3, 1, 1).expand_as(output))
+
+
 def test_half_sums_beyond_halfs_range(backend: Backend) -> None:
     """Each value fits float16, their sum and the sum of squares do not (largest: 65504)."""
     x = (torch.randn(16, 3, 20, 20) * 300 + 2000).half().to(backend.device)
