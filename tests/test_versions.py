@@ -61,6 +61,7 @@ def test_what_an_older_torch_cannot_do(
     known = (
         older_torch.Known((2, 9), "test_a", "no"),
         older_torch.Known((2, 6), "test_b", "never", only="emulated"),
+        older_torch.Known((2, 9), "test_a", "not here", passes_on=sys.version_info[:2]),
     )
     monkeypatch.setattr(older_torch, "KNOWN", known)
     monkeypatch.setattr(older_torch.torch, "__version__", version)
