@@ -203,8 +203,10 @@ def fill_parameters(
     def place(values: Tensor, wanted: bool) -> Tensor | None:
         return values.to(device=device, dtype=dtype) if wanted else None
 
+    # Of both signs, and zero: |weight| must not pass for weight.
+    signs = torch.tensor([1.0, -1.0, 1.0, 0.0, -1.0])[torch.arange(c) % 5]
     return Parameters(
-        place(torch.rand(c) + 0.5, weight),
+        place((torch.rand(c) + 0.5) * signs, weight),
         place(torch.randn(c), bias),
         place(torch.randn(c) * 0.5, running),
         place(torch.rand(c) + 0.5, running),

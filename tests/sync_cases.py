@@ -52,7 +52,9 @@ class SyncCase:
         """weight, bias, running_mean, running_var, float32 or wider."""
         generator = torch.Generator().manual_seed(1)
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        values = torch.rand(4, self.shapes[0][1], generator=generator).to(dtype) + 0.5
+        channels = self.shapes[0][1]
+        values = torch.rand(4, channels, generator=generator).to(dtype) + 0.5
+        values[:2] *= torch.tensor([1.0, -1.0, 0.0])[torch.arange(channels) % 3]  # weight, bias
         return list(values)
 
 

@@ -125,7 +125,10 @@ def errors(run: Run, known: dict, layout: str, dtype: torch.dtype, way: str) -> 
             of = forward if name in forward.scales else backward
             got, want = results[name], getattr(of, name)
             one = bound(name, want, of.scales[name], got.dtype, dtype, units=1)
-            known[key][name] = (got.cpu().double() - want).abs() / one
+            error = (got.cpu().double() - want).abs()
+            known[key][name] = torch.where(
+                error == 0, error, error / one
+            )  # of a weight of 0: 0 / 0
     return known[key]
 
 
