@@ -48,13 +48,13 @@ def batch_norm(
     if training:
         # Statistics of nothing are 0; they are not used, but take part in gradients.
         count = max(x.numel() // max(x.shape[1], 1), 1)
-        # From the channel's first value, as in the kernels: a sum of large values would round.
-        first = x.detach()[(slice(1), slice(None), *[slice(1)] * (x.dim() - 2))]
-        first = first.sum(reduced, keepdim=True)  # of one value, or of none
-        shifted = x - first
+        # A sum of large values rounds; what is left beyond it does not, and is nothing where all
+        # values are equal.
+        about = x.detach().sum(reduced, keepdim=True) / count
+        shifted = x - about
         beyond = shifted.sum(reduced, keepdim=True) / count
         centred = shifted - beyond
-        mean = first + beyond
+        mean = about + beyond
         var = centred.square().sum(reduced, keepdim=True) / count
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)

@@ -147,7 +147,7 @@ def test_constant_channel(backend: Backend, layout, value: float) -> None:
 @both_layouts
 @pytest.mark.parametrize("value", [1e7, -3e9, 2.0**100], ids=str)
 def test_constant_channel_of_large_values(backend: Backend, layout, value: float) -> None:
-    """Nothing is left of the first value's difference from itself: the output is the bias."""
+    """Nothing is left of the difference from the mean: the output is the bias."""
     x = layout(torch.full((8, 3, 16, 17), value)).to(backend.device)
     bias = torch.tensor([1.0, -2.0, 0.0], device=backend.device)
     output = batch_norm(x, None, None, None, bias, training=True)
