@@ -23,6 +23,7 @@ from ..loading import ROOT
 _MARK = "BATCHNORM_CUDA_PART"
 _LOOK_SECONDS = 0.1  # between two looks at a process that says nothing
 _DYING_SECONDS = 5.0  # a process inside the driver does not die at once; do not wait for it long
+_QUIET_SECONDS = 0.2
 _KEPT_BYTES = 64 << 10  # of the output, for the line of the verdict
 _CANNOT_RUN = 127  # the shell's own exit status for it
 
@@ -80,14 +81,16 @@ def run_command(
 
 
 def end_all(mark: str) -> None:
-    """All processes with the mark, until none is left to start more."""
-    give_up = time.monotonic() + _DYING_SECONDS
-    while marked := _with_mark(mark):
-        for pid in marked:
+    """All processes with the mark, until none is left to start more.
+
+    One that is just becoming another program shows no environment: none must be seen for a while.
+    """
+    began = seen = time.monotonic()
+    while time.monotonic() < min(seen + _QUIET_SECONDS, began + _DYING_SECONDS):
+        for pid in _with_mark(mark):
+            seen = time.monotonic()
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-        if time.monotonic() > give_up:
-            return
         time.sleep(0.01)
 
 
