@@ -23,6 +23,7 @@ HOST_SOURCES = (
     "forward.cpp",
     "kernel_loading.cpp",
     "launch.cpp",
+    "named_values.cpp",
     "plan.cpp",
     "plan_bytes.cpp",
     "plan_cache.cpp",

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .machine_code.kernels import demangle, shorten
-from .toolkit import ToolkitError, resolve
+from .toolkit import ToolkitError, find_tool, resolve
 
 _KERNEL = re.compile(r"^\w+_kernel(<|$)")
-CUOBJDUMP_HINT = "`pip install nvidia-cuda-cuobjdump` brings it"
-_FROM_PYPI = "nvidia/cu*/bin/cuobjdump"
 _SECONDS = 120
 
 
@@ -36,8 +32,8 @@ def compiled(libraries: Sequence[str | Path]) -> tuple[set[str], str]:
     Device code is what counts, which cuobjdump reads. Without it, and for the host model, the
     symbols of the host's side are read: every kernel has one there.
     """
-    tool = find_cuobjdump()
-    if tool is not None:
+    with contextlib.suppress(ToolkitError):
+        tool = find_cuobjdump()
         found = short_names(
             name
             for library in libraries
@@ -57,8 +53,6 @@ def per_architecture(library: Path) -> dict[str, set[str]]:
     Raises ToolkitError where there is no cuobjdump.
     """
     tool = find_cuobjdump()
-    if tool is None:
-        raise ToolkitError(f"no cuobjdump in the toolkit, from PyPI or on PATH: {CUOBJDUMP_HINT}")
     found: dict[str, set[str]] = {}
     for part in _output([tool, "-res-usage", library]).split("Fatbin elf code:")[1:]:
         arch = re.search(r"^arch = sm_(\d+)(\d)", part, flags=re.MULTILINE)
@@ -79,13 +73,12 @@ def host_symbols(text: str) -> list[str]:
     return [name for name in found if "__device_stub__" not in name]
 
 
-def find_cuobjdump() -> str | None:
-    """Of the toolkit, from PyPI (the `dev` extra), or on PATH."""
-    candidates = [p for entry in sys.path for p in Path(entry or ".").glob(_FROM_PYPI)]
+def find_cuobjdump() -> Path:
+    """Of whatever toolkit is here, or from elsewhere. Raises ToolkitError."""
+    home = None
     with contextlib.suppress(ToolkitError):
-        candidates.insert(0, resolve().home / "bin" / "cuobjdump")
-    usable = (str(path) for path in candidates if os.access(path, os.X_OK))
-    return next(usable, None) or shutil.which("cuobjdump")
+        home = resolve().home
+    return find_tool("cuobjdump", home)
 
 
 def _output(command: list[str | Path]) -> str:

@@ -31,9 +31,9 @@ def resolve() -> Toolkit:
     return toolkit.resolve_toolkit(None)
 
 
-def find_tool(name: str, home: Path) -> Path:
-    """nvdisasm or cuobjdump of the toolkit at `home`, of PyPI or on PATH. Raises ToolkitError."""
-    candidates = [home / "bin" / name]
+def find_tool(name: str, home: Path | None = None) -> Path:
+    """nvdisasm or cuobjdump: the toolkit's, PyPI's or on PATH. Raises ToolkitError."""
+    candidates = [home / "bin" / name] if home else []
     for entry in sys.path:
         candidates += sorted(Path(entry or ".").glob(f"nvidia/cu*/bin/{name}"), reverse=True)
     on_path = shutil.which(name)
@@ -42,7 +42,8 @@ def find_tool(name: str, home: Path) -> Path:
         if os.access(candidate, os.X_OK):
             return candidate
     hint = f"`pip install nvidia-cuda-{name}` fetches it, or put NVIDIA's own on PATH"
-    raise ToolkitError(f"no {name} in {home / 'bin'}, from PyPI or on PATH: {hint}")
+    place = f"in {home / 'bin'}" if home else "in a toolkit"
+    raise ToolkitError(f"no {name} {place}, from PyPI or on PATH: {hint}")
 
 
 def visible_gpus() -> list[tuple[int, int]]:

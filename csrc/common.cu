@@ -8,11 +8,14 @@ namespace batchnorm_cuda {
 
 template <typename acc_t>
 MergeTable<acc_t> table_of_merges() {
-  return {
-      launch_merge_statistics<acc_t>, launch_merge_moments<acc_t>,
-      launch_merge_gradients<acc_t>,  launch_merge_double_gradients<acc_t>,
-      launch_merge_ranks<acc_t>,      launch_sum_ranks<acc_t>,
-  };
+  MergeTable<acc_t> table{};
+  table.statistics = launch_merge<Welford<acc_t>>;
+  table.moments = launch_merge<Welford<acc_t>>;
+  table.gradients = launch_merge<GradSums<acc_t>>;
+  table.double_gradients = launch_merge<DoubleGradSums<acc_t>>;
+  table.ranks = launch_merge_ranks;
+  table.sum_ranks = launch_sum_ranks;
+  return table;
 }
 
 }  // namespace batchnorm_cuda

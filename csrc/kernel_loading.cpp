@@ -33,20 +33,37 @@ const void* load(const std::string& name) {
   }
   const std::string path = kernel_loader()(name);
   void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-  if (!library)
+  if (!library) {
     throw std::runtime_error(std::string("batch_norm: cannot load kernels: ") + dlerror());
+  }
   const std::string symbol = "batchnorm_cuda_kernels_" + name;
   const auto get = reinterpret_cast<GetTable>(dlsym(library, symbol.c_str()));
   if (!get) throw std::runtime_error("batch_norm: " + path + " does not define " + symbol);
   return get();
 }
 
+// Of a table: its getter if it is linked in, and its name.
+struct Source {
+  GetTable linked;
+  const char* name;
+};
+template <typename scalar_t>
+constexpr Source kSource{};
+template <>
+constexpr Source kSource<__half>{batchnorm_cuda_kernels_half, "half"};
+template <>
+constexpr Source kSource<__nv_bfloat16>{batchnorm_cuda_kernels_bfloat16, "bfloat16"};
+template <>
+constexpr Source kSource<float>{batchnorm_cuda_kernels_float, "float"};
+template <>
+constexpr Source kSource<double>{batchnorm_cuda_kernels_double, "double"};
+
 // Threads that come at the same time load the same table.
 template <typename Table>
-const Table& find(std::atomic<const void*>& known, GetTable linked, const char* name) {
+const Table& find(std::atomic<const void*>& known, const Source& source) {
   const void* table = known.load(std::memory_order_acquire);
   if (!table) {
-    table = linked ? linked() : load(name);
+    table = source.linked ? source.linked() : load(source.name);
     known.store(table, std::memory_order_release);
   }
   return *static_cast<const Table*>(table);
@@ -56,30 +73,19 @@ const Table& find(std::atomic<const void*>& known, GetTable linked, const char* 
 
 void set_kernel_loader(KernelLoader loader) { kernel_loader() = std::move(loader); }
 
-template <>
-const KernelTable<__half>& kernels() {
+template <typename scalar_t>
+const KernelTable<scalar_t>& kernels() {
   static std::atomic<const void*> known{nullptr};
-  return find<KernelTable<__half>>(known, batchnorm_cuda_kernels_half, "half");
+  return find<KernelTable<scalar_t>>(known, kSource<scalar_t>);
 }
-template <>
-const KernelTable<__nv_bfloat16>& kernels() {
-  static std::atomic<const void*> known{nullptr};
-  return find<KernelTable<__nv_bfloat16>>(known, batchnorm_cuda_kernels_bfloat16, "bfloat16");
-}
-template <>
-const KernelTable<float>& kernels() {
-  static std::atomic<const void*> known{nullptr};
-  return find<KernelTable<float>>(known, batchnorm_cuda_kernels_float, "float");
-}
-template <>
-const KernelTable<double>& kernels() {
-  static std::atomic<const void*> known{nullptr};
-  return find<KernelTable<double>>(known, batchnorm_cuda_kernels_double, "double");
-}
+template const KernelTable<__half>& kernels();
+template const KernelTable<__nv_bfloat16>& kernels();
+template const KernelTable<float>& kernels();
+template const KernelTable<double>& kernels();
 
 const CommonTable& common_kernels() {
   static std::atomic<const void*> known{nullptr};
-  return find<CommonTable>(known, batchnorm_cuda_kernels_common, "common");
+  return find<CommonTable>(known, {batchnorm_cuda_kernels_common, "common"});
 }
 template <>
 const MergeTable<float>& merges() {

@@ -1,20 +1,23 @@
-// The kernels as host code calls them: by tables of launchers (launch.h), one for each dtype of the
-// activations and one for what all share. Each may be a shared object of its own, which is compiled
-// and loaded when a tensor of its dtype first comes; where all is linked into one module (the host
-// model, a user's own build), the tables are found there.
+// The seam between host code and kernels: tables of launchers, one for each dtype of the
+// activations and one for what all share. A launcher enqueues one kernel on the stream and returns
+// the launch's error. Each may be a shared object of its own, which is compiled and loaded when a
+// tensor of its dtype first comes; where all is linked into one module (the host model, a user's
+// own build), the tables are found there.
 #pragma once
 
 #include <functional>
 #include <string>
 
 #include "launch.h"
+#include "rank_merge.h"
+#include "rank_params.h"
 
 // The one function that a shared object of kernels exports; it returns the address of its table.
 #define BATCHNORM_CUDA_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace batchnorm_cuda {
 
-// stages_<dtype>.cu
+// stages_<dtype>.cu. What is fused: see fused.cuh.
 template <typename scalar_t>
 struct KernelTable {
   template <typename Params, typename... Fused>
@@ -44,9 +47,11 @@ struct MergeTable {
   using Merge = LaunchStatus (*)(const Geometry&, const Params<acc_t>&, cudaStream_t);
 
   Merge<MergeGeometry, MergeStatisticsParams> statistics;
+  // Writes what the other ranks need to know of the batch, instead of its final statistics.
   Merge<MergeGeometry, MergeMomentsParams> moments;
   Merge<MergeGeometry, MergeGradientsParams> gradients;
   Merge<MergeGeometry, MergeDoubleGradientsParams> double_gradients;
+  // Merge what all ranks have gathered, to the same bits whatever the order of the ranks.
   Merge<RankMergeGeometry, MergeRanksParams> ranks;
   Merge<RankMergeGeometry, SumRanksParams> sum_ranks;
 };

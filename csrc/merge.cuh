@@ -9,6 +9,7 @@
 #include "formulas.cuh"
 #include "launch.cuh"
 #include "partials.cuh"
+#include "rank_params.h"
 #include "statistics.cuh"
 
 namespace batchnorm_cuda {
@@ -77,40 +78,13 @@ __global__ void __launch_bounds__(kMergeThreads, 1) merge_kernel(const Params p)
   }
 }
 
+// ---------------------------------------------------------------------------- launcher
+
 template <typename Acc, typename Params>
 LaunchStatus launch_merge(const MergeGeometry& g, const Params& params, cudaStream_t stream) {
   return launch_kernel(merge_kernel<Acc, Params>, g.grid,
                        dim3(static_cast<unsigned>(g.threads_x), static_cast<unsigned>(g.threads_y)),
                        g.shared_bytes, stream, params);
-}
-
-// ---------------------------------------------------------------------------- launchers
-
-template <typename acc_t>
-LaunchStatus launch_merge_statistics(const MergeGeometry& geometry,
-                                     const MergeStatisticsParams<acc_t>& params,
-                                     cudaStream_t stream) {
-  return launch_merge<Welford<acc_t>>(geometry, params, stream);
-}
-
-template <typename acc_t>
-LaunchStatus launch_merge_moments(const MergeGeometry& geometry,
-                                  const MergeMomentsParams<acc_t>& params, cudaStream_t stream) {
-  return launch_merge<Welford<acc_t>>(geometry, params, stream);
-}
-
-template <typename acc_t>
-LaunchStatus launch_merge_gradients(const MergeGeometry& geometry,
-                                    const MergeGradientsParams<acc_t>& params,
-                                    cudaStream_t stream) {
-  return launch_merge<GradSums<acc_t>>(geometry, params, stream);
-}
-
-template <typename acc_t>
-LaunchStatus launch_merge_double_gradients(const MergeGeometry& geometry,
-                                           const MergeDoubleGradientsParams<acc_t>& params,
-                                           cudaStream_t stream) {
-  return launch_merge<DoubleGradSums<acc_t>>(geometry, params, stream);
 }
 
 }  // namespace batchnorm_cuda

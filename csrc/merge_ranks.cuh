@@ -9,6 +9,8 @@
 #pragma once
 
 #include "launch.cuh"
+#include "rank_merge.h"
+#include "rank_params.h"
 #include "statistics.cuh"
 
 namespace batchnorm_cuda {

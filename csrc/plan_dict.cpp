@@ -1,11 +1,7 @@
 #include "plan_dict.h"
 
-#include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#include <stdexcept>
-
 #include "plan_candidates.h"
+#include "plan_names.h"
 
 namespace batchnorm_cuda {
 namespace {
@@ -65,115 +61,9 @@ void visit_costs(Model& m, F&& f) {
   visit_walk(m.along_row, "along_row", f);
 }
 
-// As Python writes it.
-std::string repr(const Value& value) {
-  if (const auto* text = std::get_if<std::string>(&value)) return "'" + *text + "'";
-  if (const auto* flag = std::get_if<bool>(&value)) return *flag ? "True" : "False";
-  if (const auto* whole = std::get_if<int64_t>(&value)) return std::to_string(*whole);
-  if (std::holds_alternative<NamedValues>(value)) return "{...}";
-  const double number = std::get<double>(value);
-  char digits[32];
-  int precision = 1;
-  do {
-    std::snprintf(digits, sizeof(digits), "%.*g", precision, number);
-  } while (std::strtod(digits, nullptr) != number && ++precision <= 17);
-  const std::string result = digits;
-  return result.find_first_not_of("-0123456789") == std::string::npos ? result + ".0" : result;
-}
-
-// A value for a field of type T: one of that type, or a number that T holds as well.
-template <typename T>
-T cast(const NamedValue& from) {
-  if constexpr (std::is_same_v<T, std::string>) {
-    if (const auto* text = std::get_if<std::string>(&from.value)) return *text;
-  } else {
-    if (const auto* flag = std::get_if<bool>(&from.value)) return static_cast<T>(*flag);
-    const auto* whole = std::get_if<int64_t>(&from.value);
-    if (whole && static_cast<int64_t>(static_cast<T>(*whole)) == *whole) {
-      return static_cast<T>(*whole);
-    }
-  }
-  if constexpr (std::is_same_v<T, double>) {
-    if (const auto* number = std::get_if<double>(&from.value)) return *number;
-  }
-  const char* expected = std::is_same_v<T, std::string> ? "a str"
-                         : std::is_same_v<T, double>    ? "a float"
-                         : std::is_same_v<T, bool>      ? "a bool"
-                         : sizeof(T) == 4               ? "an int of 32 bits"
-                                                        : "an int";
-  throw std::invalid_argument("make_plan: expected " + from.name + " to be " + expected + ", got " +
-                              repr(from.value));
-}
-
-// Out of line for each kind of value, because it is called a hundred times.
-void put(NamedValues& to, const char* name, bool value) { to.push_back({name, value}); }
-void put(NamedValues& to, const char* name, int64_t value) { to.push_back({name, value}); }
-void put(NamedValues& to, const char* name, int value) { put(to, name, int64_t{value}); }
-void put(NamedValues& to, const char* name, double value) { to.push_back({name, value}); }
-void put(NamedValues& to, const char* name, const std::string& value) {
-  to.push_back({name, value});
-}
-void put(NamedValues& to, const char* name, const char* value) {
-  to.push_back({name, std::string(value)});
-}
-void put(NamedValues& to, const char* name, const NamedValues& value) {
-  to.push_back({name, value});
-}
-
-// Takes what it knows out of `left`; what stays was misspelt.
-template <typename T>
-void take(NamedValues& left, const char* name, T& value) {
-  const auto found = std::find_if(left.begin(), left.end(),
-                                  [&](const NamedValue& each) { return each.name == name; });
-  if (found == left.end()) return;
-  value = cast<T>(*found);
-  left.erase(found);
-}
-
-void check_empty(const NamedValues& left, const char* what) {
-  if (left.empty()) return;
-  std::string names;
-  for (const NamedValue& each : left) {
-    names += (names.empty() ? "'" : ", '") + each.name + "': " + repr(each.value);
-  }
-  throw std::invalid_argument(std::string("make_plan: unknown ") + what + " {" + names + "}");
-}
-
-Op parse_op(const std::string& op) {
-  if (op == "forward_training") return Op::kForwardTraining;
-  if (op == "forward_eval") return Op::kForwardEval;
-  if (op == "backward_training") return Op::kBackwardTraining;
-  if (op == "backward_eval") return Op::kBackwardEval;
-  if (op == "double_backward_training") return Op::kDoubleBackwardTraining;
-  if (op == "double_backward_eval") return Op::kDoubleBackwardEval;
-  throw std::invalid_argument(
-      "make_plan: expected op to be forward, backward or double_backward followed by _training or "
-      "_eval, got " +
-      op);
-}
-
-Dtype parse_dtype(const std::string& dtype) {
-  if (dtype == "float16") return Dtype::kHalf;
-  if (dtype == "bfloat16") return Dtype::kBFloat16;
-  if (dtype == "float32") return Dtype::kFloat;
-  if (dtype == "float64") return Dtype::kDouble;
-  throw std::invalid_argument(
-      "make_plan: expected dtype to be float16, bfloat16, float32 or float64, got " + dtype);
-}
-
-const char* scope_name(Scope scope) {
-  return scope == Scope::kBlock ? "block" : scope == Scope::kCluster ? "cluster" : "grid";
-}
-
-const char* pattern_name(Pattern pattern) {
-  return pattern == Pattern::kAlongS   ? "along_s"
-         : pattern == Pattern::kAlongC ? "along_c"
-                                       : "along_row";
-}
-
 NamedValues to_values(const Traversal& t) {
   NamedValues result;
-  put(result, "pattern", pattern_name(t.pattern));
+  put(result, "pattern", name_of(kPatterns, t.pattern));
   put(result, "exact", t.exact);
   put(result, "index_bits", t.index_bits);
   put(result, "shift", t.shift);
@@ -193,28 +83,17 @@ NamedValues to_values(const Traversal& t) {
   return result;
 }
 
-const char* depth_name(Depth depth) {
-  switch (depth) {
-    case Depth::kMiddle:
-      return "middle";
-    case Depth::kDeep:
-      return "deep";
-    default:
-      return "stream";
-  }
-}
-
 NamedValues to_values(const Team& team) {
   NamedValues result;
-  put(result, "pattern", pattern_name(team.pattern));
+  put(result, "pattern", name_of(kPatterns, team.pattern));
   put(result, "traversal", to_values(team.traversal));
-  put(result, "scope", scope_name(team.scope));
+  put(result, "scope", name_of(kScopes, team.scope));
   put(result, "size", team.size);
   put(result, "teams", team.teams);
   put(result, "rounds", team.rounds);
   put(result, "grid", team.grid);
   put(result, "tensors", team.tensors);
-  put(result, "depth", depth_name(team.depth));
+  put(result, "depth", name_of(kDepthNames, team.depth));
   put(result, "two_level", team.two_level);
   put(result, "register_windows", team.register_windows);
   put(result, "shared_windows", team.shared_windows);
@@ -226,61 +105,26 @@ NamedValues to_values(const Team& team) {
   return result;
 }
 
-Strategy parse_strategy(const std::string& name) {
-  if (name == "auto") return Strategy::kAuto;
-  if (name == "two_pass") return Strategy::kTwoPass;
-  if (name == "team") return Strategy::kTeam;
-  throw std::invalid_argument("make_plan: expected strategy to be auto, two_pass or team, got " +
-                              name);
-}
-
-Scope parse_scope(const std::string& name) {
-  if (name == "auto") return Scope::kAuto;
-  for (const Scope scope : {Scope::kBlock, Scope::kCluster, Scope::kGrid}) {
-    if (name == scope_name(scope)) return scope;
-  }
-  throw std::invalid_argument("make_plan: expected scope to be auto, block, cluster or grid, got " +
-                              name);
-}
-
-std::optional<Depth> parse_depth(const std::string& name) {
-  if (name == "auto") return std::nullopt;
-  for (const Depth depth : {Depth::kMiddle, Depth::kDeep, Depth::kStream}) {
-    if (name == depth_name(depth)) return depth;
-  }
-  throw std::invalid_argument("make_plan: expected depth to be auto, middle, deep or stream, got " +
-                              name);
-}
-
-std::optional<Pattern> parse_pattern(const std::string& name) {
-  if (name == "auto") return std::nullopt;
-  for (const Pattern pattern : {Pattern::kAlongS, Pattern::kAlongC, Pattern::kAlongRow}) {
-    if (name == pattern_name(pattern)) return pattern;
-  }
-  throw std::invalid_argument(
-      "make_plan: expected pattern to be auto, along_s, along_c or along_row, got " + name);
-}
-
 // What is forced, as options_from_values takes it.
 NamedValues to_values(const PlanOptions& options) {
   NamedValues result;
   if (options.index_bits > 0) put(result, "index_bits", options.index_bits);
   if (options.splits > 0) put(result, "splits", options.splits);
-  put(result, "strategy", options.strategy == Strategy::kTeam ? "team" : "two_pass");
+  put(result, "strategy", name_of(kStrategies, options.strategy));
   if (options.strategy == Strategy::kTwoPass) return result;
-  put(result, "scope", scope_name(options.scope));
+  put(result, "scope", name_of(kScopes, options.scope));
   put(result, "team_size", options.team_size);
-  if (options.depth) put(result, "depth", depth_name(*options.depth));
+  if (options.depth) put(result, "depth", name_of(kDepthNames, *options.depth));
   if (options.slab > 0) put(result, "slab", options.slab);
-  if (options.pattern) put(result, "pattern", pattern_name(*options.pattern));
+  if (options.pattern) put(result, "pattern", name_of(kPatterns, *options.pattern));
   return result;
 }
 
 NamedValues to_values(const Plan& plan) {
   NamedValues result;
-  put(result, "strategy", plan.strategy == Strategy::kTeam ? "team" : "two_pass");
+  put(result, "strategy", name_of(kStrategies, plan.strategy));
   put(result, "reason", plan.reason);
-  put(result, "pattern", pattern_name(plan.pattern));
+  put(result, "pattern", name_of(kPatterns, plan.pattern));
   put(result, "vec", plan.vec);
   put(result, "launches", plan.launches);
   put(result, "workspace_bytes", plan.workspace_bytes);
@@ -324,10 +168,14 @@ PlanOptions options_from_values(NamedValues left) {
   take(left, "scope", scope);
   take(left, "depth", depth);
   take(left, "pattern", pattern);
-  parsed.strategy = parse_strategy(strategy);
-  parsed.scope = parse_scope(scope);
-  parsed.depth = parse_depth(depth);
-  parsed.pattern = parse_pattern(pattern);
+  parsed.strategy = value_of(kStrategies, "strategy", strategy, "auto, two_pass or team");
+  parsed.scope = value_of(kScopes, "scope", scope, "auto, block, cluster or grid");
+  if (depth != "auto") {
+    parsed.depth = value_of(kDepthNames, "depth", depth, "auto, middle, deep or stream");
+  }
+  if (pattern != "auto") {
+    parsed.pattern = value_of(kPatterns, "pattern", pattern, "auto, along_s, along_c or along_row");
+  }
   check_empty(left, "options");
   return parsed;
 }
@@ -338,8 +186,9 @@ namespace {
 Problem take_problem(const std::string& op, int64_t n, int64_t c, int64_t s,
                      const std::string& dtype, NamedValues& left) {
   Problem problem;
-  problem.op = parse_op(op);
-  problem.dtype = parse_dtype(dtype);
+  problem.op = value_of(kOps, "op", op,
+                        "forward, backward or double_backward followed by _training or _eval");
+  problem.dtype = value_of(kDtypes, "dtype", dtype, "float16, bfloat16, float32 or float64");
   problem.n = n;
   problem.c = c;
   problem.s = s;

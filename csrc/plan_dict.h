@@ -2,23 +2,13 @@
 // No Python here: pybind11 costs the compiler ten times what all of this does.
 #pragma once
 
-#include <cstdint>
 #include <string>
-#include <variant>
 #include <vector>
 
+#include "named_values.h"
 #include "plan.h"
 
 namespace batchnorm_cuda {
-
-struct NamedValue;
-using NamedValues = std::vector<NamedValue>;  // in the order of the dictionary
-using Value = std::variant<bool, int64_t, double, std::string, NamedValues>;
-
-struct NamedValue {
-  std::string name;
-  Value value;
-};
 
 NamedValues to_values(const DeviceInfo& device);
 

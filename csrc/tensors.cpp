@@ -6,6 +6,7 @@
 
 #include "device_context.h"
 #include "dispatch.h"
+#include "rank_params.h"
 
 namespace batchnorm_cuda {
 namespace {

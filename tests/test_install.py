@@ -20,6 +20,7 @@ import torch
 from fake_toolkit import make_toolkit
 
 from batchnorm_cuda import _sources, _toolkit
+from bench.instances import find_cuobjdump
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(
@@ -195,10 +196,5 @@ def test_ahead_of_time_install(toolkit: _toolkit.Toolkit, tree: Path, tmp_path: 
 
 
 def cuobjdump(option: str, path: Path) -> str:
-    """From the package nvidia-cuda-cuobjdump (the `dev` extra), or from PATH."""
-    packaged = (p for entry in sys.path for p in Path(entry).glob("nvidia/cu*/bin/cuobjdump"))
-    program = next((str(path) for path in packaged), None) or shutil.which("cuobjdump")
-    assert program, "cuobjdump is missing: pip install nvidia-cuda-cuobjdump"
-    return subprocess.run(
-        [program, option, str(path)], check=True, text=True, capture_output=True
-    ).stdout
+    command = [str(find_cuobjdump()), option, str(path)]
+    return subprocess.run(command, check=True, text=True, capture_output=True).stdout

@@ -18,7 +18,7 @@ from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
 from bench import instances
-from bench.toolkit import ToolkitError
+from bench.toolkit import ToolkitError, find_tool
 from tools import wheel, wheel_check
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,6 +188,12 @@ def test_kernels_are_read_by_architecture(monkeypatch: pytest.MonkeyPatch) -> No
     found, b = instances.per_architecture(Path("_C.so")), "b_kernel"
     assert found == {"9.0": {b}, "8.0": {"a_kernel<float>", b}, "12.0": {b}}
 
-    monkeypatch.setattr(instances, "find_cuobjdump", lambda: None)
-    with pytest.raises(ToolkitError, match="`pip install nvidia-cuda-cuobjdump` brings it"):
-        instances.per_architecture(Path("_C.so"))
+
+def test_no_cuobjdump_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "path", [])
+    for home, place in ((None, "in a toolkit"), (tmp_path, f"in {tmp_path / 'bin'}")):
+        with pytest.raises(
+            ToolkitError, match=f"no cuobjdump {place}, .*`pip install nvidia-cuda-"
+        ):
+            find_tool("cuobjdump", home)

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "launch.h"
+#include "kernel_table.h"
 
 namespace bn_standalone {
 
@@ -68,24 +68,25 @@ batchnorm_cuda::LaunchStatus launch_forward_team(const Call<scalar_t>& call,
   params.statistics = statistics_output(call);
   params.slots = static_cast<typename Call<scalar_t>::acc_t*>(call.workspace);
   params.sync = call.sync;
-  return launch_team_forward(params, nullptr);
+  return batchnorm_cuda::kernels<scalar_t>().team_forward(params, nullptr);
 }
 
 template <typename scalar_t>
 void launch_forward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Plan& plan) {
   using acc_t = typename Call<scalar_t>::acc_t;
+  const auto& table = batchnorm_cuda::kernels<scalar_t>();
   const bool training = call.problem.op == batchnorm_cuda::Op::kForwardTraining;
   if (training) {
     batchnorm_cuda::StatisticsParams<scalar_t> params{};
     params.traversal = plan.reduce;
     params.input = call.input;
     params.partials = call.partials(plan);
-    check_launch(launch_statistics(plan.pattern, params, nullptr), "collect_statistics_kernel");
+    check_launch(table.statistics(plan.pattern, params, nullptr), "collect_statistics_kernel");
     batchnorm_cuda::MergeStatisticsParams<acc_t> merge{};
     merge.partials = params.partials;
     merge.shift = merge_shift(plan);
     merge.statistics = statistics_output(call);
-    check_launch(launch_merge_statistics(plan.merge, merge, nullptr), "merge_kernel");
+    check_launch(batchnorm_cuda::merges<acc_t>().statistics(plan.merge, merge, nullptr), "merge_kernel");
   }
   batchnorm_cuda::NormalizeParams<scalar_t> params{};
   params.traversal = plan.elementwise;
@@ -102,7 +103,7 @@ void launch_forward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pla
   }
   params.mean = call.mean;
   params.invstd = call.invstd;
-  check_launch(launch_normalize(plan.elementwise.pattern, params, nullptr),
+  check_launch(table.normalize(plan.elementwise.pattern, params, nullptr),
                "transform_input_kernel");
 }
 
@@ -123,12 +124,13 @@ batchnorm_cuda::LaunchStatus launch_backward_team(const Call<scalar_t>& call,
   params.grad_bias = call.param(call.grad_bias);
   params.slots = static_cast<typename Call<scalar_t>::acc_t*>(call.workspace);
   params.sync = call.sync;
-  return launch_team_backward(params, nullptr);
+  return batchnorm_cuda::kernels<scalar_t>().team_backward(params, nullptr);
 }
 
 template <typename scalar_t>
 void launch_backward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Plan& plan) {
   using acc_t = typename Call<scalar_t>::acc_t;
+  const auto& table = batchnorm_cuda::kernels<scalar_t>();
   batchnorm_cuda::BackwardReduceParams<scalar_t> reduce{};
   reduce.traversal = plan.reduce;
   reduce.grad_output_aligned = true;
@@ -137,7 +139,7 @@ void launch_backward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pl
   reduce.mean = call.mean;
   reduce.invstd = call.invstd;
   reduce.partials = call.partials(plan);
-  check_launch(launch_backward_reduce(plan.pattern, reduce, nullptr), "backward_reduce_kernel");
+  check_launch(table.backward_reduce(plan.pattern, reduce, nullptr), "backward_reduce_kernel");
 
   batchnorm_cuda::MergeGradientsParams<acc_t> merge{};
   merge.partials = reduce.partials;
@@ -146,7 +148,7 @@ void launch_backward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pl
   merge.sum_dy_xhat = call.sum_dy_xhat;
   merge.grad_weight = call.param(call.grad_weight);
   merge.grad_bias = call.param(call.grad_bias);
-  check_launch(launch_merge_gradients(plan.merge, merge, nullptr), "merge_kernel");
+  check_launch(batchnorm_cuda::merges<acc_t>().gradients(plan.merge, merge, nullptr), "merge_kernel");
 
   batchnorm_cuda::BackwardElementwiseParams<scalar_t> params{};
   params.traversal = plan.elementwise;
@@ -161,7 +163,7 @@ void launch_backward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pl
   params.invstd = call.invstd;
   params.sum_dy = call.sum_dy;
   params.sum_dy_xhat = call.sum_dy_xhat;
-  check_launch(launch_backward_elementwise(plan.elementwise.pattern, params, nullptr),
+  check_launch(table.backward_elementwise(plan.elementwise.pattern, params, nullptr),
                "backward_elementwise_kernel");
 }
 

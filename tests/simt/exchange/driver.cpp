@@ -13,7 +13,7 @@
 #include "comparison.h"
 #include "device_query.h"
 #include "host_case.h"
-#include "launch.h"
+#include "kernel_table.h"
 #include "planted.h"
 
 int simt_exchange::planted = -1;
@@ -207,7 +207,9 @@ std::string merge_rows() {
   params.statistics.eps = bn_standalone::kEps;
   params.statistics.save_mean = mean.data();
   params.statistics.save_invstd = invstd.data();
-  check(static_cast<cudaError_t>(launch_merge_statistics(merge, params, cudaStream_t())), "merge");
+  check(static_cast<cudaError_t>(
+            batchnorm_cuda::merges<float>().statistics(merge, params, cudaStream_t())),
+        "merge");
   Comparison means("mean", Dtype::kFloat, Dtype::kFloat);
   for (size_t c = 0; c < channels.size(); ++c) {
     const bn_standalone::Moments moments = bn_standalone::moments_of(channels[c]);
