@@ -202,7 +202,8 @@ def device_info(index: int = 0) -> dict[str, Any]:
 def set_kernel_loader(loader: Callable[[str], str]) -> None:
     """Names a function that gives the path of a shared object of kernels when they are needed.
 
-    Called once for each of "common", "half", "bfloat16", "float" and "double", from any thread.
+    Called for "common", "half", "bfloat16", "float" or "double" when it is first needed, from any
+    thread: by several at once, perhaps, which then load the same file.
     """
 
 def set_plan_options(options: dict[str, Any]) -> None:

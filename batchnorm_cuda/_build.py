@@ -2,8 +2,8 @@
 
 One `flock` per configuration serialises the builders: the kernel drops it when its holder dies, so
 a killed build blocks nobody. Each build runs in a fresh folder and is renamed into place when it
-has been compiled, linked and imported; a folder with its final name and a module is therefore
-always complete. Nothing is loaded or linked from folders that others can write (see _trust.py).
+has been compiled and linked; a folder with its final name and a module is therefore always
+complete. Nothing is loaded or linked from folders that others can write (see _trust.py).
 """
 
 from __future__ import annotations

@@ -154,8 +154,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "device_info",
       [](int index) {
-        return to_python(bn::to_values(bn::device_info(
-            c10::Device(bn::supported_device_type(), static_cast<c10::DeviceIndex>(index)))));
+        const c10::Device device(bn::supported_device_type(), static_cast<c10::DeviceIndex>(index));
+        const bn::DeviceInfo* info = nullptr;
+        {
+          // Who asks first may wait for a compilation, whose end needs the lock of Python.
+          const py::gil_scoped_release release;
+          info = &bn::device_info(device);
+        }
+        return to_python(bn::to_values(*info));
       },
       py::arg("index") = 0, "Properties of a device as the planner sees them");
   m.def(
