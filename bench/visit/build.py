@@ -2,18 +2,15 @@
 
     python -m bench.visit.build cuda|emulated
 
-Says what the compilers took, file by file. nvcc optimises the kernels of a file in parallel, which
-has the longest files done sooner: 54 s on 16 cores, where it took 74.
+Says what the compilers took, file by file. With no flags of its own: what is measured is what users
+get, and nvcc makes other machine code with --split-compile.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
-
-import torch
 
 from batchnorm_cuda import _build, _extension
 
@@ -31,9 +28,6 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in KINDS:
         print(f"expected one of {', '.join(KINDS)}, got {' '.join(arguments) or 'nothing'}")
         return 3
-    # There are cores enough where a GPU is; elsewhere the objects are shared with other builds.
-    if torch.cuda.is_available() and (torch.version.cuda or "").startswith("13."):
-        os.environ.setdefault("NVCC_APPEND_FLAGS", "--split-compile=0")
     started = time.monotonic()
     if arguments[0] == "cuda":
         module = _extension.load_cuda()
