@@ -36,7 +36,7 @@ STRATEGIES = ("auto", "two_pass", "team")
 WINDOW_BYTES = 16
 _MOMENTUM, _EPS = 0.1, 1e-5
 
-# Every buffer that a kernel declares (visit_buffers in csrc/params.h). A name that is missing here
+# Every buffer that a kernel declares (visit_buffers in csrc/*params.h). A name that is missing here
 # is an error: a new activation must not pass for a parameter.
 _KINDS = {
     "activation": {
@@ -236,4 +236,4 @@ def _kind(name: str) -> str:
     for kind, names in _KINDS.items():
         if name in names:
             return kind
-    raise KeyError(f"bench/traffic_model.py does not know the buffer {name!r} of csrc/params.h")
+    raise KeyError(f"bench/traffic_model.py does not know the buffer {name!r} of csrc/*params.h")

@@ -38,7 +38,7 @@ Problem describe(Op op, const at::Tensor& input);
 // The statistics' dtype, on the input's device.
 at::TensorOptions statistics_options(const at::Tensor& input);
 
-// Values in a rank's row of moments (params.h).
+// Values in a rank's row of moments (rank_params.h).
 int64_t moments_values(const at::Tensor& input);
 
 // Bytes of the mask of a ReLU over a tensor like the input.

@@ -335,7 +335,8 @@ def test_a_case_as_a_tensor(shape: tuple[int, ...], dtype: str) -> None:
 
 
 def test_every_buffer_has_a_kind() -> None:
-    declared = set(re.findall(r'\bf\("(\w+)"', (ROOT / "csrc" / "params.h").read_text()))
+    headers = "".join(path.read_text() for path in (ROOT / "csrc").glob("*params.h"))
+    declared = set(re.findall(r'\bf\("(\w+)"', headers))
     known = set().union(*traffic_model._KINDS.values())
     assert declared and declared == known
     with pytest.raises(KeyError, match="does not know the buffer 'scratch'"):
