@@ -46,7 +46,6 @@ class TeamSummary:
         register_share: of the bytes that must be held between reduction and output, the share kept
             in registers, 0 to 1.
         shared_share: the share kept in shared memory.
-        depth: of the kernel: how much a thread holds (csrc/plan.h).
         two_level: whether each block merges a slice of the channels for the others.
         in_warp: whether a channel's threads are of one warp, which merges by shuffles and waits for
             no barrier: the smallest team.
@@ -59,7 +58,6 @@ class TeamSummary:
     rounds: int
     register_share: float
     shared_share: float
-    depth: str
     two_level: bool
     in_warp: bool
 
@@ -182,7 +180,7 @@ def _describe_team(team: TeamSummary) -> str:
     levels = " in two levels" if team.two_level else ""
     levels += ", each channel within a warp" if team.in_warp else ""
     return (
-        f"{blocks} {exchange[team.scope]}{levels} ({team.scope} scope, {team.depth} kernel); "
+        f"{blocks} {exchange[team.scope]}{levels} ({team.scope} scope); "
         f"{team.groups} channel groups, {team.teams} teams, rounds: {team.rounds}"
     )
 

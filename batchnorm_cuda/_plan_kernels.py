@@ -94,8 +94,7 @@ def _team_kernel(plan: Mapping[str, Any], properties: Mapping[str, Any]) -> Kern
     team = plan["team"]
     traversal = team["traversal"]
     places = team["blocks_per_sm"] * properties["sm_count"]
-    # Teams of several blocks, and deep ones, stay and take the next group; other single blocks
-    # leave for the next one.
+    # Teams of several blocks stay and take the next group; single blocks leave for the next one.
     at_a_time = places if team["scope"] == "block" else team["grid"]
     waves = math.ceil(traversal["tasks"] / at_a_time)
     busy_at_last = traversal["tasks"] - (waves - 1) * at_a_time
@@ -152,7 +151,6 @@ def team_of(plan: Mapping[str, Any]) -> TeamSummary | None:
         rounds=team["rounds"],
         register_share=in_registers / part,
         shared_share=in_shared / part,
-        depth=team["depth"],
         two_level=team["two_level"],
         in_warp=(
             team["scope"] == "block"

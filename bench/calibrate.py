@@ -28,7 +28,7 @@ from batchnorm_cuda import _extension
 
 from . import records
 from .candidates import Candidate, identity, list_plans
-from .tune_rows import COPY, MEASURED, OK, OPTIONS, TuneRow
+from .tune_rows import COPY, MEASURED, OK, OPTIONS, RETIRED, TuneRow
 
 Costs = dict[str, float]
 Forced = tuple[Any, ...]
@@ -41,7 +41,7 @@ _BOUND = (0.001, 1000.0)
 _MOVE_BYTES = 8192  # csrc/plan_costs.h
 
 
-@dataclass(frozen=True)
+@dataclass
 class Problem:
     """The plans of one problem that were measured, and their times."""
 
@@ -50,10 +50,15 @@ class Problem:
     dtype: str
     sizes: tuple[int, int, int]
     ms: dict[Forced, float]
+    retired_ms: float = math.inf  # the least of kernels that are no longer there
 
     @property
     def best(self) -> Forced:
         return min(self.ms, key=lambda plan: self.ms[plan])
+
+    @property
+    def best_ms(self) -> float:
+        return min(self.ms[self.best], self.retired_ms)
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,12 @@ def load(path: Path) -> Data:
         title = f"{row.set} {row.shape} {row.layout} {row.dtype} {row.op}"
         new = Problem(title, row.op, row.dtype, (row.n, row.c, row.s), {})
         problem = found.setdefault(row.problem, new)
-        if row.status == OK and row.ms is not None and row.strategy != COPY:
+        if row.ms is None or row.strategy == COPY:
+            continue
+        if row.status == OK:
             problem.ms.setdefault(row.forced, row.ms)
+        elif row.status == RETIRED:
+            problem.retired_ms = min(problem.retired_ms, row.ms)
     problems = [problem for problem in found.values() if problem.ms]
     if not problems:
         raise records.RecordsError(f"{path}: no plan has a time")
@@ -134,7 +143,7 @@ def nearest(plan: Forced, measured: Mapping[Forced, float]) -> Forced:
 
 def regrets(data: Data, predictions: Sequence[Prediction]) -> list[float]:
     pairs = zip(data.problems, predictions, strict=True)
-    return [problem.ms[p.chosen] / problem.ms[problem.best] for problem, p in pairs]
+    return [problem.ms[p.chosen] / problem.best_ms for problem, p in pairs]
 
 
 def predict_all(extension: ModuleType, data: Data, costs: Costs) -> list[Prediction]:
@@ -217,7 +226,7 @@ def _name(plan: Forced) -> str:
     if options["strategy"] != "team":
         return f"two passes/{options['splits']}"
     slab = f"/{options['slab']}" if options["slab"] else ""
-    return f"{options['scope']} {options['team_size']} {options['depth']}{slab}"
+    return f"{options['scope']} {options['team_size']}{slab}"
 
 
 def _print_problems(data: Data, before: Sequence[Prediction], after: Sequence[Prediction]) -> None:

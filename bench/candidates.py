@@ -74,7 +74,7 @@ def _stays(candidate: Candidate) -> bool:
 
 def _family(candidate: Candidate) -> tuple[Any, ...]:
     options = candidate["options"]
-    return tuple(options.get(name) for name in ("strategy", "pattern", "scope", "depth", "slab"))
+    return tuple(options.get(name) for name in ("strategy", "pattern", "scope", "slab"))
 
 
 def _size(candidate: Candidate) -> int:

@@ -31,7 +31,7 @@ from .worker import listen
 
 COLUMNS = (
     *("kind", "device", "shape", "layout", "dtype", "op", "form", "strategy", "pattern", "scope"),
-    *("size", "depth", "status", "compulsory_bytes", "predicted_bytes", "read_bytes"),
+    *("size", "status", "compulsory_bytes", "predicted_bytes", "read_bytes"),
     *("written_bytes", "counted_over_predicted", "us", "launches", "kernels", "l2_bytes", "note"),
 )
 KERNELS = (

@@ -69,7 +69,7 @@ def describe(problem: Counted, x: torch.Tensor) -> dict[str, Any]:
     row |= {"strategy": plan.strategy, "pattern": plan.pattern}
     row |= {"compulsory_bytes": plan.compulsory_bytes, "predicted_bytes": plan.predicted_bytes}
     if plan.team is not None:
-        row |= {"scope": plan.team.scope, "size": plan.team.size, "depth": plan.team.depth}
+        row |= {"scope": plan.team.scope, "size": plan.team.size}
     return row
 
 

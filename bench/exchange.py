@@ -41,7 +41,6 @@ class ExchangeRow:
     device: str
     what: str  # launch or exchange
     pattern: str
-    depth: str
     scope: str
     team_size: int
     two_level: int = 0
@@ -70,13 +69,12 @@ class Forced:
     """A team whose blocks hold a few kilobytes each."""
 
     pattern: str
-    depth: str
     scope: str
     size: int
 
     @property
     def options(self) -> dict[str, Any]:
-        options = {"pattern": self.pattern, "depth": self.depth, "scope": self.scope}
+        options = {"pattern": self.pattern, "scope": self.scope}
         if self.pattern == "along_c":
             options["slab"] = 8
         return {**options, "strategy": "team", "team_size": self.size}
@@ -88,13 +86,12 @@ class Forced:
         return _ROWS * self.size, _SLAB_CHANNELS * groups, 1
 
 
-def teams_of(patterns: tuple[str, ...], depths: tuple[str, ...]) -> Iterator[Forced]:
+def teams_of(patterns: tuple[str, ...]) -> Iterator[Forced]:
     """The lone block before those that are set against it."""
     for pattern in patterns:
-        for depth in depths:
-            yield Forced(pattern, depth, "block", 1)
-            yield from (Forced(pattern, depth, "cluster", size) for size in _CLUSTERS)
-            yield from (Forced(pattern, depth, "grid", size) for size in _GRIDS)
+        yield Forced(pattern, "block", 1)
+        yield from (Forced(pattern, "cluster", size) for size in _CLUSTERS)
+        yield from (Forced(pattern, "grid", size) for size in _GRIDS)
 
 
 def planned(setting: Setting, team: Forced, sizes: tuple[int, int, int]) -> dict[str, Any] | None:
@@ -103,8 +100,8 @@ def planned(setting: Setting, team: Forced, sizes: tuple[int, int, int]) -> dict
         "forward_training", *sizes, "float16", setting.planner_device, team.options
     )
     found = plan.get("team", {})
-    got = tuple(found.get(name) for name in ("pattern", "depth", "scope", "size"))
-    return found if got == (team.pattern, team.depth, team.scope, team.size) else None
+    got = tuple(found.get(name) for name in ("pattern", "scope", "size"))
+    return found if got == (team.pattern, team.scope, team.size) else None
 
 
 def make_call(setting: Setting, team: Forced, sizes: tuple[int, int, int], calls: int) -> Call:
@@ -131,7 +128,7 @@ def time_calls(setting: Setting, effort: Effort, calls: dict[str, Call]) -> dict
 
 def launch_rows(setting: Setting, effort: Effort) -> Iterator[ExchangeRow]:
     for scope, size in (("block", 1), ("cluster", 2), ("grid", 2)):
-        team = Forced("along_s", "middle", scope, size)
+        team = Forced("along_s", scope, size)
         row = _row(setting, "launch", team)
         if planned(setting, team, team.sizes(1)) is None:
             yield replace(row, status=UNSUPPORTED, note="the device has no such teams")
@@ -184,7 +181,7 @@ def _eager(setting: Setting) -> str:
 
 def _row(setting: Setting, what: str, team: Forced) -> ExchangeRow:
     where = (setting.kind, setting.machine.name, what)
-    return ExchangeRow(*where, team.pattern, team.depth, team.scope, team.size)
+    return ExchangeRow(*where, team.pattern, team.scope, team.size)
 
 
 def _first_line(reason: BaseException) -> str:
@@ -196,7 +193,7 @@ def rows(setting: Setting, effort: Effort) -> Iterator[ExchangeRow]:
         try:
             yield from launch_rows(setting, effort)
             block_us = None
-            for team in teams_of(("along_s", "along_c"), ("deep", "middle")):
+            for team in teams_of(("along_s", "along_c")):
                 block_us = None if team.scope == "block" else block_us
                 row = exchange_row(setting, effort, team, block_us)
                 block_us = row.us if team.scope == "block" else block_us
@@ -228,7 +225,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _line(row: ExchangeRow) -> str:
-    name = f"{row.what:9}{row.pattern:8}{row.depth:7}{row.scope:8}{row.team_size:4}"
+    name = f"{row.what:9}{row.pattern:8}{row.scope:8}{row.team_size:4}"
     if row.us is None:
         return f"{name}  {row.status}: {row.note}"
     unit = "us" if row.kind != HOST else "host us"

@@ -31,22 +31,10 @@ SCALARS = {
 VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 FORWARD, BACKWARD = ("forward_training", "forward_eval"), ("backward_training", "backward_eval")
 DOUBLE_BACKWARD = ("double_backward_training", "double_backward_eval")
-DEPTHS = ("middle", "deep", "stream")  # as the enumeration of csrc/plan.h counts them
 
 # The kernels that no plan chooses between: of ranks, and of the query for clusters.
 _OF_RANKS = itertools.product(("merge_ranks_kernel", "sum_ranks_kernel"), ("float", "double"))
 FIXED = {"probe_kernel", *(f"{kernel}<{acc}>" for kernel, acc in _OF_RANKS)}
-# Deep kernels of the forward in 2-byte values that no plan chooses by the constants as they are,
-# and that stay: what fits the chip can be read once, and `bench tune` has to time them to say
-# whether that pays on another GPU.
-UNCHOSEN = {
-    f"team_kernel<{cursor}, TeamForward, (Depth)1, {held}, Identity<float>>"
-    for scalar in ("__half", "__nv_bfloat16")
-    for cursor, held in (
-        (f"AlongC<{scalar}, int, true>", 45),
-        (f"AlongRuns<{scalar}, int, false>", 46),
-    )
-}
 MOST_BYTES = 180 * 10**9  # of all tensors of a problem: what a B200 holds
 
 
@@ -80,9 +68,8 @@ def launched(plan: Mapping[str, Any], problem: Problem) -> set[str]:
     epilogue = f"Fused{pass_name}<{scalar}>" if fused else f"Identity<{acc}>"
     if "team" in plan:
         team = plan["team"]
-        depth, held = DEPTHS.index(team["depth"]), team["register_windows"] * team["tensors"]
-        cursor = _team_cursor(team, scalar)
-        return {f"team_kernel<{cursor}, Team{pass_name}, (Depth){depth}, {held}, {epilogue}>"}
+        held, cursor = team["register_windows"] * team["tensors"], _team_cursor(team, scalar)
+        return {f"team_kernel<{cursor}, Team{pass_name}, {held}, {epilogue}>"}
     found = set()
     if "reduce" in plan:
         found |= {_reduce(problem, _cursor(plan["reduce"], scalar), epilogue)}
@@ -230,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     extension = _extension.load_emulated()
     libraries = options.library or [str(extension.__file__)]
-    compiled = instances.compiled(libraries)[0] - FIXED - UNCHOSEN
+    compiled = instances.compiled(libraries)[0] - FIXED
     if not compiled:
         print(f"python -m bench reach: no kernels in {', '.join(map(str, libraries))}")
         return 2

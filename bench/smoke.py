@@ -35,7 +35,7 @@ from .worker import listen
 
 COLUMNS = (
     *("kind", "case", "status", "error", "note", "ran", "dtype", "op", "pattern", "shape"),
-    *("layout", "form", "scope", "size", "depth", "rounds", "index_bits", "seconds"),
+    *("layout", "form", "scope", "size", "keeps", "rounds", "index_bits", "seconds"),
 )
 RESTARTS = 4  # of a group, before what is left of it is given up
 SECONDS_PER_CASE = 60  # without a word: it hangs

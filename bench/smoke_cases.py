@@ -25,7 +25,7 @@ cases = load("tests", "cases")
 OPS = {**PLANNED, "sync": "forward_training"}
 FORMS = {"": (False, False), "residual+relu": (True, True), "relu": (False, True)}
 FORMS |= {"residual": (True, False)}
-MOST_BYTES = 48 * 2**20  # of x: the largest channel group of a large GPU's deep kernels
+MOST_BYTES = 96 * 2**20  # of x: a channel group that a large GPU does not hold
 
 Layout = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,7 +51,7 @@ TEAMS: dict[str, tuple[str, bool, tuple[int, ...], Layout]] = {
     "along a row, masked": ("along_row", False, (8, 17, 7, 7), cases.contiguous),
 }
 SPLITS = {"along S, split": 176, "along C, split": 200}  # rows of partial results a channel
-DEPTHS = ("middle", "deep", "stream")
+HOLDS, STREAMS = "holds", "streams"  # a team its channel groups, or reads a part of them twice
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Case:
     form: str = ""  # what is fused
     scope: str = ""  # of a team; two passes without one
     size: int = 0
-    depth: str = ""
+    keeps: str = ""  # HOLDS or STREAMS
     rounds: int = 1  # of a team, at least
     index_bits: int = 0
 
     @property
     def id(self) -> str:
-        team = f"team {self.scope} {self.size} {self.depth}" if self.scope else "two passes"
+        team = f"team {self.scope} {self.size} {self.keeps}" if self.scope else "two passes"
         team += ", in rounds" if self.rounds > 1 else ""
         wide = ", 64-bit indices" if self.index_bits else ""
         fused = f", {self.form}" if self.form else ""
@@ -79,7 +79,7 @@ class Case:
     @property
     def family(self) -> tuple[object, ...]:
         """What a cut run takes one case of."""
-        team = self.scope, self.depth, self.rounds
+        team = self.scope, self.keeps, self.rounds
         return (self.op, self.pattern, bool(self.form), *team, self.index_bits)
 
     @property
@@ -116,7 +116,7 @@ class Planner:
             splits = SPLITS.get(case.pattern, 0)
             return {"strategy": "two_pass", "index_bits": case.index_bits, "splits": splits}
         options = {"strategy": "team", "scope": case.scope, "team_size": case.size}
-        return options | {"depth": case.depth, "pattern": TEAMS[case.pattern][0]}
+        return options | {"pattern": TEAMS[case.pattern][0]}
 
     def plan(self, case: Case) -> dict[str, Any]:
         residual, relu = FORMS[case.form]
@@ -140,11 +140,11 @@ class Planner:
         team = plan["team"]
         pattern, exact = TEAMS[case.pattern][:2]
         found = (team["pattern"], team["traversal"]["exact"], team["scope"], team["size"])
-        if found != (pattern, exact, case.scope, case.size) or team["depth"] != case.depth:
+        if found != (pattern, exact, case.scope, case.size):
             return False
         if team["rounds"] < case.rounds:
             return False
-        return (team["streamed_bytes"] > 0) == (case.depth == "stream")
+        return (team["streamed_bytes"] > 0) == (case.keeps == STREAMS)
 
     def reach(self, case: Case) -> Case | None:
         """The case with the first batch and channels that lead to what it is for; None: none do."""
@@ -166,7 +166,7 @@ def all_cases(dtype: str, planner: Planner) -> list[Case]:
         *_stages(dtype),
         *_sync(dtype),
         *_teams(dtype, planner.device),
-        *_pipelined(dtype, planner),
+        *_in_rounds(dtype, planner),
     ]
 
 
@@ -198,46 +198,33 @@ def _sync(dtype: str) -> Iterator[Case]:
             yield Case(dtype, "sync", pattern, (max(shape[0], 3), *shape[1:]), layout, form)
 
 
-def _depths(dtype: str, op: str, pattern: str, form: str) -> list[str]:
-    """Of which there are kernels (csrc/plan.h, team_windows), the most common first."""
-    if "row" in pattern:
-        return ["middle"]
-    found = [depth for depth in DEPTHS if not (form and depth == "deep")]
-    wide = dtype == "fp64"
-    if (pattern == "runs, masked" and form and not wide) or (
-        pattern == "along S" and op == "forward" and wide
-    ):
-        found.remove("middle")
-    return found
-
-
 def _teams(dtype: str, device: Mapping[str, Any]) -> Iterator[Case]:
     sms = device["sm_count"]
     scopes = [("block", 1), ("grid", 3)]
     if device["max_cluster"] >= 2:
         scopes += [("cluster", 2)]
-    for depth, (pattern, target), (scope, size) in product(DEPTHS, TEAMS.items(), scopes):
+    for keeps, (pattern, target), (scope, size) in product(
+        (HOLDS, STREAMS), TEAMS.items(), scopes
+    ):
         for op, form in product(("forward", "backward"), ("", "residual+relu", "relu")):
-            depths = _depths(dtype, op, pattern, form)
-            if depth in depths and (form != "relu" or depth == depths[0]):
-                yield Case(dtype, op, pattern, *target[2:], form, scope, size, depth)
+            if form != "relu" or keeps == HOLDS:
+                yield Case(dtype, op, pattern, *target[2:], form, scope, size, keeps)
     # Every SM in one team, and the largest cluster.
     widest = [("grid", sms), ("cluster", device["max_cluster"])]
     for (scope, size), (pattern, target) in product(widest, TEAMS.items()):
         if "row" not in pattern and size > 2:
             for op in ("forward", "backward"):
-                depth = _depths(dtype, op, pattern, "")[0]
-                yield Case(dtype, op, pattern, *target[2:], "", scope, size, depth)
+                yield Case(dtype, op, pattern, *target[2:], "", scope, size, HOLDS)
     for pattern in ("along S", "along C"):  # constant statistics
         for form in ("", "residual+relu"):
             target = TEAMS[pattern][2:]
-            yield Case(dtype, "eval_backward", pattern, *target, form, "grid", 3, "middle")
+            yield Case(dtype, "eval_backward", pattern, *target, form, "grid", 3, HOLDS)
 
 
-def _pipelined(dtype: str, planner: Planner) -> Iterator[Case]:
-    """Deep kernels that load a round while they write the one before, a team of all SMs each."""
+def _in_rounds(dtype: str, planner: Planner) -> Iterator[Case]:
+    """Teams of as many blocks as there are SMs, which take one channel group after another."""
     for pattern, many in (("along S", 5), ("runs, masked", 5), ("along C", 64 * 5)):
         _, _, (n, _, *spatial), layout = TEAMS[pattern]
         for op in ("forward", "backward"):
             shape, size = (n, many, *spatial), planner.device["sm_count"]
-            yield Case(dtype, op, pattern, shape, layout, "", "grid", size, "deep", rounds=2)
+            yield Case(dtype, op, pattern, shape, layout, "", "grid", size, HOLDS, rounds=2)

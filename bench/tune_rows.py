@@ -14,6 +14,7 @@ OK = "ok"
 INACCURATE = "inaccurate"  # beyond the tolerance from what the chosen plan computes
 FAILED = "failed"  # an error, in the note
 UNSUPPORTED = "unsupported"  # the device has no such plan
+RETIRED = "retired"  # by a kernel that is no longer there, named in the note; only ever the best
 COPY = "copy"  # the strategy of the row that copies as many bytes
 
 # What forces a plan, with the value of a row where it does not apply.
@@ -22,7 +23,6 @@ OPTIONS: Mapping[str, Any] = {
     "pattern": "",
     "scope": "",
     "team_size": 0,
-    "depth": "",
     "slab": 0,
     "splits": 0,
 }
@@ -45,7 +45,6 @@ class TuneRow:
     pattern: str
     scope: str
     team_size: int
-    depth: str
     slab: int
     splits: int  # of two passes, whoever chose them
     chosen: int  # 1: the planner's choice

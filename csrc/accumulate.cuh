@@ -35,12 +35,11 @@ __device__ __forceinline__ void for_each_of_pair(
   }
 }
 
-// Statistics of the windows that a thread has at hand, in two sweeps over them: the mean, then the
-// squared deviations from it, corrected by the residual that the rounded mean leaves (Chan, Golub
-// and LeVeque 1983, eq. 1.7). One division serves them all. Both sweeps take the same windows, in
-// batches of any size. kOneBatch: each sweep is one batch, whose sums then start no others; kApart:
-// the thread's channels may have different numbers of values.
-template <typename Cursor, typename acc_t, bool kOneBatch = false, bool kApart = false>
+// Statistics of a batch of windows that a thread has in registers, in two sweeps over them: the
+// mean, then the squared deviations from it, corrected by the residual that the rounded mean leaves
+// (Chan, Golub and LeVeque 1983, eq. 1.7). One division serves them all. kApart: the thread's
+// channels may have different numbers of values.
+template <typename Cursor, typename acc_t, bool kApart>
 class TwoSweeps {
  public:
   using Values = Vec<typename Cursor::scalar_t>;
@@ -51,14 +50,12 @@ class TwoSweeps {
                                              const Mask (&windows)[kWindows]) {
 #pragma unroll
     for (int p = 0; p < kPairs<Cursor>; ++p) {
-      Pair<acc_t> batch = {};
       for_each_of_pair<Cursor, kBatched>(p, windows, [&](int u, int l) {
-        batch = lanes_plus(vec[u], l, batch);
+        sum_[p] = lanes_plus(vec[u], l, sum_[p]);
         if (!kApart) return;
         count_[l] += windows[u].valid(l);
         count_[l + 1] += windows[u].valid(l + 1);
       });
-      sum_[p] = plus(sum_[p], batch);
     }
 #pragma unroll
     for (int u = 0; u < kWindows; ++u) {
@@ -87,22 +84,15 @@ class TwoSweeps {
                                                  const Mask (&windows)[kWindows]) {
 #pragma unroll
     for (int p = 0; p < kPairs<Cursor>; ++p) {
-      Pair<acc_t> residual = {}, squares = {};
-      if (kStraight) {
-        residual = sum_[p];
-        squares = m2_[p];
-      }
       for_each_of_pair<Cursor, kBatched>(p, windows, [&](int u, int l) {
         Pair<acc_t> deviation = lanes_plus(vec[u], l, -shift_[p]);
         if (kBatched == Batched::kMasked) {
           if (!windows[u].valid(l)) deviation.x = 0;
           if (!windows[u].valid(l + 1)) deviation.y = 0;
         }
-        residual = residual + deviation;
-        squares = fused_multiply_add(deviation, deviation, squares);
+        sum_[p] = sum_[p] + deviation;
+        m2_[p] = fused_multiply_add(deviation, deviation, m2_[p]);
       });
-      sum_[p] = kStraight ? residual : plus(sum_[p], residual);
-      m2_[p] = kStraight ? squares : plus(m2_[p], squares);
     }
   }
 
@@ -122,9 +112,6 @@ class TwoSweeps {
 
  private:
   static constexpr int kLanes = Cursor::kVecSize / Cursor::kChannels;  // per channel
-  // Deviations in double precision are added to the sums one by one: they have digits to spare, and
-  // a batch's own sums would be spilled.
-  static constexpr bool kStraight = sizeof(acc_t) == 8 && !kOneBatch;
 
   struct Sums {
     acc_t residual, shift, m2;
@@ -156,11 +143,6 @@ class TwoSweeps {
     }
   }
 
-  __device__ __forceinline__ static Pair<acc_t> plus(const Pair<acc_t>& sum,
-                                                     const Pair<acc_t>& batch) {
-    return kOneBatch ? batch : sum + batch;
-  }
-
   __device__ __forceinline__ static constexpr int count_of(int lane) { return kApart ? lane : 0; }
   __device__ __forceinline__ Pair<acc_t> per_value(int p) const {
     return {per_value_of(2 * p), per_value_of(2 * p + 1)};
@@ -180,7 +162,7 @@ __device__ __forceinline__ void add_statistics(
     Welford<acc_t> (&stats)[Cursor::kChannels],
     const Vec<typename Cursor::scalar_t> (&vec)[kWindows],
     const Window<typename Cursor::index_t> (&windows)[kWindows]) {
-  TwoSweeps<Cursor, acc_t, true, kBatched == Batched::kMasked && (Cursor::kChannels > 1)> batch;
+  TwoSweeps<Cursor, acc_t, kBatched == Batched::kMasked && (Cursor::kChannels > 1)> batch;
   batch.template add_values<kBatched>(vec, windows);
   batch.end_values();
   batch.template add_deviations<kBatched>(vec, windows);

@@ -60,8 +60,8 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> double_backward(
 // ---- Synchronised batch norm: the same pass in parts, between which the caller gathers what every
 // rank has, [ranks, ...]. A rank's count is data and stays on the device.
 
-// This rank's row of MomentsRow (rank_params.h): count, mean [C] and M2 [C] as values of the statistics'
-// dtype, the count being the bits of one 64-bit integer. Empty input: zeros.
+// This rank's row of MomentsRow (rank_params.h): count, mean [C] and M2 [C] as values of the
+// statistics' dtype, the count being the bits of one 64-bit integer. Empty input: zeros.
 at::Tensor sync_statistics(const at::Tensor& input);
 
 // Merges the gathered rows and normalises this rank's part. Returns (output, mean, invstd, count):

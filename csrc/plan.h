@@ -26,9 +26,10 @@ constexpr int elementwise_blocks_per_sm(bool exact) { return exact ? 3 : kStageB
 constexpr int kMergeThreads = 512;
 // Windows a thread has in flight, and the batch it reduces in registers before one merge.
 constexpr int kUnroll = 4;
-// Threads of a team kernel's block. Two blocks an SM work on different channel groups, so that one
-// loads while the other exchanges or stores.
-constexpr int kTeamThreads = 256;
+// Threads of a team kernel's block, and the blocks an SM holds: up to 128 registers a thread. They
+// work on different channel groups where there are several, so that one loads while the other
+// exchanges or stores.
+constexpr int kTeamThreads = 256, kTeamBlocksPerSm = 2;
 enum class Dtype : int { kHalf, kBFloat16, kFloat, kDouble };
 enum class Op : int {
   kForwardTraining,
@@ -65,47 +66,14 @@ inline constexpr int acc_bytes(Dtype dtype) { return dtype == Dtype::kDouble ? 8
 #define BATCHNORM_CUDA_HOST_DEVICE
 #endif
 
-// How much a thread of a team kernel holds in registers. kMiddle leaves room for two blocks on an
-// SM, which work on different channel groups: one loads while the other exchanges or stores. kDeep
-// takes all registers for one block, for channel groups that fit the device in no other way.
-// kStream is for what does not fit at all: it alone reads windows twice, and holds fewer beside the
-// sums of those.
-enum class Depth : int { kMiddle, kDeep, kStream };
-
-// Blocks of a team kernel that an SM can hold by its registers: the kernel's launch bounds.
-BATCHNORM_CUDA_HOST_DEVICE constexpr int team_blocks_per_sm(Depth depth) {
-  return depth == Depth::kDeep ? 1 : 2;
-}
-
-// Does a block load its next channel group while it writes this one, there being no other block on
-// the SM that would?
-BATCHNORM_CUDA_HOST_DEVICE constexpr bool team_is_pipelined(Depth depth) {
-  return team_blocks_per_sm(depth) == 1;
-}
-
-// Windows of all its tensors together that a thread keeps in registers; 0: there is no such
-// kernel. The most that the compiler places without a spill for every architecture (`make sass`):
-// up to 184 of a deep kernel's 255 registers. What a fused kernel does beside takes registers, and
-// there is no deep one. Nor is there a middle one that would hold no more than the one that
-// streams, whose rounds cost less: nothing is planned with it (`python -m bench reach`).
-BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exact, Depth depth,
-                                                      int value_bytes, int tensors,
-                                                      bool fused = false) {
-  const bool along_c = pattern == Pattern::kAlongC;
-  if (depth == Depth::kDeep) {
-    if (pattern == Pattern::kAlongRow || fused) return 0;
-    if (!exact && (tensors == 2 || value_bytes == 8)) return 44;
-    return along_c && value_bytes == 2 && tensors == 1 ? 45 : 46;
+// Windows of all its tensors together that a thread of a team kernel keeps in registers: the most
+// that the compiler places without a spill for every architecture (`make sass`).
+BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exact, int value_bytes,
+                                                      int tensors, bool fused = false) {
+  if (pattern != Pattern::kAlongS) {
+    return pattern == Pattern::kAlongRow && !exact && fused && tensors == 1 ? 4 : 8;
   }
-  const bool middle = depth == Depth::kMiddle;
-  if (pattern == Pattern::kAlongRow) {
-    if (!middle) return 0;
-    return exact ? 6 : fused && tensors == 1 ? 3 : 4;
-  }
-  if (along_c) return middle ? 8 : 4;
-  if (!middle) return !exact && value_bytes == 8 ? 8 : 12;
-  if (exact ? value_bytes == 8 && tensors == 1 : value_bytes < 8 && fused) return 0;
-  return value_bytes == 8 ? 12 : 16;
+  return value_bytes < 8 ? 16 : exact ? 12 : 8;
 }
 
 // Rows of a block of columns x rows threads that column_reduce merges by warp shuffles: all rows of
@@ -183,7 +151,6 @@ struct PlanOptions {
   Strategy strategy = Strategy::kAuto;
   Scope scope = Scope::kAuto;      // of a team, and all that follows
   int team_size = 0;               // blocks
-  std::optional<Depth> depth;      // windows that a thread holds
   int slab = 0;                    // along C: windows of a channel group at most, 4, 8 or 16
   std::optional<Pattern> pattern;  // walk over the tensor
 };
@@ -226,7 +193,6 @@ struct Team {
   Scope scope = Scope::kBlock;
   int size = 0;
   int64_t teams = 0, rounds = 0, grid = 0;
-  Depth depth = Depth::kMiddle;
   int tensors = 1;            // activations kept on chip: x, or dy and x
   int register_windows = 0;   // per thread and tensor
   int shared_windows = 0;     // per thread and tensor

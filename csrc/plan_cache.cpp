@@ -24,7 +24,7 @@ Key key_of(const Problem& problem, const DeviceInfo& device, const PlanOptions& 
                residual] = problem;
   const auto& [name, major, minor, sms, threads, registers, shared_sm, shared, shared_optin, l2,
                max_grid, cooperative, max_cluster, clusters_2, clusters_4, clusters_8] = device;
-  const auto& [index_bits, splits, strategy, scope, team_size, depth, slab, pattern] = options;
+  const auto& [index_bits, splits, strategy, scope, team_size, slab, pattern] = options;
   static_cast<void>(name);
   return {static_cast<int64_t>(op),
           static_cast<int64_t>(dtype),
@@ -60,7 +60,6 @@ Key key_of(const Problem& problem, const DeviceInfo& device, const PlanOptions& 
           static_cast<int64_t>(strategy),
           static_cast<int64_t>(scope),
           team_size,
-          depth ? static_cast<int64_t>(*depth) : -1,
           slab,
           pattern ? static_cast<int64_t>(*pattern) : -1};
 }

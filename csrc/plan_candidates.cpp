@@ -15,8 +15,7 @@ bool same_plan(const Plan& a, const Plan& b) {
            a.elementwise.per_split == b.elementwise.per_split;
   }
   return a.team.pattern == b.team.pattern && a.team.scope == b.team.scope &&
-         a.team.size == b.team.size && a.team.depth == b.team.depth &&
-         a.team.traversal.threads_x == b.team.traversal.threads_x;
+         a.team.size == b.team.size && a.team.traversal.threads_x == b.team.traversal.threads_x;
 }
 
 // Two passes, split as the planner would, and in half, as many and twice as many parts.

@@ -36,10 +36,7 @@ double exchange_cost(const TeamRequest& r, const Team& team) {
 
 // Moves of a round beside those of data.
 double empty_round(const TeamRequest& r, const Team& team, const WalkCost& walk) {
-  const PassCost& pass = team.depth == Depth::kDeep     ? walk.deep
-                         : team.depth == Depth::kMiddle ? walk.middle
-                                                        : walk.stream;
-  const double code = r.tensors == 1 ? pass.forward : pass.backward;
+  const double code = r.tensors == 1 ? walk.round.forward : walk.round.backward;
   return code * (dtype_bytes(r.problem.dtype) > 2 ? r.costs.wide : 1.0) + exchange_cost(r, team);
 }
 
@@ -55,8 +52,7 @@ double team_cost(const TeamRequest& r, const Team& team) {
   const double moves =
       windows / kMoveThreads * (r.tensors + r.passing + streamed * r.costs.streamed);
   const bool narrow = r.pattern == Pattern::kAlongC && t.threads_x < kSlabWindows;
-  const double rate = walk.rate * (team.depth == Depth::kDeep ? r.costs.deep_rate : 1.0) *
-                      (narrow ? r.costs.narrow : 1.0);
+  const double rate = walk.rate * (narrow ? r.costs.narrow : 1.0);
   const int64_t places = int64_t{team.blocks_per_sm} * r.device.sm_count;
   const int64_t groups = t.channel_blocks;
   const int64_t at_once = std::min(groups, team.scope == Scope::kBlock ? places : team.teams);

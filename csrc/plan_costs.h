@@ -19,12 +19,12 @@ struct PassCost {
 };
 
 // What depends on the walk over the tensor: how much longer a team's moves take than a copy's, and
-// an elementwise stage's; and the moves of a round of a team kernel that holds nothing, by depth.
-// Those are many because a round runs through the unrolled code of all places for windows, which is
-// far larger than an instruction cache, whether they are taken or not.
+// an elementwise stage's; and the moves of a round of a team kernel that holds nothing. Those are
+// many because a round runs through the unrolled code of all places for windows, which is larger
+// than an instruction cache, whether they are taken or not.
 struct WalkCost {
   double rate, elementwise;
-  PassCost middle, deep, stream;
+  PassCost round;
 };
 
 struct CostModel {
@@ -39,19 +39,18 @@ struct CostModel {
   double sm_rate = 1.32;
   // Moves of reading anew what a team could not hold, for each move of it.
   double streamed = 1.67;
-  // Factors on a team's moves: of a deep kernel, whose SM has half as many threads as others'; and
-  // of slabs that are narrower than a line of the cache.
-  double deep_rate = 1.03, narrow = 1.30;
+  // Factor on a team's moves, of slabs that are narrower than a line of the cache.
+  double narrow = 1.30;
   // Of values of 4 bytes and more, of which a window has half as many: on the rounds below.
   double wide = 0.562;
   // Of the reduce stage's reads, part of which are in the L2 cache afterwards.
   double reduce = 0.35;
   // Moves, of a row of partial results in the merge kernel.
   double merge_row = 0.0315;
-  WalkCost along_s{1.09, 1.37, {14.7, 1.9}, {49.4, 7.6}, {12.0, 2.3}};
-  WalkCost runs{1.37, 1.54, {25.2, 5.9}, {84.7, 26.0}, {20.7, 4.2}};
-  WalkCost along_c{1.06, 1.44, {44.4, 3.9}, {133.7, 31.5}, {41.7, 4.9}};
-  WalkCost along_row{1.39, 2.40, {64.4, 28.2}, {64.4, 28.2}, {64.4, 28.2}};
+  WalkCost along_s{1.09, 1.37, {12.0, 2.3}};
+  WalkCost runs{1.37, 1.54, {20.7, 4.2}};
+  WalkCost along_c{1.06, 1.44, {41.7, 4.9}};
+  WalkCost along_row{1.39, 2.40, {64.4, 28.2}};
 };
 
 // Bytes per round that a block reads of others' slots above which the ranks merge a slice each. A

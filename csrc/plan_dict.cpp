@@ -27,18 +27,13 @@ void visit_fields(Info& d, F&& f) {
   f("clusters_of_8", d.clusters_of_8);
 }
 
-// The same of the cost model: `along_s.deep.forward` and the like in a walk's costs.
+// The same of the cost model: `along_s.round.forward` and the like in a walk's costs.
 template <typename Walk, typename F>
 void visit_walk(Walk& walk, const std::string& name, F&& f) {
   f(name + ".rate", walk.rate);
   f(name + ".elementwise", walk.elementwise);
-  const auto visit_pass = [&](const char* depth, auto& pass) {
-    f(name + depth + ".forward", pass.forward);
-    f(name + depth + ".backward", pass.backward);
-  };
-  visit_pass(".middle", walk.middle);
-  visit_pass(".deep", walk.deep);
-  visit_pass(".stream", walk.stream);
+  f(name + ".round.forward", walk.round.forward);
+  f(name + ".round.backward", walk.round.backward);
 }
 template <typename Model, typename F>
 void visit_costs(Model& m, F&& f) {
@@ -50,7 +45,6 @@ void visit_costs(Model& m, F&& f) {
   f("slot_rate", m.slot_rate);
   f("sm_rate", m.sm_rate);
   f("streamed", m.streamed);
-  f("deep_rate", m.deep_rate);
   f("narrow", m.narrow);
   f("wide", m.wide);
   f("reduce", m.reduce);
@@ -93,7 +87,6 @@ NamedValues to_values(const Team& team) {
   put(result, "rounds", team.rounds);
   put(result, "grid", team.grid);
   put(result, "tensors", team.tensors);
-  put(result, "depth", name_of(kDepthNames, team.depth));
   put(result, "two_level", team.two_level);
   put(result, "register_windows", team.register_windows);
   put(result, "shared_windows", team.shared_windows);
@@ -114,7 +107,6 @@ NamedValues to_values(const PlanOptions& options) {
   if (options.strategy == Strategy::kTwoPass) return result;
   put(result, "scope", name_of(kScopes, options.scope));
   put(result, "team_size", options.team_size);
-  if (options.depth) put(result, "depth", name_of(kDepthNames, *options.depth));
   if (options.slab > 0) put(result, "slab", options.slab);
   if (options.pattern) put(result, "pattern", name_of(kPatterns, *options.pattern));
   return result;
@@ -163,16 +155,12 @@ PlanOptions options_from_values(NamedValues left) {
   take(left, "splits", parsed.splits);
   take(left, "team_size", parsed.team_size);
   take(left, "slab", parsed.slab);
-  std::string strategy = "auto", scope = "auto", depth = "auto", pattern = "auto";
+  std::string strategy = "auto", scope = "auto", pattern = "auto";
   take(left, "strategy", strategy);
   take(left, "scope", scope);
-  take(left, "depth", depth);
   take(left, "pattern", pattern);
   parsed.strategy = value_of(kStrategies, "strategy", strategy, "auto, two_pass or team");
   parsed.scope = value_of(kScopes, "scope", scope, "auto, block, cluster or grid");
-  if (depth != "auto") {
-    parsed.depth = value_of(kDepthNames, "depth", depth, "auto, middle, deep or stream");
-  }
   if (pattern != "auto") {
     parsed.pattern = value_of(kPatterns, "pattern", pattern, "auto, along_s, along_c or along_row");
   }

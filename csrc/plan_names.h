@@ -30,8 +30,6 @@ constexpr Named<Scope> kScopes[] = {{"auto", Scope::kAuto},
                                     {"block", Scope::kBlock},
                                     {"cluster", Scope::kCluster},
                                     {"grid", Scope::kGrid}};
-constexpr Named<Depth> kDepthNames[] = {
-    {"middle", Depth::kMiddle}, {"deep", Depth::kDeep}, {"stream", Depth::kStream}};
 constexpr Named<Pattern> kPatterns[] = {{"along_s", Pattern::kAlongS},
                                         {"along_c", Pattern::kAlongC},
                                         {"along_row", Pattern::kAlongRow}};

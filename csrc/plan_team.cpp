@@ -14,7 +14,6 @@ namespace {
 // Places for blocks that may idle, of all over all rounds, without a word in the plan's reason.
 constexpr double kIdleUnexplained = 0.1;
 
-constexpr Depth kDepths[] = {Depth::kMiddle, Depth::kDeep, Depth::kStream};
 constexpr Scope kScopes[] = {Scope::kBlock, Scope::kCluster, Scope::kGrid};
 
 bool all_aligned(const Problem& p) {
@@ -65,14 +64,15 @@ std::string unsuitable(const Problem& p, const PlanOptions& options) {
 
 // Team sizes to look at: what a cluster is, and every size for which a whole number of teams fills
 // the device's places.
-std::vector<int64_t> team_sizes(const TeamRequest& r, const Traversal& t, Depth depth) {
+std::vector<int64_t> team_sizes(const TeamRequest& r, const Traversal& t) {
   if (r.options.team_size > 0) return {r.options.team_size};
   std::vector<int64_t> sizes = {1, 2, 4, 8};
-  const int64_t places = int64_t{team_blocks_per_sm(depth)} * r.device.sm_count;
+  const int64_t places = int64_t{kTeamBlocksPerSm} * r.device.sm_count;
   for (int64_t teams = 1; teams <= std::min(t.channel_blocks, places); ++teams) {
     const int64_t size = places / teams;
     if (size <= 8) break;
-    if (size != sizes.back()) sizes.push_back(size);
+    const int64_t busy = ranks_with_work(r, t, size);
+    if (busy > 8 && busy != sizes.back()) sizes.push_back(busy);
   }
   for (int64_t size = 3; size < 8; ++size) {
     if (size != 4 && size > r.device.max_cluster) sizes.push_back(size);
@@ -102,7 +102,7 @@ std::vector<int> slab_widths(const TeamRequest& r) {
   return {kWideSlabWindows, kSlabWindows, kNarrowSlabWindows};
 }
 
-// A walk of the threads over the tensor, for teams of any depth and size.
+// A walk of the threads over the tensor, for teams of any size.
 struct Walk {
   TeamRequest request;
   int slab;
@@ -134,14 +134,6 @@ bool has_scope(const TeamRequest& r, Scope scope, int64_t size) {
                                   : scope == Scope::kGrid && r.device.cooperative;
 }
 
-// May teams be of this depth? For middle kernels that are not there those that stream stand in.
-bool has_depth(const TeamRequest& r, Depth depth) {
-  if (windows_of(r, depth) == 0) return false;
-  const Depth forced = r.options.depth.value_or(depth);
-  return forced == depth || (forced == Depth::kMiddle && depth == Depth::kStream &&
-                             windows_of(r, Depth::kMiddle) == 0);
-}
-
 // Offers all teams of one walk: the one enumeration, of what is chosen from and what is listed.
 template <typename Offer>
 void offer_teams(const Walk& walk, const Offer& offer) {
@@ -149,15 +141,12 @@ void offer_teams(const Walk& walk, const Offer& offer) {
   const Traversal base = team_traversal(r, walk.slab);
   if (!fits_32_bits(r, base)) return;
   const bool shares_block = r.pattern == Pattern::kAlongS && base.threads_x < kTeamThreads;
-  for (const Depth depth : kDepths) {
-    if (!has_depth(r, depth)) continue;
-    for (const int64_t size : team_sizes(r, base, depth)) {
-      if (shares_block && size > 1) continue;
-      for (const Scope scope : kScopes) {
-        Team team;
-        if (!has_scope(r, scope, size)) continue;
-        if (build_team(r, base, depth, scope, size, team)) offer(r, team);
-      }
+  for (const int64_t size : team_sizes(r, base)) {
+    if (shares_block && size > 1) continue;
+    for (const Scope scope : kScopes) {
+      Team team;
+      if (!has_scope(r, scope, size)) continue;
+      if (build_team(r, base, scope, size, team)) offer(r, team);
     }
   }
 }
@@ -215,7 +204,6 @@ std::vector<PlanOptions> team_candidates(const Problem& given, const DeviceInfo&
       forced.strategy = Strategy::kTeam;
       forced.scope = team.scope;
       forced.team_size = team.size;
-      forced.depth = team.depth;
       forced.pattern = team.pattern;
       forced.slab = r.pattern == Pattern::kAlongC ? walk.slab : 0;
       found.push_back(forced);

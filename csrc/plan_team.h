@@ -31,9 +31,6 @@ struct TeamRequest {
   RowLayout rows;  // along a row
 };
 
-// Windows that a thread holds in registers, 0 where there is no kernel of that depth.
-int windows_of(const TeamRequest& request, Depth depth);
-
 // Threads and windows of a team's traversal, before it is split over blocks. `slab`: windows of a
 // slab along C at most.
 Traversal team_traversal(const TeamRequest& request, int slab);
@@ -44,9 +41,12 @@ int64_t team_work(const Traversal& traversal, Pattern pattern);
 // Threads of a block among which the units of its part are dealt.
 int team_members(const Traversal& traversal, Pattern pattern);
 
+// Of a team of `size` blocks, those for which the even parts leave work.
+int64_t ranks_with_work(const TeamRequest& request, const Traversal& base, int64_t size);
+
 // Completes a team of `size` blocks; false where the device has no room for it.
-bool build_team(const TeamRequest& request, const Traversal& base, Depth depth, Scope scope,
-                int64_t size, Team& team);
+bool build_team(const TeamRequest& request, const Traversal& base, Scope scope, int64_t size,
+                Team& team);
 
 // Moves of a plan of either strategy (plan_costs.h).
 double team_cost(const TeamRequest& request, const Team& team);

@@ -65,14 +65,14 @@ void lay_out_shared(const TeamRequest& r, Team& team) {
 }
 
 // Windows per thread that the block's part needs, and where they go: registers first, then shared
-// memory as far as it leaves as many blocks resident as the registers do. False where they do not
-// fit and the depth may not read them twice.
+// memory as far as it leaves as many blocks resident as the registers do. What fits neither is read
+// twice. False where the block has no room for what it works with beside.
 bool place_windows(const TeamRequest& r, Team& team, int64_t per_thread) {
-  const int windows = windows_of(r, team.depth);
-  if (windows == 0) return false;
   team.tensors = r.tensors;
-  team.register_windows = windows / r.tensors;
-  team.blocks_per_sm = team_blocks_per_sm(team.depth);
+  team.register_windows =
+      team_windows(r.pattern, r.exact, dtype_bytes(r.problem.dtype), r.tensors, r.problem.fused) /
+      r.tensors;
+  team.blocks_per_sm = kTeamBlocksPerSm;
   const int64_t block_bytes =
       std::min(r.device.shared_bytes_per_sm / team.blocks_per_sm - kReservedSharedBytes,
                r.device.shared_bytes_per_block_optin);
@@ -81,7 +81,6 @@ bool place_windows(const TeamRequest& r, Team& team, int64_t per_thread) {
   const int64_t slot_bytes = int64_t{kTeamThreads} * kWindowBytes * r.tensors;
   const int64_t wanted = std::max<int64_t>(per_thread - team.register_windows, 0);
   const int64_t shared = std::min<int64_t>(room / slot_bytes, wanted);
-  if (shared < wanted && team.depth != Depth::kStream) return false;
   team.shared_windows = static_cast<int>(shared);
   team.shared_bytes = team.data_offset + shared * slot_bytes;
   return true;
@@ -143,11 +142,6 @@ int64_t streamed_bytes(const TeamRequest& r, const Team& team, int64_t members, 
 
 }  // namespace
 
-int windows_of(const TeamRequest& r, Depth depth) {
-  return team_windows(r.pattern, r.exact, depth, dtype_bytes(r.problem.dtype), r.tensors,
-                      r.problem.fused);
-}
-
 Traversal team_traversal(const TeamRequest& r, int slab) {
   const Problem& p = r.problem;
   Traversal t;
@@ -175,11 +169,15 @@ int team_members(const Traversal& t, Pattern pattern) {
   return samples_apart ? t.threads_y / static_cast<int>(t.row_repeat) : t.threads_y;
 }
 
-bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, Scope scope, int64_t size,
+int64_t ranks_with_work(const TeamRequest& r, const Traversal& base, int64_t size) {
+  const int64_t work = team_work(base, r.pattern);
+  return ceil_div(work, part_of(work, size, r.pattern));
+}
+
+bool build_team(const TeamRequest& r, const Traversal& base, Scope scope, int64_t size,
                 Team& team) {
   team = Team{};
   team.pattern = r.pattern;
-  team.depth = depth;
   Traversal& t = team.traversal;
   t = base;
   const int64_t work = team_work(t, r.pattern);
@@ -195,9 +193,9 @@ bool build_team(const TeamRequest& r, const Traversal& base, Depth depth, Scope 
   if (!place_windows(r, team, ceil_div(t.per_split, members))) return false;
   team.blocks_per_sm = static_cast<int>(resident_blocks(r, team));
   if (team.blocks_per_sm == 0) return false;
-  const bool one_round = team.scope == Scope::kBlock && !team_is_pipelined(depth);
-  team.teams = std::min({t.channel_blocks, r.device.max_grid,
-                         one_round ? t.channel_blocks : resident_teams(r, team)});
+  const bool alone = team.scope == Scope::kBlock;  // leaves, and the next one comes
+  team.teams = std::min(
+      {t.channel_blocks, r.device.max_grid, alone ? t.channel_blocks : resident_teams(r, team)});
   if (team.teams == 0) return false;
   team.rounds = ceil_div(t.channel_blocks, team.teams);
   team.grid = team.teams * size;

@@ -155,6 +155,7 @@ template <typename Acc, typename acc_t>
 __device__ __forceinline__ Acc group_reduce(Acc acc, int group, acc_t* shared) {
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   const int width = group < kWarpSize ? group : kWarpSize;
+#pragma unroll 1
   for (int offset = width / 2; offset > 0; offset /= 2) {
     acc.merge(shuffle_down(acc, offset, width));
     acc.rebase();
@@ -170,6 +171,7 @@ __device__ __forceinline__ Acc group_reduce(Acc acc, int group, acc_t* shared) {
     }
     __syncthreads();
     acc = Acc();
+#pragma unroll 1
     for (int warp = first; warp < first + group / kWarpSize; ++warp) {
       Acc other;
 #pragma unroll
@@ -217,6 +219,7 @@ template <bool kExact, int kLanes, typename Acc, typename acc_t>
 __device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared, int keep = 1) {
   const int columns = blockDim.x;
   const int warp_rows = keep > 1 ? 1 : rows_merged_by_shuffles(blockDim.x, blockDim.y);
+#pragma unroll 1
   for (int offset = warp_rows * columns / 2; offset >= columns; offset /= 2) {
     merge_lanes<kExact>(acc, [&](int l, int f) {
       return __shfl_down_sync(0xffffffffu, acc[l].field(f), offset, kWarpSize);
@@ -229,6 +232,7 @@ __device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared,
   int rows = blockDim.y / warp_rows;
   const int plane = rows * columns;
   const int mine = row * columns + threadIdx.x;
+#pragma unroll 1
   while (rows > keep) {
     const int half = (rows / keep + 1) / 2 * keep;
     if (holds && row >= half && row < rows) {

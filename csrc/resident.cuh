@@ -6,9 +6,8 @@
 // and read again at the end, last first, while the L2 cache may still hold them), then those in
 // registers, then those in shared memory. No thread reads another's windows, so holding them takes
 // no barrier. A thread's first edge (traversal.cuh) is held as well, others are read twice: they
-// are few, and what is read lies beside what is held. With one block an SM, a place is loaded with
-// the next group's window as soon as this group's has left it, so that memory has work while the
-// outputs are formed and stored.
+// are few, and what is read lies beside what is held. All of it is reduced batch by batch, as the
+// loads of the batches behind it arrive.
 //
 // What is fused (fused.cuh) passes by: a residual is loaded while the output is formed, bits of a
 // mask filter dy as soon as it is on chip.
@@ -20,13 +19,12 @@
 
 namespace batchnorm_cuda {
 
-template <typename Cursor, typename Operation, Depth kDepth, int kWindows, typename Epilogue>
+template <typename Cursor, typename Operation, int kWindows, typename Epilogue>
 class Resident {
  public:
   using scalar_t = typename Cursor::scalar_t;
   using index_t = typename Cursor::index_t;
   using Params = typename Operation::Params;
-  static constexpr bool kPipelined = team_is_pipelined(kDepth);
 
   // `shared`: this thread's first slot of the block's windows; its slots are kTeamThreads apart.
   __device__ __forceinline__ Resident(const Params& p, const Epilogue& epilogue, uint4* shared)
@@ -35,10 +33,9 @@ class Resident {
   // Reduces what will not fit, and leaves `cursor` at the first window that does.
   template <typename Acc>
   __device__ __forceinline__ void stream(const Operation& operation, Cursor& cursor, Acc& acc) {
-    if constexpr (kDepth == Depth::kStream) {
-      const index_t capacity = kRegisters + p_.team.shared_windows;
-      streamed_ = cursor.left > capacity ? cursor.left - capacity : 0;
-    }
+    const index_t capacity = kRegisters + p_.team.shared_windows;
+    streamed_ = cursor.left > capacity ? cursor.left - capacity : 0;
+#pragma unroll 1
     for (index_t i = 0; i < streamed_; i += kBatch) {
       Batch<kBatch> batch;
       for_each_present<kBatch>(streamed_ - i, [&](int u) { batch.windows[u] = cursor.take(); });
@@ -49,59 +46,37 @@ class Resident {
 
   // Starts all loads: registers first, then shared memory behind them.
   __device__ __forceinline__ void fetch(Cursor cursor) {
-    here_ = places_for(cursor);
+    const Places here = places_for(cursor);
 #pragma unroll
-    for (int i = 0; i < kRegisters; ++i) fetch_register(i, cursor, here_);
+    for (int i = 0; i < kRegisters; ++i) {
+      Window<index_t> window{0, 0, 0};
+      if (i < here.registers) window = cursor.take();
+#pragma unroll
+      for (int k = 0; k < kTensors; ++k) held_[k][i] = to_bits(load(k, window));
+    }
     // Of more, the addresses would not fit beside what registers hold.
     constexpr int kAtOnce = Cursor::kLanes == Lanes::kKept ? 2 : 1;
 #pragma unroll kAtOnce
-    for (int i = 0; i < here_.shared; ++i) fetch_shared(i, cursor);
+    for (int i = 0; i < here.shared; ++i) fetch_shared(i, cursor);
     fetch_edge(cursor);
   }
 
-  // To be called when a cursor has been made anew, at the windows that fetch() loaded.
-  __device__ __forceinline__ void recount(const Cursor& cursor) { here_ = places_for(cursor); }
-
-  // Reduces what is on chip. `cursor` is where fetch() began: it yields the masks again. Where
-  // windows are streamed, their sums leave no room for sweeps: batch by batch then, as they were.
+  // Reduces what is on chip. `cursor` is where fetch() began: it yields the masks again.
   template <typename Acc>
   __device__ __forceinline__ void accumulate(const Operation& operation, const Cursor& cursor,
                                              Acc& acc) {
     if constexpr (kFiltered) filter_held(cursor);
-    if constexpr (kDepth == Depth::kStream) {
-      visit(cursor, [&](auto batched, const auto& b) {
-        operation.template accumulate<decltype(batched)::value>(acc, b.vec, b.windows);
-      });
-    } else {
-      typename Operation::Sweeps sweeps(operation);
-      visit(cursor, [&](auto batched, const auto& b) {
-        sweeps.template first<decltype(batched)::value>(b.vec, b.windows);
-      });
-      if constexpr (Operation::Sweeps::kCount > 1) {
-        sweeps.end_first();
-        drop_conversions();
-        visit(cursor, [&](auto batched, const auto& b) {
-          sweeps.template second<decltype(batched)::value>(b.vec, b.windows);
-        });
-      }
-      sweeps.merge_into(acc);
-    }
+    visit(cursor, [&](auto batched, const auto& b) {
+      operation.template accumulate<decltype(batched)::value>(acc, b.vec, b.windows);
+    });
     drop_conversions();
   }
 
-  // Forms and stores the output of every window: from chip, then the streamed ones backwards. A
-  // pipelined kernel starts the loads of the next group, at make_next(), as places become free; a
-  // copy into shared memory then follows the last read of its place, by the same thread.
-  template <typename MakeNext>
-  __device__ __forceinline__ void write(const Operation& operation, Cursor cursor,
-                                        MakeNext&& make_next) {
+  // Forms and stores the output of every window: from chip, then the streamed ones backwards.
+  __device__ __forceinline__ void write(const Operation& operation, Cursor cursor) {
     Cursor back = cursor;
-    if constexpr (kAdds) {
-      write_with_operands(operation, cursor);
-      write_edges(operation, cursor);
-    } else {
-      write_held(operation, cursor, make_next);
-    }
+    write_held(operation, cursor);
+#pragma unroll 1
     for (index_t i = 0; i < streamed_; i += kBatch) {
       Batch<kBatch> batch;
       for_each_present<kBatch>(streamed_ - i, [&](int u) { batch.windows[u] = back.take_back(); });
@@ -125,31 +100,38 @@ class Resident {
   static constexpr bool kAdds = std::is_same_v<Epilogue, FusedForward<scalar_t>>;
   using Loaded = OperandOf<Epilogue>;
 
-  template <typename MakeNext>
-  __device__ __forceinline__ void write_held(const Operation& operation, Cursor& cursor,
-                                             MakeNext&& make_next) {
-    const Places here = here_at(cursor);
-    Cursor next = make_next();
-    const Places there = kPipelined ? places_for(next) : Places{};
+  __device__ __forceinline__ void write_held(const Operation& operation, Cursor& cursor) {
+    const Places here = places_for(cursor);
 #pragma unroll
-    for (int i = 0; i < kRegisters; ++i) {
-      if (i < here.registers) write_register(i, operation, cursor.take());
-      if (kPipelined) fetch_register(i, next, there);
+    for (int i = 0; i < kRegisters; i += kAhead) {
+      emit_batch(operation, cursor, here.registers - i,
+                 [&](int u, int k) { return held_[k][i + u < kRegisters ? i + u : 0]; });
     }
-    // In three loops, for the sake of the first one: all but the last group's.
-    const int both = here.shared < there.shared ? here.shared : there.shared;
-    for (int i = 0; i < both; ++i) {
-      write_shared(i, operation, cursor.take());
-      fetch_shared(i, next);
-    }
-    for (int i = both; i < here.shared; ++i) {
-      write_shared(i, operation, cursor.take());
-    }
-    for (int i = both; i < there.shared; ++i) fetch_shared(i, next);
+    int i = 0;
+    const auto held = [&](int u, int k) { return load_shared(slot(i + u, k)); };
+    // Whole batches apart: which windows are there is a good part of the instructions else.
+#pragma unroll 1
+    for (; i + kAhead <= here.shared; i += kAhead) emit_batch(operation, cursor, kAhead, held);
+    if (i < here.shared) emit_batch(operation, cursor, here.shared - i, held);
     write_edges(operation, cursor);
-    if (kPipelined) {
-      here_ = there;
-      fetch_edge(next);
+  }
+  template <typename Held>
+  __device__ __forceinline__ void emit_batch(const Operation& operation, Cursor& cursor,
+                                             int present, Held&& held) const {
+    Window<index_t> windows[kAhead] = {};
+    Loaded loaded[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (u < present) windows[u] = cursor.take();
+      loaded[u] = load_operand_of(windows[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (u >= present) continue;
+      Vec<scalar_t> vec[kTensors];
+#pragma unroll
+      for (int k = 0; k < kTensors; ++k) vec[k] = to_values(held(u, k));
+      emit<Cursor::kLanes>(operation, windows[u], vec, loaded[u]);
     }
   }
 
@@ -161,13 +143,12 @@ class Resident {
 
   // Windows of each tensor that a thread holds in registers.
   static constexpr int kRegisters = kWindows / kTensors;
-  // Along C, a deep kernel has registers for the conversions of two windows only.
-  static constexpr int kBatch =
-      kDepth == Depth::kDeep && Cursor::kChannels > 1 ? 2 : kUnroll / kTensors;
+  static constexpr int kBatch = kUnroll / kTensors;
 
   // Windows whose residuals or bits of the mask are loaded at once. Masks and channels of the lanes
   // together leave registers for two.
-  static constexpr int kAhead = Cursor::kExact || Cursor::kChannels == 1 ? 4 : 2;
+  static constexpr int kFewOrMore = Cursor::kExact || Cursor::kChannels == 1 ? 4 : 2;
+  static constexpr int kAhead = kAdds || kFiltered ? kFewOrMore : 1;
 
   // Windows of each tensor that a thread holds of a group.
   struct Places {
@@ -178,18 +159,6 @@ class Resident {
     const int registers = held < kRegisters ? held : kRegisters;
     return {registers, held - registers};
   }
-  // The places of this round, `cursor` being where fetch() began: kept, or with two tensors worked
-  // out again, whichever the compiler needs no stack for.
-  __device__ __forceinline__ Places here_at(const Cursor& cursor) const {
-    return kTensors == 1 ? here_ : places_for(cursor);
-  }
-
-  __device__ __forceinline__ void fetch_register(int i, Cursor& cursor, const Places& places) {
-    Window<index_t> window{0, 0, 0};
-    if (i < places.registers) window = cursor.take();
-#pragma unroll
-    for (int k = 0; k < kTensors; ++k) held_[k][i] = to_bits(load(k, window));
-  }
   __device__ __forceinline__ void fetch_shared(int i, Cursor& cursor) {
     const Window<index_t> window = cursor.take();
 #pragma unroll
@@ -197,21 +166,6 @@ class Resident {
       copy_async(slot(i, k),
                  reinterpret_cast<const uint4*>(Operation::tensor(p_, k) + window.offset));
     }
-  }
-
-  __device__ __forceinline__ void write_shared(int i, const Operation& operation,
-                                               const Window<index_t>& window) const {
-    Vec<scalar_t> vec[kTensors];
-#pragma unroll
-    for (int k = 0; k < kTensors; ++k) vec[k] = to_values(load_shared(slot(i, k)));
-    emit<Cursor::kLanes>(operation, window, vec, Loaded{});
-  }
-  __device__ __forceinline__ void write_register(int i, const Operation& operation,
-                                                 const Window<index_t>& window) const {
-    Vec<scalar_t> vec[kTensors];
-#pragma unroll
-    for (int k = 0; k < kTensors; ++k) vec[k] = to_values(held_[k][i]);
-    emit<Cursor::kLanes>(operation, window, vec, Loaded{});
   }
 
   __device__ __forceinline__ void fetch_edge(const Cursor& cursor) {
@@ -292,7 +246,7 @@ class Resident {
     constexpr bool kApart = Cursor::kLanes == Lanes::kKept;  // foreign lanes have sums of their own
     constexpr std::integral_constant<Batched, kApart ? Batched::kPresent : Batched::kMasked>
         of_edges;
-    const Places here = here_at(cursor);
+    const Places here = places_for(cursor);
 #pragma unroll
     for (int i = 0; i < kRegisters; i += kBatch) {
       Batch<kBatch> batch;
@@ -315,6 +269,7 @@ class Resident {
     });
     if (here.shared == 0) return;
     wait_for_copies();
+#pragma unroll 1
     for (int i = 0; i < here.shared; i += kBatch) {
       Batch<kBatch> batch;
 #pragma unroll
@@ -360,43 +315,10 @@ class Resident {
     }
   }
 
-  // As write_held, with several residuals on their way at once.
-  __device__ __forceinline__ void write_with_operands(const Operation& operation, Cursor& cursor) {
-    static_assert(!kAdds || (!kPipelined && kTensors == 1));
-    const Places here = here_at(cursor);
-#pragma unroll
-    for (int i = 0; i < kRegisters; i += kAhead) {
-      emit_batch(operation, cursor, here.registers - i,
-                 [&](int u) { return held_[0][i + u < kRegisters ? i + u : 0]; });
-    }
-    int i = 0;
-    const auto held = [&](int u) { return load_shared(slot(i + u, 0)); };
-    // Whole batches apart: which windows are there is a good part of the instructions else.
-    for (; i + kAhead <= here.shared; i += kAhead) emit_batch(operation, cursor, kAhead, held);
-    if (i < here.shared) emit_batch(operation, cursor, here.shared - i, held);
-  }
-  template <typename Held>
-  __device__ __forceinline__ void emit_batch(const Operation& operation, Cursor& cursor,
-                                             int present, Held&& held) const {
-    Window<index_t> windows[kAhead] = {};
-    Loaded loaded[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      if (u < present) windows[u] = cursor.take();
-      loaded[u] = load_operand_of(windows[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      if (u >= present) continue;
-      const Vec<scalar_t> vec[kTensors] = {to_values(held(u))};
-      emit<Cursor::kLanes>(operation, windows[u], vec, loaded[u]);
-    }
-  }
-
   // Filters dy where it lies, once for all that is done with it. The bits of several windows are on
   // their way at once.
   __device__ __forceinline__ void filter_held(Cursor cursor) {
-    const Places here = here_at(cursor);
+    const Places here = places_for(cursor);
     uint32_t bits[kRegisters];
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) {
@@ -406,6 +328,7 @@ class Resident {
     }
 #pragma unroll
     for (int i = 0; i < kRegisters; ++i) held_[0][i] = kept(held_[0][i], bits[i]);
+#pragma unroll 1
     for (int i = 0; i < here.shared; i += kAhead) {
       uint32_t more[kAhead];
 #pragma unroll
@@ -435,7 +358,6 @@ class Resident {
   uint4 held_[kTensors][kRegisters];
   uint4 edge_[kTensors];
   index_t streamed_ = 0;
-  Places here_;
 };
 
 }  // namespace batchnorm_cuda

@@ -125,6 +125,7 @@ class TeamExchange {
       } else {
 #pragma unroll
         for (int c = 0; c < Cursor::kChannels; ++c) acc[c] = Acc();
+#pragma unroll 1
         for (int rank = Cursor::member(); rank < team_.size; rank += Cursor::members()) {
           merge_slot(acc, slot(rank));
         }
@@ -204,8 +205,10 @@ class TeamExchange {
     forget_derived(thread);  // else its warp takes a register for all rounds
     const int warps = blockDim.x * blockDim.y / kWarpSize;
     const int warp = thread / kWarpSize, lane = thread % kWarpSize;
+#pragma unroll 1
     for (int k = warp < warps ? first + warp : last; k < last; k += warps) {
       Acc acc;
+#pragma unroll 1
       for (int i = lane; i < size; i += kWarpSize) {
         Acc other;
         const auto field = value(k, i);
@@ -214,6 +217,7 @@ class TeamExchange {
         acc.merge(other);
         acc.rebase();
       }
+#pragma unroll 1
       for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
         acc.merge(shuffle_down(acc, offset, kWarpSize));
         acc.rebase();

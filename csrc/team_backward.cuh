@@ -46,24 +46,6 @@ struct TeamBackward {
     add_gradients<Cursor>(acc, vec[0], vec[1], mean);
   }
 
-  struct Sweeps {
-    static constexpr int kCount = 1;
-    const TeamBackward& operation;
-    Acc sums[kChannels];
-
-    __device__ __forceinline__ explicit Sweeps(const TeamBackward& of) : operation(of) {}
-    template <Batched kBatched, int kBatch>
-    __device__ __forceinline__ void first(
-        const Vec<scalar_t> (&vec)[kTensors][kBatch],
-        const Window<typename Cursor::index_t> (&windows)[kBatch]) {
-      operation.template accumulate<kBatched>(sums, vec, windows);
-    }
-    __device__ __forceinline__ void merge_into(Acc (&acc)[kChannels]) const {
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) acc[c].merge(sums[c]);
-    }
-  };
-
   __device__ __forceinline__ void begin_finish(const Params&, const Cursor&) const {}
   __device__ __forceinline__ void finish(const Params& p, const Cursor& cursor, const Acc& total,
                                          int c) {

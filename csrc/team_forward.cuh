@@ -39,29 +39,6 @@ struct TeamForward {
     add_statistics<Cursor, kBatched>(acc, vec[0], windows);
   }
 
-  struct Sweeps {
-    static constexpr int kCount = 2;
-    TwoSweeps<Cursor, acc_t> statistics;
-
-    __device__ __forceinline__ explicit Sweeps(const TeamForward&) {}
-    template <Batched kBatched, int kBatch>
-    __device__ __forceinline__ void first(
-        const Vec<scalar_t> (&vec)[kTensors][kBatch],
-        const Window<typename Cursor::index_t> (&windows)[kBatch]) {
-      statistics.template add_values<kBatched>(vec[0], windows);
-    }
-    __device__ __forceinline__ void end_first() { statistics.end_values(); }
-    template <Batched kBatched, int kBatch>
-    __device__ __forceinline__ void second(
-        const Vec<scalar_t> (&vec)[kTensors][kBatch],
-        const Window<typename Cursor::index_t> (&windows)[kBatch]) {
-      statistics.template add_deviations<kBatched>(vec[0], windows);
-    }
-    __device__ __forceinline__ void merge_into(Acc (&acc)[kChannels]) const {
-      statistics.merge_into(acc);
-    }
-  };
-
   // Once a thread and round, not once a channel: the channels of a thread have no registers left.
   __device__ __forceinline__ void begin_finish(const Params& p, const Cursor& cursor) {
     int channels = 0;

@@ -1,16 +1,12 @@
 // The kernel that reads every activation once: a team of blocks loads a channel group into
 // registers and shared memory (resident.cuh), reduces it, exchanges partial results (team.cuh) and
-// forms its output from what it holds. One template over access pattern, type, operation (forward,
-// backward) and depth, how much a thread holds; the scope of the team is an argument.
+// forms its output from what it holds. One template over access pattern, type and operation
+// (forward, backward); the scope of the team is an argument.
 //
 // An Operation says what is reduced and how the output is formed:
 //   kTensors, Acc, tensor(p, k)                   what is loaded
 //   Operation(p, cursor)                          loads what accumulate() needs per channel
 //   accumulate<kBatched>(acc, vec, windows)       a batch of windows into the accumulators
-//   Sweeps                                        the same for what is on chip, which may be read
-//                                                 twice: first<kBatched>(), end_first(),
-//                                                 second<kBatched>() for kCount == 2,
-//                                                 merge_into(acc)
 //   prefetch(p, cursor, c)                        loads what finish() needs for channel c of the
 //                                                 thread, ahead of the exchange where there is room
 //   begin_finish(p, cursor)                       what is done once a round, before
@@ -26,9 +22,8 @@ namespace batchnorm_cuda {
 
 // kWindows: team_windows() of the plan, in the kernel's name for who reads its machine code.
 // Epilogue: what is fused (fused.cuh).
-template <typename Cursor, template <typename> class OperationOf, Depth kDepth, int kWindows,
-          typename Epilogue>
-__global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
+template <typename Cursor, template <typename> class OperationOf, int kWindows, typename Epilogue>
+__global__ void __launch_bounds__(kTeamThreads, kTeamBlocksPerSm)
     team_kernel(const typename OperationOf<Cursor>::Params p, const Epilogue epilogue) {
   using Operation = OperationOf<Cursor>;
   using Acc = typename Operation::Acc;
@@ -41,18 +36,14 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
   TeamExchange<Cursor, Acc, acc_t> exchange(p.team, scratch, slots, p.slots, p.sync);
   using index_t = typename Cursor::index_t;
   const auto groups = static_cast<index_t>(t.channel_blocks);
-  using Held = Resident<Cursor, Operation, kDepth, kWindows, Epilogue>;
-  Held resident(p, epilogue, data + threadIdx.y * blockDim.x + threadIdx.x);
-  const auto cursor_of_round = [&](int ahead) {
-    return Cursor(t, exchange.rank(), exchange.template group<index_t>(ahead));
-  };
-  if (Held::kPipelined) resident.fetch(cursor_of_round(0));
+  Resident<Cursor, Operation, kWindows, Epilogue> resident(
+      p, epilogue, data + threadIdx.y * blockDim.x + threadIdx.x);
   for (; exchange.template group<index_t>() < groups; exchange.end_round()) {
-    Cursor cursor = cursor_of_round(0);
+    Cursor cursor(t, exchange.rank(), exchange.template group<index_t>());
     Operation operation(p, cursor);
     Acc acc[Cursor::kChannels];
     resident.stream(operation, cursor, acc);
-    if (!Held::kPipelined) resident.fetch(cursor);
+    resident.fetch(cursor);
     resident.accumulate(operation, cursor, acc);
     if constexpr (Cursor::kLanes == Lanes::kKept) {
 #pragma unroll
@@ -61,58 +52,31 @@ __global__ void __launch_bounds__(kTeamThreads, team_blocks_per_sm(kDepth))
       }
     }
     cursor.forget();
-    // With a channel a lane there are no registers left to wait with what is loaded, nor are there
-    // in a deep kernel, whose rounds are long enough not to mind.
-    constexpr bool kAhead = Cursor::kChannels == 1 && kDepth != Depth::kDeep;
+    // With a channel a lane there are no registers left to wait with what is loaded.
+    constexpr bool kAhead = Cursor::kChannels == 1;
     if constexpr (kAhead) operation.prefetch(p, cursor, 0);
     exchange.all_reduce(cursor, acc);
-    const auto finish = [&](Cursor& cursor) {
-      operation.begin_finish(p, cursor);
+    operation.begin_finish(p, cursor);
 #pragma unroll
-      for (int c = 0; c < Cursor::kChannels; ++c) {
-        if constexpr (!kAhead) operation.prefetch(p, cursor, c);
-        operation.finish(p, cursor, acc[c], c);
-      }
-      // Past the last group the cursor is empty.
-      resident.write(operation, cursor, [&] { return cursor_of_round(1); });
-    };
-    // Nor to keep where this round's windows are, until they are written.
-    if constexpr (kDepth == Depth::kDeep && Cursor::kChannels > 1) {
-      Cursor anew = cursor_of_round(0);
-      resident.recount(anew);
-      finish(anew);
-    } else {
-      finish(cursor);
+    for (int c = 0; c < Cursor::kChannels; ++c) {
+      if constexpr (!kAhead) operation.prefetch(p, cursor, c);
+      operation.finish(p, cursor, acc[c], c);
     }
+    resident.write(operation, cursor);
   }
   exchange.finish();
 }
 
-// Launches the variant of the kernel that the plan asks for.
 template <typename Cursor, template <typename> class OperationOf, typename Params,
           typename Epilogue>
 LaunchStatus launch_team_variant(const Params& params, const Epilogue& epilogue,
                                  cudaStream_t stream) {
-  const auto launch = [&](auto depth) {
-    constexpr Depth kDepth = decltype(depth)::value;
-    constexpr bool kFused = !std::is_same_v<Epilogue, Identity<typename Params::acc_t>>;
-    constexpr int kValueBytes = sizeof(typename Cursor::scalar_t);
-    constexpr int kWindows = team_windows(Cursor::kPattern, Cursor::kExact, kDepth, kValueBytes,
-                                          OperationOf<Cursor>::kTensors, kFused);
-    if constexpr (kWindows > 0) {
-      return launch_team(team_kernel<Cursor, OperationOf, kDepth, kWindows, Epilogue>, params.team,
-                         stream, params, epilogue);
-    }
-    return static_cast<LaunchStatus>(cudaErrorInvalidValue);  // the plan never asks for it
-  };
-  switch (params.team.depth) {
-    case Depth::kMiddle:
-      return launch(std::integral_constant<Depth, Depth::kMiddle>{});
-    case Depth::kDeep:
-      return launch(std::integral_constant<Depth, Depth::kDeep>{});
-    default:
-      return launch(std::integral_constant<Depth, Depth::kStream>{});
-  }
+  constexpr bool kFused = !std::is_same_v<Epilogue, Identity<typename Params::acc_t>>;
+  constexpr int kWindows =
+      team_windows(Cursor::kPattern, Cursor::kExact, sizeof(typename Cursor::scalar_t),
+                   OperationOf<Cursor>::kTensors, kFused);
+  return launch_team(team_kernel<Cursor, OperationOf, kWindows, Epilogue>, params.team, stream,
+                     params, epilogue);
 }
 
 template <template <typename> class OperationOf, typename Params, typename Epilogue>

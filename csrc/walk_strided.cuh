@@ -176,16 +176,20 @@ struct AlongRow : AlongC<scalar, index, exact> {
     return in_block / static_cast<int>(this->t_.s) % static_cast<int>(this->t_.segments);
   }
   __device__ __forceinline__ int64_t channel(int lane) const {
-    return position(lane) / this->t_.s % this->t_.c;
+    return static_cast<unsigned_t>(position(lane)) / s() % static_cast<unsigned_t>(this->t_.c);
   }
   // Of the columns that hold a channel, the first one owns it.
   __device__ __forceinline__ bool owns_channel(int lane) const {
     const Traversal& t = this->t_;
-    const bool first = position(lane) < t.c * t.s && position(lane) % t.s == 0;
+    const bool first =
+        position(lane) < t.c * t.s && static_cast<unsigned_t>(position(lane)) % s() == 0;
     return this->split_ == 0 && Base::member() == 0 && this->channel_valid(lane) && first;
   }
 
  private:
+  // Divisions are of as many bits as indices: of 64 each would take a hundred instructions.
+  using unsigned_t = std::make_unsigned_t<index>;
+  __device__ __forceinline__ unsigned_t s() const { return static_cast<unsigned_t>(this->t_.s); }
   // Of a lane in its row.
   __device__ __forceinline__ int64_t position(int lane) const {
     return int64_t{this->column_} * Base::kVecSize + lane;
@@ -248,7 +252,8 @@ struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
   }
   __device__ __forceinline__ int64_t channel(int lane) const { return first_ + segment(lane); }
   __device__ __forceinline__ bool owns_channel(int lane) const {
-    return split_ == 0 && threadIdx.y == 0 && channel_valid(lane) && place(lane) % t_.s == 0;
+    return split_ == 0 && threadIdx.y == 0 && channel_valid(lane) &&
+           place(lane) % static_cast<int>(t_.s) == 0;
   }
 
   // See AlongRow; sample j is threadIdx.y == j.

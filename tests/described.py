@@ -1,7 +1,7 @@
 """Problems under described devices: their plans, what these count, and the largest of a scan.
 
 A count is a number that the plan chooses and that a kernel loops over, indexes by or holds that
-many of. Where the same number drives another loop (by access pattern, scope, depth) it is a count
+many of. Where the same number drives another loop (by access pattern, scope) it is a count
 of its own.
 """
 
@@ -63,15 +63,14 @@ class Problem:
 
 
 def forced(choice: str) -> dict[str, Any]:
-    """Options of the plan: "two_pass 680", its splits, or "grid 88 deep along_c 8", its slab."""
+    """Options of the plan: "two_pass 680", its splits, or "grid 88 along_c 8", its slab."""
     words = choice.split()
     if words[0] == "two_pass":
         options = {"strategy": "two_pass"}
         return options | ({"splits": int(words[1])} if len(words) > 1 else {})
-    scope, size, depth, pattern = words[:4]
-    options = {"strategy": "team", "scope": scope, "team_size": int(size)}
-    options |= {"depth": depth, "pattern": pattern}
-    return options | ({"slab": int(words[4])} if len(words) > 4 else {})
+    scope, size, pattern = words[:3]
+    options = {"strategy": "team", "scope": scope, "team_size": int(size), "pattern": pattern}
+    return options | ({"slab": int(words[3])} if len(words) > 3 else {})
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -117,7 +116,7 @@ def _counts_of_team(plan: Plan) -> Iterator[tuple[str, int]]:
     scope, pattern = team["scope"], team["pattern"]
     held = team["register_windows"] + team["shared_windows"]
     yield f"rounds, {scope}", team["rounds"]
-    yield f"windows, {pattern}, {team['depth']}, of {team['tensors']}", held
+    yield f"windows, {pattern}, of {team['tensors']}", held
     if pattern == "along_s":
         yield "channels of a block", t["threads_y"]
         yield "edge runs, team", t["edge_runs"]
@@ -183,7 +182,7 @@ def layout_of(plan: Plan) -> dict[str, Any]:
     walk = ("pattern", "exact", "threads_x", "threads_y", "row_repeat", "segments")
     if "team" in plan:
         team = plan["team"]
-        kept = ("scope", "size", "depth", "two_level", "register_windows")
+        kept = ("scope", "size", "two_level", "register_windows")
         return {key: team[key] for key in kept} | {key: team["traversal"][key] for key in walk}
     stages = {stage: plan[stage] for stage in ("reduce", "elementwise")}
     kept = {stage: {key: t[key] for key in (*walk, "splits")} for stage, t in stages.items()}

@@ -16,10 +16,7 @@ from batchnorm_cuda import ops
 from batchnorm_cuda._explain import explain_forced
 
 # Options of the plan by name. Three blocks, so that ranks are unequal; two are the least cluster.
-# Several blocks are of the middle depth, which all walks have: for tensors as small as these the
-# planner prefers the streaming kernel, as it does for a block here, which may have to stream. A
-# deep one has tests of its own.
-TEAM = {"strategy": "team", "depth": "middle"}
+TEAM = {"strategy": "team"}
 FORCED: dict[str, dict[str, Any]] = {
     "two_pass": {"strategy": "two_pass"},
     "block": {"strategy": "team", "scope": "block", "team_size": 1},
@@ -31,7 +28,7 @@ TEAMS = [name for name in FORCED if name != "two_pass"]
 
 def walk_of(layout: str, name: str) -> dict[str, str]:
     """Forces the walk that a layout is named after, where the planner may prefer another and a
-    team of several blocks has room; along a row none streams.
+    team of several blocks has room.
     """
     several = FORCED[name].get("team_size", 0) > 1
     return {"pattern": "along_row"} if "along a row" in layout and several else {}

@@ -32,7 +32,7 @@ SIZES = [
     (64, 1, 262144),
     (4, 8, 1),
 ]
-FIELDS = ["scope", "size", "depth", "pattern"]
+FIELDS = ["scope", "size", "pattern"]
 
 every_device = pytest.mark.parametrize("name", sorted(devices.DEVICES))
 sizes = pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: "x".join(map(str, sizes)))
@@ -94,7 +94,6 @@ def test_lists_every_kind(extension: ModuleType) -> None:
     )
     options = [each["options"] for each in candidates]
     teams = [each for each in options if each["strategy"] == "team"]
-    assert {each["depth"] for each in teams} == {"middle", "deep", "stream"}
     assert {each["slab"] for each in teams} == {4, 8}
     assert {each["scope"] for each in teams} == {"block", "cluster", "grid"}
     assert {2, 4, 8, 33} <= {each["team_size"] for each in teams if each["scope"] == "grid"}
@@ -114,15 +113,12 @@ def test_what_is_forced_holds_for_all(extension: ModuleType) -> None:
         "block",
         "cluster",
     }
-    assert {each["depth"] for each in listed(strategy="team", depth="deep")} == {"deep"}
     assert {each["slab"] for each in listed(strategy="team", slab=16)} == {16}
 
 
 def test_what_cannot_be_honoured_gives_another_plan(extension: ModuleType) -> None:
-    """Fused kernels have no deep form, and a walk along S none of 7 x 7 channels-last."""
+    """There is no walk along S for 7 x 7 channels-last."""
     problem = ("forward_training", 1568, 1024, 1, "float16", described("h100"))
-    forced = {"strategy": "team", "fused": True, "depth": "deep"}
-    assert extension.make_plan(*problem, forced)["strategy"] == "two_pass"
     forced = {"strategy": "team", "pattern": "along_s"}
     assert extension.make_plan(*problem, forced)["strategy"] == "two_pass"
 
@@ -150,7 +146,7 @@ def test_costs_decide(extension: ModuleType) -> None:
     assert chosen(extension.cost_model()) == chosen({})
     dear = {"cluster_wait": 1000.0, "grid_wait": 1000.0}
     assert chosen(dear)["options"]["team_size"] == 1
-    free = {"launch": 0.001, "along_s.middle.forward": 0.001, "sm_rate": 1.0}
+    free = {"launch": 0.001, "along_s.round.forward": 0.001, "sm_rate": 1.0}
     waitless = {"cluster_wait": 0.001, "grid_wait": 0.001}
     assert chosen(dear)["cost"] != chosen(free | waitless)["cost"]
     assert chosen({"launch": 10000.0})["options"] == {"strategy": "two_pass"}
@@ -172,14 +168,14 @@ def test_splits_of_two_passes_are_named(extension: ModuleType) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"depth": "shallow"}, "expected depth to be auto, middle, deep or stream, got shallow"),
+        ({"depth": "deep"}, "unknown options {'depth': 'deep'}"),
         ({"pattern": "along_n"}, "expected pattern to be auto, along_s, along_c or along_row"),
         ({"scope": "device"}, "expected scope to be auto, block, cluster or grid, got device"),
         ({"slabs": 4}, "unknown options {'slabs': 4}"),
         ({"a": 0.1, "b": 1e-7, "c": True}, "unknown options {'a': 0.1, 'b': 1e-07, 'c': True}"),
         ({"splits": 2.5}, "expected splits to be an int, got 2.5"),
         ({"slab": 2**32}, "expected slab to be an int of 32 bits, got 4294967296"),
-        ({"depth": 3}, "expected depth to be a str, got 3"),
+        ({"scope": 3}, "expected scope to be a str, got 3"),
     ],
 )
 def test_wrong_options(extension: ModuleType, options: dict[str, Any], message: str) -> None:

@@ -27,7 +27,7 @@ HEADER = (
 )
 TEAM = (
     "void batchnorm_cuda::team_kernel<batchnorm_cuda::AlongC<__half, int, true>, batchnorm_cuda::"
-    "TeamForward, (batchnorm_cuda::Depth)1, 45, batchnorm_cuda::Identity<float> >(int, int)"
+    "TeamForward, 16, batchnorm_cuda::Identity<float> >(int, int)"
 )
 MARK = "void batchnorm_cuda::(anonymous namespace)::sum_ranks_kernel<float>(int)"
 

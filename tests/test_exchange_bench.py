@@ -40,7 +40,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
 def test_an_h100_has_all_teams_in_as_many_rounds_as_asked_for() -> None:
     h100 = setting("h100")
-    for team in exchange.teams_of(("along_s", "along_c"), ("deep", "middle")):
+    for team in exchange.teams_of(("along_s", "along_c")):
         most = exchange.planned(h100, team, team.sizes(1024))
         assert most is not None, team
         if team.scope == "block":
@@ -49,21 +49,21 @@ def test_an_h100_has_all_teams_in_as_many_rounds_as_asked_for() -> None:
             found = exchange.planned(h100, team, team.sizes(most["teams"] * rounds))
             assert found is not None and found["rounds"] == rounds, team
             assert found["register_windows"] >= 4 and found["shared_windows"] == 0
-    assert not exchange.planned(h100, Forced("along_s", "middle", "cluster", 16), (16, 4, 8192))
+    assert not exchange.planned(h100, Forced("along_s", "cluster", 16), (16, 4, 8192))
 
 
 def test_the_slope_over_rounds() -> None:
     """Calls of a row: the fewer rounds, then the more, in turns; the first turn does not count."""
     took = [9.0, 9.0, 4.0, 10.0]  # milliseconds of two calls each
     row = exchange.exchange_row(
-        setting(took=lambda start: took[start]), EFFORT, Forced("along_s", "deep", "block", 1), None
+        setting(took=lambda start: took[start]), EFFORT, Forced("along_s", "block", 1), None
     )
     assert (row.status, row.us_exchange) == (OK, None)
     assert row.us == pytest.approx((10.0 - 4.0) * 1000 / 2 / (3 - 1))
     row = exchange.exchange_row(
         setting(took=lambda start: took[start]),
         EFFORT,
-        Forced("along_s", "deep", "grid", 2),
+        Forced("along_s", "grid", 2),
         block_us=1000.0,
     )
     assert row.us_exchange == pytest.approx(1500.0 - 1000.0)

@@ -42,7 +42,7 @@ def test_report_shows_what_the_plan_says(device: str, shape: tuple[int, ...], op
         assert f"{kernel.name}: grid {kernel.grid}, block {x} x {y}" in text
     if e.team is not None:
         assert (
-            f"({e.team.scope} scope, {e.team.depth} kernel)" in text
+            f"({e.team.scope} scope)" in text
             and f"rounds: {e.team.rounds}" in text
         )
         assert f"{e.team.on_chip_share:.1%}: {e.team.register_share:.1%} in registers" in text
@@ -84,26 +84,14 @@ def test_a_cluster_by_hand() -> None:
 
 
 def test_shares_of_registers_and_shared_memory() -> None:
-    """Blocks for a channel of 25088 windows of floats, 98 a thread, or of half as many again.
-
-    A deep kernel holds the former; of less, reading a part twice is expected to cost less.
-    """
+    """A block for a channel of 25088 windows of floats, 98 a thread: more than it can hold."""
     options = {"strategy": "team", "team_size": 1}
-    deep = explain((32, 256, 56, 56), dtype=torch.float32, device="h100", **options)
-    assert deep.team is not None and deep.reread_bytes == 0
-    assert deep.team.depth == "deep"
-    assert (deep.team.register_share, deep.team.shared_share) == (46 / 98, 52 / 98)
-    e = explain((48, 256, 56, 56), dtype=torch.float32, device="h100", **options)
+    e = explain((32, 256, 56, 56), dtype=torch.float32, device="h100", **options)
     assert e.team is not None and e.team.scope == "block"
-    in_shared = 37632 / 256 - 12 - e.reread_bytes / (16 * 256 * 256)
-    assert e.team.register_share == pytest.approx(12 / 147)
-    assert e.team.shared_share == pytest.approx(in_shared / 147)
-    assert e.team.on_chip_share < 1
-    assert e.reread_bytes == pytest.approx((1 - e.team.on_chip_share) * e.compulsory_bytes / 2)
-    # Blocks of one leave for the next: 256 blocks on 264 places are one wave, 8 places idle.
-    (kernel,) = e.kernels
-    assert (kernel.waves, kernel.grid) == (1, 256)
-    assert kernel.tail_idle == pytest.approx(8 / 264)
+    in_shared = 98 - 16 - e.reread_bytes / (16 * 256 * 256)
+    assert e.reread_bytes > 0 and in_shared >= 26  # 4 KB each of the 113 KB that a block has
+    assert e.team.register_share == pytest.approx(16 / 98)
+    assert e.team.shared_share == pytest.approx(in_shared / 98)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +113,8 @@ def test_before_asynchronous_copies_only_registers_are_in_flight() -> None:
     t4 = explain((32, 256, 56, 56), device="t4", **options)
     a100 = explain((32, 256, 56, 56), device="a100", **options)
     assert t4.team is not None and t4.team.shared_share > 0
-    assert t4.kernels[0].in_flight_bytes == 2 * 256 * 12 * 16
-    assert a100.kernels[0].in_flight_bytes > 2 * 256 * 12 * 16
+    assert t4.kernels[0].in_flight_bytes == 2 * 256 * 16 * 16
+    assert a100.kernels[0].in_flight_bytes > 2 * 256 * 16 * 16
 
 
 def test_odd_sizes_are_copied_asynchronously_too() -> None:
@@ -134,7 +122,7 @@ def test_odd_sizes_are_copied_asynchronously_too() -> None:
     e = explain((32, 256, 57, 57), device="a100", **options)
     assert e.team is not None and e.team.shared_share > 0
     in_registers = explain((32, 256, 57, 57), device="t4", **options).kernels[0].in_flight_bytes
-    assert e.kernels[0].in_flight_bytes > in_registers == 2 * 256 * 12 * 16
+    assert e.kernels[0].in_flight_bytes > in_registers == 2 * 256 * 16 * 16
 
 
 def test_elementwise_kernels_with_edges_have_fewer_blocks_on_an_sm() -> None:

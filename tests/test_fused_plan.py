@@ -53,24 +53,6 @@ def test_64_bit_indices_only_in_masked_kernels(extension: ModuleType, op: str, s
             assert plan[stage]["index_bits"] == 64 and plan[stage]["exact"] is not fused
 
 
-@pytest.mark.parametrize("op", ["forward", "backward"])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_no_deep_kernel(op: str, memory_format: torch.memory_format) -> None:
-    """Neither chosen nor forced, where one for the plain operation can be."""
-    forced = {"strategy": "team", "depth": "deep"}
-    both = {"activation": "relu", "residual": True}
-    seen = set()
-    for device, n in itertools.product(devices.DEVICES, (8, 64, 128, 256, 512)):
-        options = {"dtype": torch.float16, "memory_format": memory_format, "device": device}
-        shape = (n, 64, 56, 56)
-        fused = explain(shape, op=op, strategy="team", **both, **options)
-        assert fused.team is not None and fused.team.depth != "deep"
-        assert explain_forced(shape, forced, op=op, **both, **options).team is None
-        plain = explain_forced(shape, forced, op=op, **options).team
-        seen.add(plain.depth if plain else f"none at {n}")
-    assert "deep" in seen and "none at 8" not in seen  # or this would show nothing
-
-
 # ------------------------------------------------------------------------------- bytes
 
 EXACT = [

@@ -57,11 +57,8 @@ STAGE = Kernel(
 )
 
 
-def team(
-    operation: str, held: int, kinds: dict[str, int], loops: list[MainLoop], streams: bool = False
-) -> Kernel:
-    depth = f"(Depth){2 if streams else int(held > 4)}, {held}"
-    name = f"team_kernel<AlongS<float, int>, {operation}, {depth}, Identity<float>>"
+def team(operation: str, held: int, kinds: dict[str, int], loops: list[MainLoop]) -> Kernel:
+    name = f"team_kernel<AlongS<float, int>, {operation}, {held}, Identity<float>>"
     whole = loop(kinds, held, held, nested=len(loops))
     most = max([whole, *loops], key=lambda each: each.windows)
     return replace(STAGE, name=name, main_loop=most, loops=(whole, *loops))
@@ -93,31 +90,19 @@ def test_parts_of_a_team_kernel() -> None:
         loop({"float": 18, "memory": 2}, 1, 1),  # streamed out: 20
         loop({"float": 5}, 0, 0),  # of a reduction
     ]
-    forward = {b.part: b for b in budgets([team("TeamForward", 4, {"float": 400}, loops, True)])}
+    forward = {b.part: b for b in budgets([team("TeamForward", 4, {"float": 400}, loops)])}
     # Windows moved: 4 in and 4 out; one in, one out; two in, one out.
     assert {part: b.instructions for part, b in forward.items()} == pytest.approx(
         {"round": 400 / 8, "shared": (3 + 11 + 8) / 2, "streamed": (16 + 20) / 3}
     )
     assert forward["shared"].per_window["float"] == (10 + 6) / 2
     # Two tensors in for one out: half an output for each window held.
-    backward = {b.part: b for b in budgets([team("TeamBackward", 4, {"float": 400}, loops, True)])}
+    backward = {b.part: b for b in budgets([team("TeamBackward", 4, {"float": 400}, loops)])}
     assert {part: b.instructions for part, b in backward.items()} == pytest.approx(
         {"round": 400 / 6, "shared": (3 + 11 + 8) / 1.5, "streamed": (16 + 20) / 2.5}
     )
-    # Where nothing is streamed, such loops are the ends of runs.
-    held = budgets([team("TeamForward", 4, {"float": 400}, loops)])
-    assert [b.part for b in held] == ["round", "shared"]
-
-
-def test_held_windows_are_told_from_the_round_by_two_variants() -> None:
-    """A round of 100 + 10 for each window moved: 8 of them and 24."""
-    small = team("TeamForward", 4, {"float": 80, "control": 100}, [])
-    large = team("TeamForward", 12, {"float": 240, "control": 100}, [])
-    found = budgets([large, small])
-    (held,) = [budget for budget in found if budget.part == "held"]
-    assert held.kernel is large
-    assert held.per_window == {"float": 10, "control": 0}
-    assert not any(b.part == "held" for b in budgets([small, replace(large, arch="9.0")]))
+    alone = budgets([team("TeamForward", 4, {"float": 400}, loops[:3])])
+    assert [b.part for b in alone] == ["round", "shared"]
 
 
 def test_what_is_held_to_the_share() -> None:
@@ -155,7 +140,7 @@ def test_tables() -> None:
         ("AlongRuns<float, int, false>", "S, with edges"),
         ("AlongSamples<float, int>", "samples"),
     ):
-        name = f"team_kernel<{cursor}, TeamForward, (Depth)0, 4, Identity<float>>"
+        name = f"team_kernel<{cursor}, TeamForward, 4, Identity<float>>"
         assert short_name(name) == f"team forward, along {along}"
 
 
@@ -201,5 +186,5 @@ def test_memory_and_not_issue_bounds_every_loop(arch: str) -> None:
         "team_kernel",
         "transform_input_kernel",
     }
-    assert {b.part for b in found} == {"loop", "round", "held", "shared", "streamed"}
+    assert {b.part for b in found} == {"loop", "round", "shared", "streamed"}
     assert over_budget(found, devices.DEVICES) == []

@@ -251,7 +251,7 @@ CLEAN = Kernel(
 )
 TEAM = replace(
     CLEAN,
-    name="team_kernel<AlongC<__half, int, true>, TeamBackward, (Depth)0, 12, Identity<float>>",
+    name="team_kernel<AlongC<__half, int, true>, TeamBackward, 12, Identity<float>>",
     main_loop=MainLoop(0x100, 900, {128: 14, 32: 8}, {128: 7, 32: 8}, 3),
 )
 NARROW = MainLoop(0x100, 80, {128: 4}, {128: 3, 16: 8}, 0)

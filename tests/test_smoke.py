@@ -173,7 +173,7 @@ def test_every_case_of_a_large_gpu_is_small(planner: smoke_cases.Planner) -> Non
     found = [case for case in reached if case is not None]
     assert len(found) >= 0.98 * len(reached)
     assert sum(case.nbytes for case in found) < 300e6
-    assert {case.depth for case in found if case.scope == "grid"} == {"middle", "deep", "stream"}
+    assert {case.keeps for case in found if case.scope == "grid"} == {"holds", "streams"}
 
 
 # -------------------------------------------------------------------------------- processes
@@ -262,10 +262,10 @@ def test_without_a_gpu_there_is_nothing_to_run_on(
 
 # -------------------------------------------------------------------------------- instances
 
-FORWARD = "team_kernel<AlongS<float, int>, TeamForward, (Depth)0, 16, Identity<float>>"
+FORWARD = "team_kernel<AlongS<float, int>, TeamForward, 16, Identity<float>>"
 PROFILED = (
     "void batchnorm_cuda::team_kernel<batchnorm_cuda::AlongS<float, int>, "
-    "batchnorm_cuda::TeamForward, (batchnorm_cuda::Depth)0, 16, batchnorm_cuda::Identity<float> >"
+    "batchnorm_cuda::TeamForward, 16, batchnorm_cuda::Identity<float> >"
     "(batchnorm_cuda::TeamForwardParams<float>, batchnorm_cuda::Identity<float>)"
 )
 MANGLED = "_ZN14batchnorm_cuda12merge_kernelINS_7WelfordIfEENS_21MergeStatisticsParamsIfEEEEvT0_"
@@ -319,5 +319,5 @@ def test_every_operation_has_cases_of_its_own(planner: smoke_cases.Planner) -> N
     cases = smoke_cases.all_cases("fp64", planner)
     assert len({case.id for case in cases}) == len(cases)
     assert {case.op for case in cases if not case.scope} == set(smoke_cases.OPS)
-    assert {case.op for case in cases if case.depth == "deep"} == {"forward", "backward"}
+    assert {case.op for case in cases if case.rounds > 1} == {"forward", "backward"}
     assert {case.op for case in cases if case.form} >= {"eval", "eval_backward", "sync"}

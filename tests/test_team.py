@@ -25,8 +25,6 @@ CASES = [
 TEAMS = [("block", 1), ("grid", 2), ("grid", 3), ("grid", 5), ("cluster", 2), ("cluster", 4)]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-# A deep kernel has tests of its own below.
-every_depth = pytest.mark.parametrize("depth", ["middle", "stream"])
 every_team = pytest.mark.parametrize("scope, size", TEAMS, ids=lambda value: str(value))
 
 
@@ -47,7 +45,6 @@ def compute(case: Case, kernels: Backend, dtype: torch.dtype) -> tuple[dict, dic
 
 @every_case
 @every_team
-@every_depth
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_every_team(
     kernels: Backend,
@@ -55,38 +52,33 @@ def test_every_team(
     case: Case,
     scope: str,
     size: int,
-    depth: str,
     dtype: torch.dtype,
 ) -> None:
-    plan_options({"strategy": "team", "scope": scope, "team_size": size, "depth": depth})
+    plan_options({"strategy": "team", "scope": scope, "team_size": size})
     compute(case, kernels, dtype)
 
 
 @every_team
-@every_depth
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=lambda case: case.id)
 @pytest.mark.parametrize("op", ["forward_training", "backward_training"])
 def test_the_plan_obeys(
-    extension: ModuleType, scope: str, size: int, depth: str, case: Case, op: str
+    extension: ModuleType, scope: str, size: int, case: Case, op: str
 ) -> None:
     """The tests here are empty unless forced teams are what runs."""
-    options = {"strategy": "team", "scope": scope, "team_size": size, "depth": depth}
+    options = {"strategy": "team", "scope": scope, "team_size": size}
     options["grad_output_shift"] = 0
     device = extension.device_info()
     plan = extension.make_plan(op, *case.geometry, "float32", device, options)
-    if plan["strategy"] == "two_pass":  # one block holds no slab of dy and x, without streaming
-        assert (op, case, depth, scope) == ("backward_training", CASES[3], "middle", "block")
-        return
     team = plan["team"]
-    assert (team["scope"], team["size"], team["depth"]) == (scope, size, depth)
+    assert (team["scope"], team["size"]) == (scope, size)
     assert plan["launches"] == 1
 
 
 LARGE = Case((16, 5, 64, 96), "more channels than teams: one team has a last round of its own")
 HALF = Case((8, 5, 64, 96), "the same")
-# What a thread needs most of its registers for, in all dtypes and in several rounds, each of which
-# is loaded while the one before it is written, into registers and into shared memory.
-DEEP = [
+# What fills registers and shared memory, in all dtypes, and for teams of several blocks in several
+# rounds.
+FULL = [
     ("forward_training", torch.float16, LARGE, "block"),
     ("forward_training", torch.bfloat16, LARGE, "block"),
     ("forward_training", torch.float32, HALF, "block"),
@@ -102,7 +94,7 @@ DEEP = [
 # heads of runs than a block has threads.
 ODD = [Case((n, 5, 63, 97), "odd runs") for n in (16, 8, 4, 2)]
 MANY = [Case((n, 5, 5, 51), "many odd runs") for n in (400, 260)]
-DEEP += [
+FULL += [
     ("forward_training", torch.float16, ODD[0], "block"),
     ("forward_training", torch.float16, MANY[0], "block"),
     ("forward_training", torch.float32, ODD[1], "block"),
@@ -115,19 +107,19 @@ DEEP += [
 ]
 for op, rows in (("forward_training", 3000), ("backward_training", 1500)):
     for dtype, channels in ((torch.float16, 168), (torch.bfloat16, 168), (torch.float32, 84)):
-        DEEP.append(
+        FULL.append(
             (op, dtype, Case((rows, channels), "slabs of which the last is narrow"), "block")
         )
         for scope in ("cluster", "grid"):
-            DEEP.append(
+            FULL.append(
                 (op, dtype, Case((3200, channels), "and which teams have unequally"), scope)
             )
-    DEEP.append((op, torch.float64, Case((rows + 100, 42), "the same"), "block"))
-    DEEP.append((op, torch.float64, Case((3100, 42), "the same"), "grid"))
+    FULL.append((op, torch.float64, Case((rows + 100, 42), "the same"), "block"))
+    FULL.append((op, torch.float64, Case((3100, 42), "the same"), "grid"))
 
 
-@pytest.mark.parametrize("op, dtype, case, scope", DEEP, ids=lambda v: getattr(v, "id", str(v)))
-def test_deep_kernels(
+@pytest.mark.parametrize("op, dtype, case, scope", FULL, ids=lambda v: getattr(v, "id", str(v)))
+def test_full_blocks(
     kernels: Backend,
     extension: ModuleType,
     plan_options: Callable,
@@ -136,15 +128,15 @@ def test_deep_kernels(
     case: Case,
     scope: str,
 ) -> None:
-    size = 1 if scope == "block" else 2
-    options = {"strategy": "team", "scope": scope, "team_size": size, "depth": "deep"}
+    size = {"block": 1, "grid": 3, "cluster": 4}[scope]
+    options = {"strategy": "team", "scope": scope, "team_size": size, "slab": 8}
     device = extension.device_info()
     name = str(dtype).removeprefix("torch.")
     known = options | {"grad_output_shift": 0}
     team = extension.make_plan(op, *case.geometry, name, device, known)["team"]
     if not torch.cuda.is_available():  # the sizes are for the model's SMs
-        assert (team["depth"], team["scope"]) == ("deep", scope)
-        assert team["rounds"] > 1 and team["shared_windows"] > 0
+        assert team["scope"] == scope and team["shared_windows"] > 0
+        assert team["rounds"] > 1 or scope == "block"
     plan_options(options)
     compute(case, kernels, dtype)
 

@@ -2,7 +2,7 @@
 
 Runs on the host model of CUDA whether there is a GPU or not. Devices are cut to a few SMs with an
 L2 cache in proportion, so that small tensors fill them. The strategy is forced, and where it
-matters the depth and the walk: by cost the planner may take any, and all have to move what is said.
+matters the walk: by cost the planner may take any, and all have to move what is said.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ every_op = pytest.mark.parametrize("op", OPS)
 
 # What a case runs as; a team that it cannot have becomes two passes.
 WAYS = {"two_pass": {"strategy": "two_pass"}}
-WAYS |= {depth: {"strategy": "team", "depth": depth} for depth in ("middle", "deep", "stream")}
-every_way = pytest.mark.parametrize("op, way", [(op, way) for op in OPS for way in WAYS][:-3])
+WAYS |= {"team": {"strategy": "team"}}
+every_way = pytest.mark.parametrize("op, way", [(op, way) for op in OPS for way in WAYS][:-1])
 
 
 def margin_of(result: Traffic, op: str, device: tuple[str, int]) -> float:
@@ -95,10 +95,9 @@ def margin_of(result: Traffic, op: str, device: tuple[str, int]) -> float:
 
 
 def test_every_way_is_taken() -> None:
-    for op, depth in itertools.product(OPS[:-1], list(WAYS)[1:]):
-        options, device = WAYS[depth], scaled_device(*A100)
-        e = explain_forced(CASES[0][1].tensor(), options, device=device, op=op)
-        assert e.team is not None and e.team.depth == depth
+    for op, way in itertools.product(OPS[:-1], list(WAYS)[1:]):
+        e = explain_forced(CASES[0][1].tensor(), WAYS[way], device=scaled_device(*A100), op=op)
+        assert e.team is not None
 
 
 @every_case
@@ -126,22 +125,18 @@ ROWS = Case((16, 64, 7, 7))
 
 
 @pytest.mark.parametrize(
-    "device, case, depth",
+    "device, case",
     [
-        (A100, Case((4, 32, 32, 32)), "middle"),
-        (A100, Case((4, 32, 32, 32)), "deep"),
-        (A100, ROWS, "middle"),
-        (A100, Case((1, 64, 16, 16), "nhwc"), "middle"),
-        (A100, Case((1, 64, 16, 16), "nhwc"), "deep"),
-        (H100, Case((4, 64, 28, 28), dtype="fp32"), "middle"),
-        (H100, Case((4, 64, 28, 28), dtype="fp32"), "deep"),
-        (T4, Case((4, 32, 28, 28)), "middle"),
-        (T4, Case((4, 32, 28, 28)), "deep"),
+        (A100, Case((4, 32, 32, 32))),
+        (A100, ROWS),
+        (A100, Case((1, 64, 16, 16), "nhwc")),
+        (H100, Case((4, 64, 28, 28), dtype="fp32")),
+        (T4, Case((4, 32, 28, 28))),
     ],
     ids=describe,
 )
 @pytest.mark.parametrize("op", ["forward", "backward"])
-def test_a_team_reads_once(device: tuple[str, int], case: Case, depth: str, op: str) -> None:
+def test_a_team_reads_once(device: tuple[str, int], case: Case, op: str) -> None:
     """One launch, and everything once, where a block has room for a channel group.
 
     The L2 cache holds next to nothing, so that it cannot hide a second read; nor can it keep the
@@ -149,7 +144,7 @@ def test_a_team_reads_once(device: tuple[str, int], case: Case, depth: str, op: 
     """
     properties = scaled_device(*device) | {"l2_bytes": 128 * 1024}
     pattern = "along_row" if case is ROWS else "auto"
-    options = {"strategy": "team", "depth": depth, "pattern": pattern}
+    options = {"strategy": "team", "pattern": pattern}
     result = count(replace(case, op=op), properties, **options)
     assert (result.strategy, len(result.launches)) == ("team", 1)
     assert result.predicted_bytes == result.compulsory_bytes

@@ -602,7 +602,7 @@ def test_smoke_failures_are_named(tmp_path: Path) -> None:
 
 def test_the_regret_of_the_planner(tmp_path: Path) -> None:
     about = {"shape": "2x3", "layout": "nchw", "dtype": "fp16", "pattern": "", "status": "ok"}
-    about |= {"depth": "", "slab": 0, "splits": 0, "team_size": 2}
+    about |= {"slab": 0, "splits": 0, "team_size": 2}
     csv_file(
         tmp_path / "gpu-1-tune.csv",
         [

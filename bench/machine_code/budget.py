@@ -8,19 +8,19 @@ device's full bandwidth an SM moves those in
 
 Instructions per window (16 bytes loaded or stored by a thread) over those slots is the share of
 issue slots that the loop needs to keep up with memory. At most ISSUE_SHARE of them: the rest is for
-reductions and exchanges, and for cycles in which no warp is ready. The windows of a loop count as
-traffic of DRAM, also where the L2 cache serves them and time would be shorter; clocks are boost
-clocks.
+reductions and exchanges, and for cycles in which no warp is ready. All kernels have 16 warps an SM
+(csrc/plan.h), four a scheduler: as many as the four cycles that arithmetic takes, so that a
+scheduler can issue in every cycle though each warp waits for its own last result. The windows of a
+loop count as traffic of DRAM, also where the L2 cache serves them and time would be shorter; clocks
+are boost clocks.
 
 A team kernel is a round, not a loop. It is counted in parts:
     round      the code outside of its inner loops, over the windows held in registers, which
                straight-line code loads, reduces and writes once each. Parameters, exchange and
                every branch of rare cases are in there: an upper bound, of which most is paid once
                a round and not per window, and which is reported only.
-    held       a window held in registers: what the deep variant has more in `round` than the middle
-               one, over what it moves more. Where there is only one, "shared" comes near it.
     shared     a window held in shared memory: an iteration each of the loops that copy it, reduce
-               it, in one sweep or two, and write its output.
+               it and write its output.
     streamed   a window that is not held: an iteration each of the loops that reduce it and that
                read it again to write its output.
 """
@@ -53,7 +53,7 @@ class Budget:
     """Instructions of one part of a kernel for each window of global memory that it moves."""
 
     kernel: Kernel
-    part: str  # "loop", or of a team kernel "round", "held", "shared" or "streamed"
+    part: str  # "loop", or of a team kernel "round", "shared" or "streamed"
     per_window: Mapping[str, float]  # by class of instruction
 
     @property
@@ -89,33 +89,13 @@ def scalar_of(name: str) -> str:
 
 def budgets(kernels: list[Kernel]) -> list[Budget]:
     """Every part of the kernels that walk over activations; none of the merge kernels."""
-    found = [budget for kernel in kernels for budget in _parts(kernel)]
-    rounds: dict[tuple[str, str], list[Budget]] = {}
-    for budget in found:
-        if budget.part == "round" and not _streams(budget.kernel):
-            variant = re.sub(r"(, Team\w+), \(Depth\)\d, \d+", r"\1", budget.kernel.name)
-            rounds.setdefault((budget.kernel.arch, variant), []).append(budget)
-    for variants in rounds.values():
-        if len(variants) == 2:
-            found.append(_held(*sorted(variants, key=lambda b: b.kernel.held_windows or 0)))
-    return found
+    return [budget for kernel in kernels for budget in _parts(kernel)]
 
 
 def moved_by_round(kernel: Kernel) -> float:
     """Windows that a round loads into registers and stores from there."""
     held = kernel.held_windows or 0
     return held + held * kernel.passing / kernel.tensors
-
-
-def _held(small: Budget, large: Budget) -> Budget:
-    few, many = moved_by_round(small.kernel), moved_by_round(large.kernel)
-    kinds = sorted(small.per_window.keys() | large.per_window.keys())
-    more = {
-        kind: (large.per_window.get(kind, 0) * many - small.per_window.get(kind, 0) * few)
-        / (many - few)
-        for kind in kinds
-    }
-    return Budget(large.kernel, "held", more)
 
 
 def _parts(kernel: Kernel) -> list[Budget]:
@@ -127,8 +107,7 @@ def _parts(kernel: Kernel) -> list[Budget]:
     whole = max(kernel.loops, key=lambda loop: loop.nested)
     parts = {"round": _over([(whole, 1)], moved_by_round(kernel))}
     parts["shared"] = _shared(kernel)
-    if _streams(kernel):
-        parts["streamed"] = _streamed(kernel)
+    parts["streamed"] = _streamed(kernel)
     return [Budget(kernel, part, mix) for part, mix in parts.items() if mix]
 
 
@@ -173,11 +152,6 @@ def _sweeps(loops: list[MainLoop]) -> list[MainLoop]:
     """The loops that reduce what is in shared memory: one, or two for mean and deviations."""
     most = max((loop.shared_loads for loop in loops), default=0)
     return [loop for loop in loops if loop.shared_loads == most]
-
-
-def _streams(kernel: Kernel) -> bool:
-    """The variant that reads windows twice (Depth::kStream of csrc/plan.h) is another round."""
-    return ", (Depth)2, " in kernel.name
 
 
 def _streamed(kernel: Kernel) -> dict[str, float]:

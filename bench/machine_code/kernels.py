@@ -94,7 +94,7 @@ class Kernel:
     @property
     def held_windows(self) -> int | None:
         """Windows that a thread of a team kernel holds in registers, all tensors together."""
-        held = re.search(r">, Team\w+, \(Depth\)\d, (\d+)\b", self.name)
+        held = re.search(r">, Team\w+, (\d+)\b", self.name)
         return int(held.group(1)) if held else None
 
     @property

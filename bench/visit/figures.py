@@ -112,6 +112,6 @@ def regret(rows: Sequence[Row]) -> list[str]:
 
 
 def _plan(row: Row) -> str:
-    names = ("strategy", "pattern", "scope", "team_size", "depth", "slab", "splits")
+    names = ("strategy", "pattern", "scope", "team_size", "slab", "splits")
     said = [row[name] for name in names if row[name] not in ("", "0")]
     return f"{' '.join(said)} {float(row['ms']):.4f} ms"
