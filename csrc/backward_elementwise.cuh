@@ -47,12 +47,13 @@ __global__ void __launch_bounds__(kStageThreads, elementwise_blocks_per_sm(Curso
   const bool x_aligned = kAligned || p.input_aligned;
   const acc_t total = static_cast<acc_t>(p.total_count ? load_global(p.total_count) : p.count);
   // Backwards: what the reduce kernel read last may still be in the L2 cache.
-  for (int64_t task = p.traversal.tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
-    Cursor cursor(p.traversal, task);
+  for (Stretch stretch(p.traversal, gridDim.x - 1 - blockIdx.x); stretch.any();) {
+    const Part part = stretch.take_back();
+    Cursor cursor(p.traversal, part);
     GradInput<acc_t> channel[Cursor::kChannels];
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_gradient(p, cursor, c, total);
-    const auto count = cursor.seek_end();
+    const auto count = cursor.seek_end(part);
     for (auto i = count; i > 0; i -= kUnrollPairs) {
       Window<typename Cursor::index_t> windows[kUnrollPairs];
       Vec<scalar_t> dy[kUnrollPairs], x[kUnrollPairs];

@@ -1,6 +1,6 @@
-// The two reductions of the backward pass over one split of a channel, in one read of dy and x:
+// The two reductions of the backward pass over parts of channels, in one read of dy and x:
 // sum_dy = Σ dy and sum_dy_xhat = Σ dy·x̂ with x̂ = (x - mean) * invstd. One partial result per
-// channel and split: [splits, C]. Products and sums are in acc_t, whatever the activation dtype.
+// channel and part: [splits, C]. Products and sums are in acc_t, whatever the activation dtype.
 // dy may be that of a fused ReLU (fused.cuh).
 #pragma once
 
@@ -22,8 +22,9 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared());
   const int64_t numel = p.traversal.numel;
   const bool dy_aligned = Cursor::kExact || kOnBoundaries<Epilogue> || p.grad_output_aligned;
-  for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
-    Cursor cursor(p.traversal, task);
+  for (Stretch stretch(p.traversal, blockIdx.x); stretch.any();) {
+    const Part part = stretch.take();
+    Cursor cursor(p.traversal, part);
     GradSums<acc_t> sums[kChannels];
     acc_t mean[kChannels];
 #pragma unroll
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
       for (int c = 0; c < kChannels; ++c) {
         sums[c].sum_dy_xhat *= load_global(p.invstd + cursor.channel(c));
       }
-      store_partials(p.partials, cursor, sums);
+      store_partials(p.partials, p.traversal, part, cursor, sums);
     }
   }
 }

@@ -1,8 +1,8 @@
-// Per-channel statistics of one split of a channel: the first stage of the training forward pass.
+// Per-channel statistics of parts of channels: the first stage of the training forward pass.
 //
 // A thread loads kUnroll windows at a time and merges them, as one batch, into the statistics of
 // its channels (accumulate.cuh); the block merges its threads (reduce.cuh) and writes one partial
-// result per channel: [splits, C].
+// result per channel and part: [splits, C].
 #pragma once
 
 #include "accumulate.cuh"
@@ -17,8 +17,9 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
   acc_t* const shared = reinterpret_cast<acc_t*>(dynamic_shared());
-  for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
-    Cursor cursor(p.traversal, task);
+  for (Stretch stretch(p.traversal, blockIdx.x); stretch.any();) {
+    const Part part = stretch.take();
+    Cursor cursor(p.traversal, part);
     Welford<acc_t> stats[Cursor::kChannels];
     while (cursor.left >= kUnroll) {
       Vec<scalar_t> vec[kUnroll];
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     });
     reduce_members<Cursor>(stats, shared);
     if (Cursor::member() == 0 && cursor.channel_valid(0)) {
-      store_partials(p.partials, cursor, stats);
+      store_partials(p.partials, p.traversal, part, cursor, stats);
     }
   }
 }

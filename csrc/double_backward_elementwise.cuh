@@ -72,8 +72,9 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   // Along C, seven constants for every lane leave registers for the three windows of one position.
   constexpr int kUnrollTriples = Cursor::kChannels == 1 ? 2 : 1;
   // Forwards: backwards, the compiler splits the accesses of the one position in flight along C.
-  for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
-    Cursor cursor(p.traversal, task);
+  for (Stretch stretch(p.traversal, blockIdx.x); stretch.any();) {
+    const Part part = stretch.take();
+    Cursor cursor(p.traversal, part);
     DoubleGrad<acc_type<scalar_t>> channel[Cursor::kChannels];
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) {

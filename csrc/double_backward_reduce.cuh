@@ -1,6 +1,6 @@
-// The reductions of the double backward over one split of a channel, in one read of dy, ggx and x,
+// The reductions of the double backward over parts of channels, in one read of dy, ggx and x,
 // where ggx is the gradient of grad_input: Σ dy, Σ dy·x̂, Σ ggx, Σ ggx·x̂ and Σ ggx·dy with
-// x̂ = (x - mean) * invstd. One partial result per channel and split: [splits, C]. Products and sums
+// x̂ = (x - mean) * invstd. One partial result per channel and part: [splits, C]. Products and sums
 // are in acc_t, whatever the activation dtype. A tensor that takes no part is not read.
 #pragma once
 
@@ -26,8 +26,9 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
   };
   constexpr std::integral_constant<Lanes, Cursor::kLanes> whole;
   constexpr std::integral_constant<Lanes, Lanes::kMasked> masked;
-  for (int64_t task = blockIdx.x; task < p.traversal.tasks; task += gridDim.x) {
-    Cursor cursor(p.traversal, task);
+  for (Stretch stretch(p.traversal, blockIdx.x); stretch.any();) {
+    const Part part = stretch.take();
+    Cursor cursor(p.traversal, part);
     DoubleGradSums<acc_t> sums[kChannels];
     acc_t mean[kChannels];
 #pragma unroll
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
         sums[c].sum_dy_xhat *= invstd;
         sums[c].sum_ggx_xhat *= invstd;
       }
-      store_partials(p.partials, cursor, sums);
+      store_partials(p.partials, p.traversal, part, cursor, sums);
     }
   }
 }

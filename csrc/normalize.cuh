@@ -54,12 +54,13 @@ __global__ void __launch_bounds__(kStageThreads, elementwise_blocks_per_sm(Curso
   const int64_t numel = p.traversal.numel;
   const bool aligned = Cursor::kExact || p.input_aligned;
   // Backwards: what the reduce kernel read last may still be in the L2 cache.
-  for (int64_t task = p.traversal.tasks - 1 - blockIdx.x; task >= 0; task -= gridDim.x) {
-    Cursor cursor(p.traversal, task);
+  for (Stretch stretch(p.traversal, gridDim.x - 1 - blockIdx.x); stretch.any();) {
+    const Part part = stretch.take_back();
+    Cursor cursor(p.traversal, part);
     Normalize<acc_t> channel[Cursor::kChannels];
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) channel[c] = load_normalize(p, cursor, c);
-    const auto count = cursor.seek_end();
+    const auto count = cursor.seek_end(part);
     for (auto i = count; i > 0; i -= kWindows) {
       Window<typename Cursor::index_t> windows[kWindows];
       Vec<scalar_t> x[kWindows];

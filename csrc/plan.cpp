@@ -36,29 +36,33 @@ void check_sizes(const Problem& p) {
   }
 }
 
-// Blocks per channel group: enough to fill the device, each with at least one full batch; one block
-// an SM even where a batch is then not full.
-int64_t choose_splits(int64_t channel_blocks, int64_t work, int64_t work_per_block,
-                      const DeviceInfo& device, const PlanOptions& options) {
-  const int64_t full = std::min(ceil_div(device.sm_count * kStageBlocksWanted, channel_blocks),
-                                work / work_per_block);
-  const int64_t fill =
-      std::min(ceil_div(device.sm_count, channel_blocks), work * kUnroll / work_per_block);
-  const int64_t wanted = options.splits > 0 ? options.splits : std::max(full, fill);
-  return std::clamp<int64_t>(wanted, 1, std::clamp<int64_t>(work, 1, kMaxSplits));
+// Blocks of a stage kernel: one whole wave, each with at least one full batch; one block an SM even
+// where a batch is then not full.
+int64_t choose_grid(const Traversal& t, int64_t work_per_block, const DeviceInfo& device,
+                    const PlanOptions& options) {
+  if (options.splits > 0) return t.channel_blocks * std::min(options.splits, t.work);
+  const int64_t units = t.channel_blocks * t.work;
+  const int64_t full = std::min(device.sm_count * kStageBlocksWanted, units / work_per_block);
+  const int64_t fill = std::min<int64_t>(device.sm_count, units * kUnroll / work_per_block);
+  return std::max(full, fill);
 }
 
-void split_work(Traversal& t, int64_t work, int64_t work_per_block, const DeviceInfo& device,
-                const PlanOptions& options) {
-  const int64_t wanted = choose_splits(t.channel_blocks, work, work_per_block, device, options);
-  t.per_split = std::min(ceil_div(work, wanted), kMaxPerSplit);
-  t.splits = ceil_div(work, t.per_split);  // no split without work
-  if (options.splits == 0 && t.splits * t.channel_blocks < device.sm_count && t.splits < wanted) {
-    t.per_split = work / wanted;  // rounding up the parts has left an SM without one
-    t.splits = ceil_div(work, t.per_split);
-  }
-  t.tasks = t.channel_blocks * t.splits;
-  t.grid = std::min(t.tasks, device.max_grid);
+// Deals the units of all channel blocks to the blocks, as evenly as whole units allow.
+void deal_work(Traversal& t, int64_t work, int64_t work_per_block, const DeviceInfo& device,
+               const PlanOptions& options) {
+  t.work = work;
+  const int64_t units = t.channel_blocks * work;
+  constexpr int64_t kProducts = int64_t{1} << 62;  // that the kernels form of grid and blocks
+  const int64_t most = std::min({units, device.max_grid, kProducts / t.channel_blocks,
+                                 kMaxSplits * std::min(t.channel_blocks, device.max_grid)});
+  const int64_t wanted =
+      std::max(choose_grid(t, work_per_block, device, options), ceil_div(units, kMaxPerSplit));
+  t.grid = std::clamp<int64_t>(wanted, 1, most);
+  t.tasks = t.grid;
+  t.per_split = units / t.grid;
+  t.spare = units % t.grid;
+  const bool whole = t.grid % t.channel_blocks == 0;  // stretches end where channel blocks do
+  t.splits = whole ? t.grid / t.channel_blocks : ceil_div(work - 1, t.per_split) + 1;
 }
 
 // Along S. Short channels share a block: threads_x lanes of a warp, up to the whole block, serve
@@ -74,8 +78,7 @@ void plan_along_s(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
       std::min<int64_t>(kStageThreads, round_up_to_power_of_two(std::min<int64_t>(threads, 1024))));
   t.threads_y = kStageThreads / t.threads_x;
   t.channel_blocks = ceil_div(t.c, t.threads_y);
-  split_work(t, windows, int64_t{t.threads_x} * kUnroll, device, options);
-  if (!t.exact) t.edge_runs = ceil_div(t.rows, t.splits);
+  deal_work(t, windows, int64_t{t.threads_x} * kUnroll, device, options);
 }
 
 // The width of even column blocks of at most a warp's, so that the last one is not nearly empty;
@@ -97,7 +100,7 @@ void plan_along_c(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
   t.threads_y = static_cast<int>(
       std::min<int64_t>(kStageThreads / t.threads_x, round_up_to_power_of_two(t.rows)));
   t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
-  split_work(t, t.rows, int64_t{t.threads_y} * kUnroll, device, options);
+  deal_work(t, t.rows, int64_t{t.threads_y} * kUnroll, device, options);
 }
 
 // Along a row, elementwise only: its partial results would be one a column.
@@ -105,7 +108,7 @@ void plan_along_row(Traversal& t, const RowLayout& rows, int vec, const DeviceIn
                     const PlanOptions& options) {
   lay_out_rows(rows, vec, kStageThreads, t);
   t.segments = 0;  // no channel need be whole in a block
-  split_work(t, t.rows, int64_t{t.threads_y} * kUnroll, device, options);
+  deal_work(t, t.rows, int64_t{t.threads_y} * kUnroll, device, options);
 }
 
 // Rows for the elementwise kernels, wherever a team would walk along them, and wherever a thread

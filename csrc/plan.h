@@ -96,7 +96,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Whole windows that a run of s elements has, wherever in a window it begins.
 inline int64_t whole_windows(int64_t s, int vec) { return s < vec - 1 ? 0 : (s - (vec - 1)) / vec; }
 
-// Units of work that a split may have; far more than any memory holds, but counters of a walk may
+// Units of work that a part may have; far more than any memory holds, but counters of a walk may
 // rely on it.
 constexpr int64_t kMaxPerSplit = int64_t{1} << 29;
 
@@ -155,8 +155,10 @@ struct PlanOptions {
   std::optional<Pattern> pattern;  // walk over the tensor
 };
 
-// How the blocks of one kernel walk over the tensor. A task is one (channel block, split) pair;
-// blocks take tasks in grid-stride order, so that no size is capped by the grid limits.
+// How the blocks of one kernel walk over the tensor. The work on a channel block is dealt in units;
+// a part is some neighbouring units of one channel block (parts.cuh). In a team each rank has the
+// same part of every channel block. A block of a stage kernel has an even stretch of the units of
+// all channel blocks, one behind the other: the end of one, whole ones, the start of the next.
 struct Traversal {
   Pattern pattern = Pattern::kAlongS;
   int64_t n = 0, c = 0, s = 0, numel = 0;
@@ -169,11 +171,13 @@ struct Traversal {
   int64_t rows = 1;         // along S: N runs per channel;  along C: row groups
   int64_t row_repeat = 1;   // along C and along rows: rows of C*S elements in a row group, else 1
   int64_t channel_blocks = 1;
-  int64_t segments = 0;  // along a row: channels of a channel block
-  int64_t splits = 1;
-  int64_t per_split = 1;  // along S: windows of the channel; along C: row groups
-  int64_t edge_runs = 0;  // along S, not exact: runs whose edges a split takes
-  int64_t tasks = 0, grid = 0;
+  int64_t segments = 0;   // along a row: channels of a channel block
+  int64_t work = 1;       // units of a channel block: windows of a channel, or row groups
+  int64_t splits = 1;     // parts of a channel block: of a team its ranks, of a stage at most
+  int64_t per_split = 1;  // units: of a rank's part, of a stage's stretch at least
+  int64_t spare = 0;      // of a stage: units that are left, for stretches of one more
+  int64_t tasks = 0;      // parts of a team in all rounds; stretches
+  int64_t grid = 0;
   int64_t shared_bytes = 0;
 };
 

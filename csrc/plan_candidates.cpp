@@ -11,8 +11,7 @@ namespace {
 bool same_plan(const Plan& a, const Plan& b) {
   if (a.strategy != b.strategy) return false;
   if (a.strategy == Strategy::kTwoPass) {
-    return a.reduce.per_split == b.reduce.per_split &&
-           a.elementwise.per_split == b.elementwise.per_split;
+    return a.reduce.grid == b.reduce.grid && a.elementwise.grid == b.elementwise.grid;
   }
   return a.team.pattern == b.team.pattern && a.team.scope == b.team.scope &&
          a.team.size == b.team.size && a.team.traversal.threads_x == b.team.traversal.threads_x;

@@ -69,8 +69,8 @@ NamedValues to_values(const Traversal& t) {
   put(result, "channel_blocks", t.channel_blocks);
   put(result, "segments", t.segments);
   put(result, "splits", t.splits);
+  put(result, "work", t.work);
   put(result, "per_split", t.per_split);
-  put(result, "edge_runs", t.edge_runs);
   put(result, "tasks", t.tasks);
   put(result, "grid", t.grid);
   put(result, "shared_bytes", t.shared_bytes);

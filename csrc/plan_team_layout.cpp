@@ -183,10 +183,10 @@ bool build_team(const TeamRequest& r, const Traversal& base, Scope scope, int64_
   const int64_t work = team_work(t, r.pattern);
   team.scope = scope;
   if (size > work) return false;
+  t.work = work;
   t.per_split = part_of(work, size, r.pattern);
   t.splits = size;
   if ((size - 1) * t.per_split >= work) return false;  // a rank without work
-  if (r.pattern == Pattern::kAlongS && !r.exact) t.edge_runs = ceil_div(t.rows, size);
   team.size = static_cast<int>(size);
   lay_out_shared(r, team);
   const int64_t members = team_members(t, r.pattern);

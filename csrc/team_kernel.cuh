@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kTeamThreads, kTeamBlocksPerSm)
   Resident<Cursor, Operation, kWindows, Epilogue> resident(
       p, epilogue, data + threadIdx.y * blockDim.x + threadIdx.x);
   for (; exchange.template group<index_t>() < groups; exchange.end_round()) {
-    Cursor cursor(t, exchange.rank(), exchange.template group<index_t>());
+    Cursor cursor(t, part_of_rank(t, exchange.rank(), exchange.template group<index_t>()));
     Operation operation(p, cursor);
     Acc acc[Cursor::kChannels];
     resident.stream(operation, cursor, acc);

@@ -1,6 +1,7 @@
 // Walks over runs of S: a thread has one channel at a time (traversal.cuh).
 #pragma once
 
+#include "parts.cuh"
 #include "plan.h"
 #include "vec_io.cuh"
 
@@ -22,16 +23,12 @@ struct AlongS {
 
   index_t left = 0;
 
-  __device__ __forceinline__ AlongS(const Traversal& t, int64_t task)
-      : AlongS(t, task / t.channel_blocks, task % t.channel_blocks) {}
-  __device__ __forceinline__ AlongS(const Traversal& t, int64_t split, int64_t channel_block)
-      : t_(t), split_(static_cast<int>(split)) {
-    channel_ = static_cast<index_t>(channel_block * blockDim.y + threadIdx.y);
-    const int64_t first = split * t.per_split + threadIdx.x;
-    const int64_t end = min_of((split + 1) * t.per_split, t.rows * t.row_windows);
-    if (!channel_valid(0) || first >= end) return;
+  __device__ __forceinline__ AlongS(const Traversal& t, const Part& part) : t_(t), row_(part.row) {
+    channel_ = static_cast<index_t>(part.channel_block * blockDim.y + threadIdx.y);
+    const int64_t first = part.first + threadIdx.x;
+    if (!channel_valid(0) || first >= part.end || t.row_windows == 0) return;
     const int64_t step = blockDim.x;
-    left = static_cast<index_t>((end - first + step - 1) / step);
+    left = static_cast<index_t>((part.end - first + step - 1) / step);
     const int64_t run = first / t.row_windows;
     column_ = static_cast<index_t>(first - run * t.row_windows);
     run_start_ = static_cast<index_t>((run * t.c + channel_) * t.s);
@@ -64,11 +61,11 @@ struct AlongS {
     return {place(), 0, kVecSize};
   }
 
-  // Goes behind the last window, for a walk by take_back(). Returns how many there are.
-  __device__ __forceinline__ index_t seek_end() {
+  // Goes behind the last window of the part, for a walk by take_back(). Returns how many there are.
+  __device__ __forceinline__ index_t seek_end(const Part& part) {
     const index_t windows = left;
     if (windows == 0) return 0;
-    const int64_t end = int64_t{split_} * t_.per_split + threadIdx.x + int64_t{left} * blockDim.x;
+    const int64_t end = part.first + threadIdx.x + int64_t{left} * blockDim.x;
     const int64_t run = end / t_.row_windows;
     column_ = static_cast<index_t>(end - run * t_.row_windows);
     run_start_ = static_cast<index_t>((run * t_.c + channel_) * t_.s);
@@ -88,11 +85,11 @@ struct AlongS {
   __device__ __forceinline__ int64_t channel(int) const { return channel_; }
   // Where this thread's channel stands in a plane of partial results.
   __device__ __forceinline__ int64_t partial_index(int) const {
-    return int64_t{split_} * t_.c + channel_;
+    return int64_t{row_} * t_.c + channel_;
   }
   // True in one thread per channel and kernel.
   __device__ __forceinline__ bool owns_channel(int) const {
-    return split_ == 0 && member() == 0 && channel_valid(0);
+    return row_ == 0 && member() == 0 && channel_valid(0);
   }
 
  protected:
@@ -100,7 +97,7 @@ struct AlongS {
   __device__ __forceinline__ index_t place() const { return run_start_ + column_ * kVecSize; }
 
   const Traversal& t_;
-  int split_;
+  int row_;
   index_t channel_, column_ = 0, run_start_ = 0, step_columns_ = 0, step_elements_ = 0;
 };
 
@@ -115,10 +112,12 @@ struct AlongRuns : AlongS<scalar, index> {
   static constexpr bool kExact = exact;
   static constexpr bool kEdges = !exact;
 
-  __device__ __forceinline__ AlongRuns(const Traversal& t, int64_t task)
-      : AlongRuns(t, task / t.channel_blocks, task % t.channel_blocks) {}
-  __device__ __forceinline__ AlongRuns(const Traversal& t, int64_t split, int64_t channel_block)
-      : Base(t, split, channel_block) {
+  __device__ __forceinline__ AlongRuns(const Traversal& t, const Part& part) : Base(t, part) {
+    if (kEdges && this->channel_valid(0)) {
+      const int64_t per_run = t.row_windows > 0 ? t.row_windows : 1;
+      first_run_ = static_cast<index_t>((part.first + per_run - 1) / per_run);
+      runs_ = static_cast<index_t>((part.end + per_run - 1) / per_run) - first_run_;
+    }
     begin(false);
     step_ = this->step_elements_ + this->step_columns_ * Base::kVecSize;
     next_run_ = static_cast<index_t>(t.c * t.s - t.row_windows * Base::kVecSize);
@@ -145,26 +144,24 @@ struct AlongRuns : AlongS<scalar, index> {
     ++this->left;
     return current();
   }
-  __device__ __forceinline__ index_t seek_end() {
-    const index_t windows = Base::seek_end();
+  __device__ __forceinline__ index_t seek_end(const Part& part) {
+    const index_t windows = Base::seek_end(part);
     begin(true);
     return windows;
   }
   __device__ __forceinline__ void forget() { forget_derived(place_); }
 
   // What the whole windows leave of the runs: a head up to the first boundary, and a tail, which
-  // may reach into a second window. A split takes all heads of edge_runs runs, then all tails.
+  // may reach into a second window. A part takes all heads of the runs that begin in it, then all
+  // tails.
   class Edges {
    public:
     __device__ __forceinline__ explicit Edges(const AlongRuns& cursor) : cursor_(cursor) {
       const Traversal& t = cursor.t_;
-      const int64_t first = cursor.split_ * t.edge_runs;
-      if (cursor.channel_valid(0))
-        runs_ = static_cast<index_t>(min_of(t.edge_runs, t.rows - first));
-      start_ = static_cast<index_t>((first * t.c + cursor.channel_) * t.s);
+      start_ = static_cast<index_t>((int64_t{cursor.first_run_} * t.c + cursor.channel_) * t.s);
       next_parts();
     }
-    __device__ __forceinline__ bool any() const { return run_ < runs_; }
+    __device__ __forceinline__ bool any() const { return run_ < cursor_.runs_; }
     __device__ __forceinline__ Window<index_t> take() {
       const Traversal& t = cursor_.t_;
       const index_t start = start_ + run_ * static_cast<index_t>(t.c * t.s);
@@ -184,11 +181,12 @@ struct AlongRuns : AlongS<scalar, index> {
    private:
     static constexpr int kParts = 3;  // of a run: its head and two windows of its tail
     __device__ __forceinline__ void next_parts() {
-      for (; part_ < kParts - 1 && run_ >= runs_; ++part_) run_ -= runs_ > 0 ? runs_ : 0;
+      const index_t runs = cursor_.runs_;
+      for (; part_ < kParts - 1 && run_ >= runs; ++part_) run_ -= runs > 0 ? runs : 0;
     }
 
     const AlongRuns& cursor_;
-    index_t runs_ = 0, run_ = Base::member(), start_;
+    index_t run_ = Base::member(), start_;
     int part_ = 0;
   };
   __device__ __forceinline__ Edges edges() const { return Edges(*this); }
@@ -220,6 +218,7 @@ struct AlongRuns : AlongS<scalar, index> {
 
   index_t place_, step_, next_run_;
   int32_t behind_;
+  index_t first_run_ = 0, runs_ = 0;  // whose edges are this part's
 };
 
 }  // namespace batchnorm_cuda

@@ -2,6 +2,7 @@
 // (traversal.cuh).
 #pragma once
 
+#include "parts.cuh"
 #include "plan.h"
 #include "vec_io.cuh"
 
@@ -35,7 +36,7 @@ struct Strided {
   }
 
   // See AlongS.
-  __device__ __forceinline__ index_t seek_end() {
+  __device__ __forceinline__ index_t seek_end(const Part&) {
     const index_t windows = left;
     offset_ += windows * step_;
     left = 0;
@@ -64,11 +65,8 @@ struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
 
   using Walk::left;
 
-  __device__ __forceinline__ AlongC(const Traversal& t, int64_t task)
-      : AlongC(t, task / t.channel_blocks, task % t.channel_blocks) {}
-  __device__ __forceinline__ AlongC(const Traversal& t, int64_t split, int64_t channel_block)
-      : t_(t), split_(static_cast<int>(split)) {
-    column_ = static_cast<index_t>(channel_block * blockDim.x + threadIdx.x);
+  __device__ __forceinline__ AlongC(const Traversal& t, const Part& part) : t_(t), part_(part) {
+    column_ = static_cast<index_t>(part.channel_block * blockDim.x + threadIdx.x);
     begin();
     if (kExact || left == 0) return;
     const bool head = offset_ < 0;
@@ -123,11 +121,11 @@ struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
     return channel < 0 ? channel + t_.c : channel;
   }
   __device__ __forceinline__ int64_t partial_index(int lane) const {
-    return (int64_t{split_} * t_.row_windows + column_) * kVecSize + lane;
+    return (int64_t{part_.row} * t_.row_windows + column_) * kVecSize + lane;
   }
   // Of the lanes of a row group that hold a channel, the first one owns it.
   __device__ __forceinline__ bool owns_channel(int lane) const {
-    return split_ == 0 && member() == 0 && channel_valid(lane) &&
+    return part_.row == 0 && member() == 0 && channel_valid(lane) &&
            int64_t{column_} * kVecSize + lane < t_.c;
   }
 
@@ -136,18 +134,17 @@ struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
  protected:
   // At the first of all windows, edges too.
   __device__ __forceinline__ void begin() {
-    const int64_t first = split_ * t_.per_split + threadIdx.y;
-    const int64_t end = min_of((split_ + 1) * t_.per_split, t_.rows);
+    const int64_t first = part_.first + threadIdx.y;
     left = 0;
-    if (column_ >= t_.row_windows || first >= end) return;
-    left = static_cast<index_t>((end - first + blockDim.y - 1) / blockDim.y);
+    if (column_ >= t_.row_windows || first >= part_.end) return;
+    left = static_cast<index_t>((part_.end - first + blockDim.y - 1) / blockDim.y);
     offset_ = static_cast<index_t>((first * t_.row_windows + column_) * kVecSize - t_.shift);
     step_ = static_cast<index_t>(blockDim.y * t_.row_windows * kVecSize);
   }
   __device__ __forceinline__ index_t last_begin() const { return offset_ + (left - 1) * step_; }
 
   const Traversal& t_;
-  int split_;
+  const Part part_;
   index_t column_;
 
   using Walk::offset_;
@@ -183,7 +180,7 @@ struct AlongRow : AlongC<scalar, index, exact> {
     const Traversal& t = this->t_;
     const bool first =
         position(lane) < t.c * t.s && static_cast<unsigned_t>(position(lane)) % s() == 0;
-    return this->split_ == 0 && Base::member() == 0 && this->channel_valid(lane) && first;
+    return this->part_.row == 0 && Base::member() == 0 && this->channel_valid(lane) && first;
   }
 
  private:
@@ -211,12 +208,10 @@ struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
   static constexpr Lanes kLanes = Lanes::kKept;
   static constexpr Pattern kPattern = Pattern::kAlongRow;
 
-  __device__ __forceinline__ AlongSamples(const Traversal& t, int64_t task)
-      : AlongSamples(t, task / t.channel_blocks, task % t.channel_blocks) {}
-  __device__ __forceinline__ AlongSamples(const Traversal& t, int64_t split, int64_t channel_block)
-      : t_(t), split_(static_cast<int>(split)), first_(channel_block * t.segments) {
-    const int64_t sample = split * t.per_split * t.row_repeat + threadIdx.y;
-    const int64_t end = min_of((split + 1) * t.per_split * t.row_repeat, t.n);
+  __device__ __forceinline__ AlongSamples(const Traversal& t, const Part& part)
+      : t_(t), row_(part.row), first_(part.channel_block * t.segments) {
+    const int64_t sample = part.first * t.row_repeat + threadIdx.y;
+    const int64_t end = min_of(part.end * t.row_repeat, t.n);
     const int64_t run = min_of(t.segments, t.c - first_) * t.s;
     const int before = window_start(sample) - threadIdx.x * kVecSize;  // of the first channel
     lo_ = before > 0 ? before : 0;
@@ -252,7 +247,7 @@ struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
   }
   __device__ __forceinline__ int64_t channel(int lane) const { return first_ + segment(lane); }
   __device__ __forceinline__ bool owns_channel(int lane) const {
-    return split_ == 0 && threadIdx.y == 0 && channel_valid(lane) &&
+    return row_ == 0 && threadIdx.y == 0 && channel_valid(lane) &&
            place(lane) % static_cast<int>(t_.s) == 0;
   }
 
@@ -280,7 +275,7 @@ struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
   }
 
   const Traversal& t_;
-  int split_;
+  int row_;
   int64_t first_;  // channel
   int lo_, hi_;
   bool tail_ = false;  // there is an edge

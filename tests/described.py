@@ -119,7 +119,6 @@ def _counts_of_team(plan: Plan) -> Iterator[tuple[str, int]]:
     yield f"windows, {pattern}, of {team['tensors']}", held
     if pattern == "along_s":
         yield "channels of a block", t["threads_y"]
-        yield "edge runs, team", t["edge_runs"]
     if pattern == "along_row":
         form = "exact" if t["exact"] else "masked"
         yield f"row_repeat, team, {form}", t["row_repeat"]
@@ -144,8 +143,11 @@ def _counts_of_stages(plan: Plan) -> Iterator[tuple[str, int]]:
     for stage in ("reduce", "elementwise"):
         t = plan[stage]
         yield f"splits, {stage}, {t['pattern']}", t["splits"]
+        most = t["per_split"] + 1  # units of a stretch
+        yield f"channel blocks of a stretch, {stage}", min(most // t["work"], t["channel_blocks"])
         if t["pattern"] == "along_s":
-            yield f"edge runs, {stage}", t["edge_runs"]
+            runs = math.ceil(min(most, t["work"]) / max(t["row_windows"], 1))
+            yield f"edge runs, {stage}", 0 if t["exact"] else runs
         else:
             yield f"row_repeat, {stage}, {t['pattern']}", t["row_repeat"]
     merge = plan["merge"]

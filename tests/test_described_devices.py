@@ -223,13 +223,15 @@ def test_ranks_on_an_h100(use_device: UseDevice, plan_options: Callable) -> None
 # Device, SMs that it is cut to, operation, what is run, and how. Each has a count at its largest.
 ALL = None
 CHOICES = [
-    # Splits, rows that are merged, and runs of which a split has the edges.
+    # Splits, rows that are merged, runs of which a part has the edges, and parts of a stretch.
     ("rtx5090", ALL, FORWARD, HALF, (5440, 7), "two_pass 680"),
     ("rtx5090", ALL, BACKWARD, HALF, (1360, 64), "two_pass 680"),
     ("rtx5090", ALL, BACKWARD, HALF, (10880, 3), "two_pass 680"),
     ("rtx5090", ALL, FORWARD, FLOAT, (1, 1, 680, 4), "two_pass 680"),
     ("h100", ALL, BACKWARD, HALF, (3, 3), "two_pass 1"),
     ("h100", ALL, BACKWARD, HALF, (1024, 3, 125), "two_pass 1"),
+    ("t4", 1, FORWARD, HALF, (1, 52, 8192), "two_pass"),
+    ("t4", ALL, FORWARD, FLOAT, (1, 1000, 2), "two_pass"),
     # Blocks of a team.
     ("h100", ALL, BACKWARD, FLOAT, (2, 2, 8, 160), "cluster 8 along_s"),
     ("h100", ALL, FORWARD, FLOAT, (64, 32), "cluster 8 along_c 8"),
@@ -252,7 +254,6 @@ CHOICES = [
     # Rounds.
     ("t4", 1, BACKWARD, FLOAT, (1, 2048, 8, 256), "grid 2 along_s"),
     ("h100", 4, BACKWARD, FLOAT, (1, 128, 8, 1024), "cluster 8 along_s"),
-    ("t4", 1, BACKWARD, FLOAT, (1, 52, 128, 98), "block 1 along_s"),
     # Windows that a thread holds, of one tensor and of two, in registers and in shared memory.
     ("h100", 1, FORWARD, HALF, (2, 2, 5632, 8), "block 1 along_s"),
     ("h100", 1, BACKWARD, HALF, (2, 2, 2816, 8), "block 1 along_s"),
@@ -266,8 +267,8 @@ CHOICES = [
     ("h100", 1, BACKWARD, FLOAT, (3200, 32), "block 1 along_c 4"),
     ("h100", 1, FORWARD, FLOAT, (7040, 32), "block 1 along_c 4"),
     ("h100", 1, BACKWARD, FLOAT, (3520, 32), "block 1 along_c 4"),
-    ("h100", 1, FORWARD, HALF, (1024, 12, 2), "block 1 along_row"),
-    ("h100", 4, BACKWARD, FLOAT, (256, 3, 49), "cluster 4 along_row"),
+    ("h100", 1, FORWARD, FLOAT, (1024, 3, 49), "block 1 along_row"),
+    ("h100", 1, BACKWARD, FLOAT, (12544, 3), "block 1 along_row"),
 ]
 LARGEST = [
     Problem(device, op, dtype, Case(shape, ""), forced(choice), sms)
