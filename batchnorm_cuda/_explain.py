@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _extension, devices, ops
-from ._explanation import Explanation
+from ._explanation import Cost, Explanation
 from ._plan_kernels import WINDOW_BYTES, capability, kernels_of, pattern_of, team_of
 from .functional import backend_for
 
@@ -140,6 +140,7 @@ def explain_forced(
         reread_bytes=plan["reread_bytes"],
         predicted_bytes=plan["predicted_bytes"],
         workspace_bytes=plan["workspace_bytes"],
+        cost=Cost(**plan["cost"]),
         latency_bytes=devices.bytes_to_cover_latency(properties),
     )
 

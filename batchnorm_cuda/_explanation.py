@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -68,6 +68,35 @@ class TeamSummary:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What the planner expects a plan to take, by cause: a model, fitted on an NVIDIA H200.
+
+    The unit is a move, 8 KB at an SM's share of the device's bandwidth. Of all plans the one with
+    the least total is chosen, if none is forced (csrc/plan_costs.h).
+
+    Attributes:
+        launches: of the kernels.
+        transfers: every activation once, shared evenly by all SMs.
+        rereads: what is read twice, where the L2 cache serves most of it.
+        idle: what the busiest SM has beyond an even share.
+        code: of a team's rounds, what each takes whatever it holds.
+        waits: for the exchanges of a team, or the merge of partial results.
+    """
+
+    launches: float
+    transfers: float
+    rereads: float
+    idle: float
+    code: float
+    waits: float
+
+    @property
+    def total(self) -> float:
+        """The sum of all causes, in moves."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
 class Explanation:
     """The plan of one call in words and numbers; str() is the report. See `explain`.
 
@@ -91,6 +120,7 @@ class Explanation:
         reread_bytes: what is read a second time, from the L2 cache at best.
         predicted_bytes: to and from DRAM, by the plan's account.
         workspace_bytes: scratch memory on the device.
+        cost: the `Cost` by which the plan was chosen.
         latency_bytes: what one SM should have in flight, latency times bandwidth; a model. None
             where the description of the device lacks bandwidth or clock.
     """
@@ -112,6 +142,7 @@ class Explanation:
     reread_bytes: int
     predicted_bytes: int
     workspace_bytes: int
+    cost: Cost
     latency_bytes: int | None
 
     @property
@@ -125,6 +156,7 @@ class Explanation:
         result["bytes_over_compulsory"] = self.bytes_over_compulsory
         if self.team is not None:
             result["team"]["on_chip_share"] = self.team.on_chip_share
+        result["cost"]["total"] = self.cost.total
         return result
 
     def __str__(self) -> str:
@@ -151,6 +183,7 @@ class Explanation:
             )
         rows += [("in flight", text) for text in self._describe_flight()]
         rows.append(("workspace", _size(self.workspace_bytes)))
+        rows.append(("cost", _describe_cost(self.cost)))
         return "\n".join(
             [
                 f"batch norm {self.op}, {self.dtype} {shape}, {self.pattern}, "
@@ -183,6 +216,12 @@ def _describe_team(team: TeamSummary) -> str:
         f"{blocks} {exchange[team.scope]}{levels} ({team.scope} scope); "
         f"{team.groups} channel groups, {team.teams} teams, rounds: {team.rounds}"
     )
+
+
+def _describe_cost(cost: Cost) -> str:
+    causes = {field.name: getattr(cost, field.name) for field in fields(cost)}
+    said = ", ".join(f"{name} {moves:.0f}" for name, moves in causes.items() if moves >= 0.5)
+    return f"{cost.total:.0f} moves, by the planner's constants{': ' if said else ''}{said}"
 
 
 def _describe_kernel(kernel: Kernel) -> str:

@@ -203,9 +203,7 @@ def _teams(dtype: str, device: Mapping[str, Any]) -> Iterator[Case]:
     scopes = [("block", 1), ("grid", 3)]
     if device["max_cluster"] >= 2:
         scopes += [("cluster", 2)]
-    for keeps, (pattern, target), (scope, size) in product(
-        (HOLDS, STREAMS), TEAMS.items(), scopes
-    ):
+    for keeps, (pattern, target), (scope, size) in product((HOLDS, STREAMS), TEAMS.items(), scopes):
         for op, form in product(("forward", "backward"), ("", "residual+relu", "relu")):
             if form != "relu" or keeps == HOLDS:
                 yield Case(dtype, op, pattern, *target[2:], form, scope, size, keeps)

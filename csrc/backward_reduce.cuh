@@ -31,18 +31,28 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     for (int c = 0; c < kChannels; ++c) {
       mean[c] = cursor.channel_valid(c) ? load_global(p.mean + cursor.channel(c)) : acc_t(0);
     }
-    while (cursor.left > 0) {
+    // The next batch is on its way while this one is added.
+    struct {
       Vec<scalar_t> dy[kUnrollPairs], x[kUnrollPairs];
       Window<typename Cursor::index_t> windows[kUnrollPairs];
+    } ahead;
+    const auto load_ahead = [&] {
+      const bool any = cursor.left > 0;
 #pragma unroll
       for (int u = 0; u < kUnrollPairs; ++u) {
-        windows[u] = {0, 0, 0};
-        if (cursor.left > 0) windows[u] = cursor.take();
-        x[u] = load_window<Cursor::kLanes>(p.input, windows[u], numel, true);
-        dy[u] = load_window<Cursor::kLanes>(p.grad_output, windows[u], numel, dy_aligned);
+        ahead.windows[u] = {0, 0, 0};
+        if (cursor.left > 0) ahead.windows[u] = cursor.take();
+        ahead.x[u] = load_window<Cursor::kLanes>(p.input, ahead.windows[u], numel, true);
+        ahead.dy[u] =
+            load_window<Cursor::kLanes>(p.grad_output, ahead.windows[u], numel, dy_aligned);
       }
-      filter(epilogue, dy, windows);
-      add_gradients<Cursor>(sums, dy, x, mean);
+      return any;
+    };
+    for (bool more = load_ahead(); more;) {
+      auto now = ahead;
+      more = load_ahead();
+      filter(epilogue, now.dy, now.windows);
+      add_gradients<Cursor>(sums, now.dy, now.x, mean);
     }
     for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
       const Window<typename Cursor::index_t> windows[1] = {edge};

@@ -21,13 +21,22 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     const Part part = stretch.take();
     Cursor cursor(p.traversal, part);
     Welford<acc_t> stats[Cursor::kChannels];
-    while (cursor.left >= kUnroll) {
-      Vec<scalar_t> vec[kUnroll];
-      const Window<typename Cursor::index_t> windows[kUnroll] = {};  // whole, whatever they say
+    // The next batch is on its way while this one is merged.
+    Vec<scalar_t> ahead[kUnroll];
+    const auto load_ahead = [&] {
+      if (cursor.left < kUnroll) return false;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        vec[u] = load_window<Cursor::kLanes>(p.input, cursor.take(), p.traversal.numel, true);
+        ahead[u] = load_window<Cursor::kLanes>(p.input, cursor.take(), p.traversal.numel, true);
       }
+      return true;
+    };
+    for (bool more = load_ahead(); more;) {
+      Vec<scalar_t> vec[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) vec[u] = ahead[u];
+      more = load_ahead();
+      const Window<typename Cursor::index_t> windows[kUnroll] = {};  // whole, whatever they say
       add_statistics<Cursor, Batched::kFull>(stats, vec, windows);
     }
     while (cursor.left > 0) {

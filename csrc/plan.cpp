@@ -36,27 +36,38 @@ void check_sizes(const Problem& p) {
   }
 }
 
+// What a stage kernel is planned for.
+struct Stage {
+  const DeviceInfo& device;
+  const PlanOptions& options;
+  int exact_blocks = kStageBlocksPerSm;  // that an SM holds of the kernel without edges
+
+  int64_t places(const Traversal& t) const {
+    return int64_t{t.exact ? exact_blocks : kStageBlocksPerSm} * device.sm_count;
+  }
+};
+
 // Blocks of a stage kernel: one whole wave, each with at least one full batch; one block an SM even
 // where a batch is then not full.
-int64_t choose_grid(const Traversal& t, int64_t work_per_block, const DeviceInfo& device,
-                    const PlanOptions& options) {
+int64_t choose_grid(const Traversal& t, int64_t work_per_block, const Stage& stage) {
+  const PlanOptions& options = stage.options;
   if (options.splits > 0) return t.channel_blocks * std::min(options.splits, t.work);
   const int64_t units = t.channel_blocks * t.work;
-  const int64_t full = std::min(device.sm_count * kStageBlocksWanted, units / work_per_block);
-  const int64_t fill = std::min<int64_t>(device.sm_count, units * kUnroll / work_per_block);
+  const int64_t full = std::min(stage.places(t), units / work_per_block);
+  const int64_t fill = std::min<int64_t>(stage.device.sm_count, units * kUnroll / work_per_block);
   return std::max(full, fill);
 }
 
 // Deals the units of all channel blocks to the blocks, as evenly as whole units allow.
-void deal_work(Traversal& t, int64_t work, int64_t work_per_block, const DeviceInfo& device,
-               const PlanOptions& options) {
+void deal_work(Traversal& t, int64_t work, int64_t work_per_block, const Stage& stage) {
+  const DeviceInfo& device = stage.device;
   t.work = work;
   const int64_t units = t.channel_blocks * work;
   constexpr int64_t kProducts = int64_t{1} << 62;  // that the kernels form of grid and blocks
   const int64_t most = std::min({units, device.max_grid, kProducts / t.channel_blocks,
                                  kMaxSplits * std::min(t.channel_blocks, device.max_grid)});
   const int64_t wanted =
-      std::max(choose_grid(t, work_per_block, device, options), ceil_div(units, kMaxPerSplit));
+      std::max(choose_grid(t, work_per_block, stage), ceil_div(units, kMaxPerSplit));
   t.grid = std::clamp<int64_t>(wanted, 1, most);
   t.tasks = t.grid;
   t.per_split = units / t.grid;
@@ -67,7 +78,7 @@ void deal_work(Traversal& t, int64_t work, int64_t work_per_block, const DeviceI
 
 // Along S. Short channels share a block: threads_x lanes of a warp, up to the whole block, serve
 // one.
-void plan_along_s(Traversal& t, int vec, const DeviceInfo& device, const PlanOptions& options) {
+void plan_along_s(Traversal& t, int vec, const Stage& stage) {
   t.exact = t.exact && t.s % vec == 0;
   t.row_windows = t.exact ? t.s / vec : whole_windows(t.s, vec);
   t.rows = t.n;
@@ -78,7 +89,7 @@ void plan_along_s(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
       std::min<int64_t>(kStageThreads, round_up_to_power_of_two(std::min<int64_t>(threads, 1024))));
   t.threads_y = kStageThreads / t.threads_x;
   t.channel_blocks = ceil_div(t.c, t.threads_y);
-  deal_work(t, windows, int64_t{t.threads_x} * kUnroll, device, options);
+  deal_work(t, windows, int64_t{t.threads_x} * kUnroll, stage);
 }
 
 // The width of even column blocks of at most a warp's, so that the last one is not nearly empty;
@@ -90,7 +101,7 @@ int64_t even_columns(int64_t row_windows) {
 
 // Along C. Where C is no multiple of the window, lcm(C, vec) elements form a row group: windows
 // stay aligned, and a window column keeps the same channels in every row group.
-void plan_along_c(Traversal& t, int vec, const DeviceInfo& device, const PlanOptions& options) {
+void plan_along_c(Traversal& t, int vec, const Stage& stage) {
   const int64_t group = std::lcm(t.c, static_cast<int64_t>(vec));
   t.exact = t.exact && group == t.c;
   t.row_repeat = group / t.c;
@@ -100,15 +111,14 @@ void plan_along_c(Traversal& t, int vec, const DeviceInfo& device, const PlanOpt
   t.threads_y = static_cast<int>(
       std::min<int64_t>(kStageThreads / t.threads_x, round_up_to_power_of_two(t.rows)));
   t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
-  deal_work(t, t.rows, int64_t{t.threads_y} * kUnroll, device, options);
+  deal_work(t, t.rows, int64_t{t.threads_y} * kUnroll, stage);
 }
 
 // Along a row, elementwise only: its partial results would be one a column.
-void plan_along_row(Traversal& t, const RowLayout& rows, int vec, const DeviceInfo& device,
-                    const PlanOptions& options) {
+void plan_along_row(Traversal& t, const RowLayout& rows, int vec, const Stage& stage) {
   lay_out_rows(rows, vec, kStageThreads, t);
   t.segments = 0;  // no channel need be whole in a block
-  deal_work(t, t.rows, int64_t{t.threads_y} * kUnroll, device, options);
+  deal_work(t, t.rows, int64_t{t.threads_y} * kUnroll, stage);
 }
 
 // Rows for the elementwise kernels, wherever a team would walk along them, and wherever a thread
@@ -141,8 +151,7 @@ bool fits_32_bits(const Traversal& t, int vec) {
 // `shift` is the reference tensor's, whose 16-byte boundaries define the windows; `exact`: they are
 // those of the other tensors that the kernel touches as well.
 Traversal lay_out_traversal(const Problem& p, Pattern pattern, int shift, bool exact, int vec,
-                            const DeviceInfo& device, const PlanOptions& options,
-                            const RowLayout& rows) {
+                            const Stage& stage, const RowLayout& rows) {
   Traversal t;
   t.pattern = pattern;
   t.n = p.n;
@@ -152,23 +161,23 @@ Traversal lay_out_traversal(const Problem& p, Pattern pattern, int shift, bool e
   t.shift = shift;
   t.exact = exact;
   if (t.exact && rows.elements > 0) {
-    plan_along_row(t, rows, vec, device, options);
+    plan_along_row(t, rows, vec, stage);
   } else if (pattern == Pattern::kAlongS) {
-    plan_along_s(t, vec, device, options);
+    plan_along_s(t, vec, stage);
   } else {
-    plan_along_c(t, vec, device, options);
+    plan_along_c(t, vec, stage);
   }
-  t.index_bits = options.index_bits != 64 && fits_32_bits(t, vec) ? 32 : 64;
+  t.index_bits = stage.options.index_bits != 64 && fits_32_bits(t, vec) ? 32 : 64;
   return t;
 }
 
 // `others`: shifts of the other tensors, -1 for absent ones.
 Traversal plan_traversal(const Problem& p, Pattern pattern, int shift,
-                         std::initializer_list<int> others, int vec, const DeviceInfo& device,
-                         const PlanOptions& options, const RowLayout& rows = {}) {
+                         std::initializer_list<int> others, int vec, const Stage& stage,
+                         const RowLayout& rows = {}) {
   const bool exact = shift == 0 && std::max(others) <= 0;
   const auto lay_out = [&](bool exact) {
-    return lay_out_traversal(p, pattern, shift, exact, vec, device, options, rows);
+    return lay_out_traversal(p, pattern, shift, exact, vec, stage, rows);
   };
   const Traversal t = lay_out(exact);
   // Of fused kernels only the masked ones have 64-bit indices.
@@ -198,7 +207,7 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
     plan.reduce =
         plan_traversal(problem, plan.pattern, problem.input_shift,
                        {forward ? -1 : problem.grad_output_shift, problem.grad_grad_input_shift},
-                       plan.vec, device, options);
+                       plan.vec, {device, options});
     // Welford, DoubleGradSums and GradSums of reduce.cuh
     const int fields = forward ? 4 : is_double_backward(problem.op) ? 5 : 2;
     const int acc = acc_bytes(problem.dtype);
@@ -212,12 +221,14 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
     plan.launches += 2;
   }
   if (plan.has_elementwise) {
-    plan.elementwise =
-        plan_traversal(problem, plan.pattern, problem.output_shift,
-                       {problem.op == Op::kBackwardEval ? -1 : problem.input_shift,
-                        forward ? problem.residual_shift : problem.grad_output_shift,
-                        problem.grad_grad_input_shift},
-                       plan.vec, device, options, elementwise_rows(problem, plan.vec));
+    const int exact_blocks =
+        is_double_backward(problem.op) ? kStageBlocksPerSm : elementwise_blocks_per_sm(true);
+    plan.elementwise = plan_traversal(problem, plan.pattern, problem.output_shift,
+                                      {problem.op == Op::kBackwardEval ? -1 : problem.input_shift,
+                                       forward ? problem.residual_shift : problem.grad_output_shift,
+                                       problem.grad_grad_input_shift},
+                                      plan.vec, {device, options, exact_blocks},
+                                      elementwise_rows(problem, plan.vec));
     plan.launches += 1;
   }
 }
@@ -244,7 +255,7 @@ Plan make_plan(const Problem& given, const DeviceInfo& device, const PlanOptions
   if (options.strategy == Strategy::kTwoPass) {
     plan.reason = "two passes are forced";
   } else {
-    TeamChoice choice = plan_team(problem, device, options, costs, plan.cost);
+    TeamChoice choice = plan_team(problem, device, options, costs, plan.cost.total());
     plan.team = choice.team;
     plan.reason = std::move(choice.reason);
     if (plan.team.size > 0) plan.cost = choice.cost;

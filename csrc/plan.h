@@ -211,6 +211,17 @@ struct Team {
   int64_t streamed_bytes = 0;  // of all tensors, read twice for want of room
 };
 
+// What a plan is expected to take, in moves (plan_costs.h), by cause.
+struct PlanCost {
+  double launches = 0;
+  double transfers = 0;  // every activation once, shared evenly by all SMs
+  double rereads = 0;    // what is read twice
+  double idle = 0;       // what the busiest SM has beyond an even share
+  double code = 0;       // of the rounds of a team: what they take whatever they hold
+  double waits = 0;      // exchanges of a team; the merge of partial results
+  double total() const { return launches + transfers + rereads + idle + code + waits; }
+};
+
 struct Plan {
   Strategy strategy = Strategy::kTwoPass;
   std::string reason;  // why this strategy
@@ -222,7 +233,7 @@ struct Plan {
   MergeGeometry merge;
   int64_t workspace_bytes = 0;  // partial results, planes of [merge.rows, C]
   int launches = 0;
-  double cost = 0;               // predicted, in moves (plan_costs.h)
+  PlanCost cost;
   int64_t compulsory_bytes = 0;  // every activation once
   int64_t reread_bytes = 0;      // read a second time, from the L2 cache at best
   int64_t predicted_bytes = 0;   // of activations, to and from DRAM; a cold L2 cache holds the rest

@@ -17,7 +17,7 @@ bool same_plan(const Plan& a, const Plan& b) {
          a.team.size == b.team.size && a.team.traversal.threads_x == b.team.traversal.threads_x;
 }
 
-// Two passes, split as the planner would, and in half, as many and twice as many parts.
+// Two passes, dealt as the planner would, and in about half and twice as many parts.
 std::vector<PlanOptions> two_pass_candidates(const Problem& problem, const DeviceInfo& device,
                                              PlanOptions options) {
   options.strategy = Strategy::kTwoPass;
@@ -25,7 +25,7 @@ std::vector<PlanOptions> two_pass_candidates(const Problem& problem, const Devic
   if (options.splits > 0) return found;
   const Plan plan = make_plan(problem, device, options);
   const int64_t splits = plan.has_reduce ? plan.reduce.splits : plan.elementwise.splits;
-  for (const int64_t wanted : {splits / 2, splits, 2 * splits}) {
+  for (const int64_t wanted : {splits / 2, 2 * splits}) {
     options.splits = wanted;
     if (wanted > 0) found.push_back(options);
   }

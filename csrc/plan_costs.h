@@ -57,11 +57,6 @@ struct CostModel {
 // second wait takes about as long as reading 8 KB from the L2 cache. Assumed.
 constexpr int64_t kTwoLevelBytes = 8192;
 
-// Resident blocks of a stage kernel that the planner aims for: those that launch bounds promise, so
-// that all run at once. Two passes with four took 1.1 times as long, with one 1.13 times (medians).
-// Measured (NVIDIA H200, nvidia-h200-tune.csv).
-constexpr int64_t kStageBlocksWanted = 2;
-
 // Rows of partial results per channel. More splits would cost the merge more than they bring.
 // Assumed.
 constexpr int64_t kMaxSplits = 1024;

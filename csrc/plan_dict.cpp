@@ -71,6 +71,7 @@ NamedValues to_values(const Traversal& t) {
   put(result, "splits", t.splits);
   put(result, "work", t.work);
   put(result, "per_split", t.per_split);
+  put(result, "spare", t.spare);
   put(result, "tasks", t.tasks);
   put(result, "grid", t.grid);
   put(result, "shared_bytes", t.shared_bytes);
@@ -112,6 +113,17 @@ NamedValues to_values(const PlanOptions& options) {
   return result;
 }
 
+NamedValues to_values(const PlanCost& cost) {
+  NamedValues result;
+  put(result, "launches", cost.launches);
+  put(result, "transfers", cost.transfers);
+  put(result, "rereads", cost.rereads);
+  put(result, "idle", cost.idle);
+  put(result, "code", cost.code);
+  put(result, "waits", cost.waits);
+  return result;
+}
+
 NamedValues to_values(const Plan& plan) {
   NamedValues result;
   put(result, "strategy", name_of(kStrategies, plan.strategy));
@@ -123,6 +135,7 @@ NamedValues to_values(const Plan& plan) {
   put(result, "compulsory_bytes", plan.compulsory_bytes);
   put(result, "reread_bytes", plan.reread_bytes);
   put(result, "predicted_bytes", plan.predicted_bytes);
+  put(result, "cost", to_values(plan.cost));
   if (plan.strategy == Strategy::kTeam) {
     put(result, "team", to_values(plan.team));
     return result;
@@ -228,7 +241,7 @@ std::vector<NamedValues> candidates_as_values(const std::string& op, int64_t n, 
     const int64_t splits = plan.has_reduce ? plan.reduce.splits : plan.elementwise.splits;
     NamedValues& candidate = result.emplace_back();
     put(candidate, "options", to_values(each.options));
-    put(candidate, "cost", plan.cost);
+    put(candidate, "cost", plan.cost.total());
     put(candidate, "splits", plan.strategy == Strategy::kTeam ? 0 : splits);
     put(candidate, "predicted_bytes", plan.predicted_bytes);
     put(candidate, "chosen", each.chosen);

@@ -83,11 +83,11 @@ std::vector<int64_t> team_sizes(const TeamRequest& r, const Traversal& t) {
 // The best team so far; of equals, the first.
 struct Choice {
   Team team{};
-  double cost = std::numeric_limits<double>::infinity();
+  PlanCost cost{std::numeric_limits<double>::infinity()};
 
   void offer(const TeamRequest& r, const Team& candidate) {
-    const double candidate_cost = team_cost(r, candidate);
-    if (candidate_cost >= cost) return;
+    const PlanCost candidate_cost = team_cost(r, candidate);
+    if (candidate_cost.total() >= cost.total()) return;
     team = candidate;
     cost = candidate_cost;
   }
@@ -180,14 +180,14 @@ std::string reason_for(const Team& team, const DeviceInfo& device) {
 TeamChoice plan_team(const Problem& problem, const DeviceInfo& device, const PlanOptions& options,
                      const CostModel& costs, double two_pass_cost) {
   std::string reason = unsuitable(problem, options);
-  if (!reason.empty()) return {{}, 0, reason};
+  if (!reason.empty()) return {{}, {}, reason};
   Choice choice;
   for (const Walk& walk : walks_of(problem, device, options, costs)) {
     offer_teams(walk, [&](const TeamRequest& r, const Team& team) { choice.offer(r, team); });
   }
-  if (choice.team.size == 0) return {{}, 0, reason_without_team(problem)};
-  if (options.strategy != Strategy::kTeam && choice.cost >= two_pass_cost) {
-    return {{}, 0, reason_for_two_passes(choice.team)};
+  if (choice.team.size == 0) return {{}, {}, reason_without_team(problem)};
+  if (options.strategy != Strategy::kTeam && choice.cost.total() >= two_pass_cost) {
+    return {{}, {}, reason_for_two_passes(choice.team)};
   }
   return {choice.team, choice.cost, reason_for(choice.team, device)};
 }

@@ -49,14 +49,14 @@ bool build_team(const TeamRequest& request, const Traversal& base, Scope scope, 
                 Team& team);
 
 // Moves of a plan of either strategy (plan_costs.h).
-double team_cost(const TeamRequest& request, const Team& team);
-double two_pass_cost(const Plan& stages, const Problem& problem, const DeviceInfo& device,
-                     const CostModel& costs);
+PlanCost team_cost(const TeamRequest& request, const Team& team);
+PlanCost two_pass_cost(const Plan& stages, const Problem& problem, const DeviceInfo& device,
+                       const CostModel& costs);
 
 // The best team for the problem, or one with size 0 where there is none; `reason` says why.
 struct TeamChoice {
   Team team;
-  double cost = 0;
+  PlanCost cost;
   std::string reason;
 };
 TeamChoice plan_team(const Problem& problem, const DeviceInfo& device, const PlanOptions& options,

@@ -187,5 +187,6 @@ def layout_of(plan: Plan) -> dict[str, Any]:
         kept = ("scope", "size", "two_level", "register_windows")
         return {key: team[key] for key in kept} | {key: team["traversal"][key] for key in walk}
     stages = {stage: plan[stage] for stage in ("reduce", "elementwise")}
-    kept = {stage: {key: t[key] for key in (*walk, "splits")} for stage, t in stages.items()}
+    kept = {stage: {key: t[key] for key in walk} for stage, t in stages.items()}
+    kept["reduce"]["splits"] = plan["reduce"]["splits"]
     return kept | {"merge": {key: plan["merge"][key] for key in ("rows", "threads_x", "threads_y")}}

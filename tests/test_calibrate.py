@@ -39,6 +39,10 @@ TRUTHS = {
         "along_s.round.forward": 0.5,
     },
 }
+# Two passes leave no SM idle, so that a forward takes moves * (reduce + 2 elementwise), a backward
+# moves * (2 reduce + 3 elementwise): reduce = 2 backward - 3 forward. Of about twenty plans each,
+# known to 2 % of 3.4 and 5.3, that is 0.56 give or take 0.07, or 13 %: three times that.
+RELATIVE = {"reduce": 0.40}
 RATIOS = ("sm_rate", "slot_rate", "wide")
 UNIT_MS = 3.2e-4
 MEASURED_FILES = sorted((ROOT / "bench" / "results").glob("*tune*.csv"))
@@ -99,7 +103,9 @@ def test_recovers_a_known_model(
     assert unit == pytest.approx(1, rel=0.2)
     for name in factors:
         scale = 1 if name in RATIOS else unit
-        assert fitted.costs[name] * scale == pytest.approx(truth[name], rel=0.15), name
+        assert fitted.costs[name] * scale == pytest.approx(
+            truth[name], rel=RELATIVE.get(name, 0.15)
+        ), name
     assert fitted.error == pytest.approx(0.02, rel=0.2)
     before = calibrate.regrets(data, calibrate.predict_all(extension, data, start))
     after = calibrate.regrets(data, calibrate.predict_all(extension, data, fitted.costs))

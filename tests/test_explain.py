@@ -41,11 +41,25 @@ def test_report_shows_what_the_plan_says(device: str, shape: tuple[int, ...], op
         x, y = kernel.block
         assert f"{kernel.name}: grid {kernel.grid}, block {x} x {y}" in text
     if e.team is not None:
-        assert (
-            f"({e.team.scope} scope)" in text
-            and f"rounds: {e.team.rounds}" in text
-        )
+        assert f"({e.team.scope} scope)" in text and f"rounds: {e.team.rounds}" in text
         assert f"{e.team.on_chip_share:.1%}: {e.team.register_share:.1%} in registers" in text
+    assert f"{e.cost.total:.0f} moves, by the planner's constants: launches " in text
+
+
+def test_the_cost_is_told_by_cause() -> None:
+    """Of a team that holds all, of one that streams, and of two passes; one kernel or three."""
+    options = {"dtype": torch.float16, "device": "h100"}
+    holds = explain((32, 64, 56, 56), strategy="team", **options).cost
+    assert holds.rereads == 0 < min(holds.transfers, holds.code)
+    streams = explain((32, 64, 256, 256), strategy="team", team_size=1, **options)
+    assert streams.cost.rereads > 0 == streams.cost.waits and streams.team.on_chip_share < 1
+    # 64 teams of one block on 132 SMs: half of them idle, and 1.32 times the share is what the
+    # others can move (csrc/plan_costs.h).
+    moved = streams.cost.transfers + streams.cost.rereads
+    assert streams.cost.idle == pytest.approx(moved * (132 / 64 / 1.32 - 1))
+    passes = explain((32, 64, 56, 56), strategy="two_pass", **options).cost
+    assert passes.launches == pytest.approx(3 * 18.7) and passes.code == 0
+    assert passes.total == pytest.approx(sum(dataclasses.astuple(passes)))
 
 
 @every_device

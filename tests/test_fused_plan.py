@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from types import ModuleType
 
 import pytest
@@ -11,8 +10,7 @@ from cases import Case, odd_offset
 from fused_problem import Fused
 from strategies import launched
 
-from batchnorm_cuda import devices, explain
-from batchnorm_cuda._explain import explain_forced
+from batchnorm_cuda import explain
 from bench.traffic_model import Case as TrafficCase
 from bench.traffic_model import count, scaled_device
 

@@ -3,7 +3,6 @@
 Of the stage kernels' plan; test_plan_team.py has the team kernels'.
 """
 
-import math
 from collections import Counter
 
 import pytest

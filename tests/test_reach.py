@@ -11,8 +11,7 @@ import torch
 from bench import instances, reach
 
 # Found by `python -m bench reach`: with all operations, forms and dtypes, these lead to every
-# instance. Some are rare: a deep kernel of the forward beats two passes by little, or only where a
-# device has refused the wider teams.
+# instance. Some are rare.
 PROBLEMS = [
     ("rtx5090", (2, 3, 1)),
     ("t4", (285, 16, 88)),

@@ -61,9 +61,7 @@ def test_every_team(
 @every_team
 @pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=lambda case: case.id)
 @pytest.mark.parametrize("op", ["forward_training", "backward_training"])
-def test_the_plan_obeys(
-    extension: ModuleType, scope: str, size: int, case: Case, op: str
-) -> None:
+def test_the_plan_obeys(extension: ModuleType, scope: str, size: int, case: Case, op: str) -> None:
     """The tests here are empty unless forced teams are what runs."""
     options = {"strategy": "team", "scope": scope, "team_size": size}
     options["grad_output_shift"] = 0
