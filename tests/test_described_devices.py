@@ -307,3 +307,21 @@ def test_largest(
     use_device(problem.properties())
     plan_options(problem.options)
     check(problem)
+
+
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD])
+def test_stretches_and_channel_blocks_of_all_kinds(
+    extension: ModuleType, use_device: UseDevice, plan_options: Callable, op: str
+) -> None:
+    """40 stretches of 33 channel blocks: two, or three, have a part of one, and stretch 17 begins
+    with channel block 14 only because the start of a stretch is rounded down.
+    """
+    case = Case((39, 33 * 256), "rows of channels")
+    problem = Problem("t4", op, HALF, case, {"strategy": "two_pass"}, 20)
+    t = problem.plan(extension)["reduce"]
+    assert (t["grid"], t["channel_blocks"], t["work"]) == (40, 33, 39)
+    assert 17 * 33 * 39 // 40 == 14 * 39 and 17 * 33 * 39 % 40 > 0
+    assert t["splits"] == 3
+    use_device(problem.properties())
+    plan_options(problem.options)
+    check(problem)
