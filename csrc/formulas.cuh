@@ -12,7 +12,9 @@ __device__ __forceinline__ double inverse_sqrt(double value) { return 1.0 / sqrt
 // it into the bias would cancel where |mean| >> std.
 template <typename acc_t>
 struct Normalize {
+  static constexpr int kFields = 3;
   acc_t mean, scale, bias;
+  __device__ __forceinline__ acc_t& field(int i) { return i == 0 ? mean : i == 1 ? scale : bias; }
 };
 
 // Of lanes l and l + 1, whose channels are `a` and `b`.
@@ -34,8 +36,12 @@ __device__ __forceinline__ acc_t update_running(acc_t running, acc_t batch, acc_
 // (x - mean). In eval mode the statistics are constants and only the first term stays.
 template <typename acc_t>
 struct GradInput {
+  static constexpr int kFields = 4;
   acc_t scale;                            // weight * invstd
   acc_t mean = 0, slope = 0, offset = 0;  // training only
+  __device__ __forceinline__ acc_t& field(int i) {
+    return i == 0 ? scale : i == 1 ? mean : i == 2 ? slope : offset;
+  }
 };
 
 // Of lanes l and l + 1, whose channels are `a` and `b`: in eval mode, and in training.

@@ -221,8 +221,10 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
     plan.launches += 2;
   }
   if (plan.has_elementwise) {
-    const int exact_blocks =
-        is_double_backward(problem.op) ? kStageBlocksPerSm : elementwise_blocks_per_sm(true);
+    // Behind a reduce stage as many stretches as there, so that what those read last is what these
+    // read first.
+    const bool alone = !plan.has_reduce && !is_double_backward(problem.op);
+    const int exact_blocks = alone ? elementwise_blocks_per_sm(true) : kStageBlocksPerSm;
     plan.elementwise = plan_traversal(problem, plan.pattern, problem.output_shift,
                                       {problem.op == Op::kBackwardEval ? -1 : problem.input_shift,
                                        forward ? problem.residual_shift : problem.grad_output_shift,

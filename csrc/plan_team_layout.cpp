@@ -10,6 +10,7 @@ namespace {
 constexpr int64_t kSectorWindows = 2, kLineWindows = 8;
 constexpr int64_t kReservedSharedBytes = 1024;  // per block, by the system
 constexpr int kMaxBlocksPerSm = 32;
+constexpr int kFormulaFields = 4;       // of a channel, at most (formulas.cuh)
 constexpr int kRegistersPerSm = 65536;  // that the launch bounds of the kernels are made for
 
 int64_t power_of_two_at_least(int64_t value) {
@@ -54,10 +55,12 @@ void lay_out_shared(const TeamRequest& r, Team& team) {
   int64_t scratch =
       along_s ? int64_t{kTeamThreads / kWarpSize} * r.fields
               : column_scratch_values(t.threads_x, t.threads_y, r.channels, r.fields, kept);
-  team.slot_values = (along_s ? int64_t{t.threads_y} : columns) * r.fields;
-  if (r.pattern == Pattern::kAlongRow) {
-    scratch = std::max(scratch, (columns * kept + t.segments) * r.fields);
-    team.slot_values = t.segments * r.fields;
+  const bool along_row = r.pattern == Pattern::kAlongRow;
+  const int64_t channels = along_s ? t.threads_y : along_row ? t.segments : columns;
+  team.slot_values = channels * r.fields;
+  if (!along_s) {  // results of all columns, then of the channels, in whose place come formulas
+    const int64_t apart = along_row ? columns * kept * r.fields : 0;
+    scratch = std::max(scratch, apart + channels * std::max(r.fields, kFormulaFields));
   }
   team.scratch_bytes = round_up(scratch * acc, kWindowBytes);
   const int64_t slots = team.scope == Scope::kCluster ? 2 * team.slot_values * acc : 0;

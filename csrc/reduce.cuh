@@ -254,25 +254,4 @@ __device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared,
   __syncthreads();
 }
 
-// Hands the accumulators of the threads with threadIdx.y == 0 to all threads of their column. Every
-// thread of the block must call; `shared` holds kLanes accumulators a column; a barrier ends it.
-template <int kLanes, typename Acc, typename acc_t>
-__device__ __forceinline__ void column_broadcast(Acc (&acc)[kLanes], acc_t* shared) {
-  int column = threadIdx.x;
-  forget_derived(column);  // else all addresses below are kept for all rounds
-  if (threadIdx.y == 0) {
-#pragma unroll
-    for (int i = 0; i < kLanes * Acc::kFields; ++i) {
-      store_shared(shared + i * blockDim.x + column, acc[i / Acc::kFields].field(i % Acc::kFields));
-    }
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kLanes * Acc::kFields; ++i) {
-    if (kLanes == 8 && i == 4 * Acc::kFields) hold_back_loads();
-    acc[i / Acc::kFields].field(i % Acc::kFields) = load_shared(shared + i * blockDim.x + column);
-  }
-  __syncthreads();
-}
-
 }  // namespace batchnorm_cuda

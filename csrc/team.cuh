@@ -61,14 +61,55 @@ class TeamExchange {
   }
   __device__ __forceinline__ void end_round() { ++round_; }
 
-  // Merges the accumulators of all threads of the team that serve the same channels; every thread
-  // gets the result. Every thread of every block of the team must call.
-  __device__ __forceinline__ void all_reduce(const Cursor& cursor, Acc (&acc)[Cursor::kChannels]) {
-    if constexpr (Cursor::kPattern == Pattern::kAlongRow) {
-      all_reduce_segments(cursor, acc);
-    } else {
-      all_reduce_columns(acc);
+  // Merges the accumulators of all threads of the team that serve the same channels. Every thread
+  // of every block of the team must call. Along S each thread gets its channel's result.
+  __device__ __forceinline__ void all_reduce(Acc& acc) {
+    acc = group_reduce(acc, Cursor::members(), scratch_);
+    if (team_.scope == Scope::kBlock) return;
+    const Slot mine = slot(rank());
+    if (Cursor::member() == 0) {
+#pragma unroll
+      for (int f = 0; f < Acc::kFields; ++f) {
+        mine.store(f * blockDim.y + threadIdx.y, acc.field(f));
+      }
     }
+    wait_for_team();
+    acc = Acc();
+    const auto value = in_slots(blockDim.y);
+#pragma unroll 1
+    for (int rank = Cursor::member(); rank < team_.size; rank += Cursor::members()) {
+      acc.merge(load<Acc>(value(threadIdx.y, rank)));
+      acc.rebase();
+    }
+    acc = group_reduce(acc, Cursor::members(), scratch_);
+  }
+
+  // Where a thread has a channel a lane, returns where the results are in shared memory: field f of
+  // the block's k-th channel at f * channels + k. A barrier ends the call.
+  __device__ __forceinline__ acc_t* all_reduce(const Cursor& cursor,
+                                               Acc (&acc)[Cursor::kChannels]) {
+    const int channels = Cursor::channels(team_.traversal);
+    acc_t* const results = reduce_block(cursor, acc, channels);
+    __syncthreads();
+    if (team_.scope == Scope::kBlock) return results;
+    const Slot mine = slot(rank());
+    const int threads = blockDim.x * blockDim.y;
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    for (int i = thread; i < channels * Acc::kFields; i += threads) {
+      mine.store(i, load_shared(results + i));
+    }
+    wait_for_team();
+    if (team_.two_level) {
+      merge_slice(channels);
+      const acc_t* const all = totals();
+      for (int i = thread; i < channels * Acc::kFields; i += threads) {
+        store_shared(results + i, load_global(all + i));
+      }
+    } else {
+      merge_each(0, channels, team_.size, in_slots(channels), into(results, channels));
+    }
+    __syncthreads();
+    return results;
   }
 
   // To be called once by every thread when the block has no more rounds.
@@ -113,116 +154,81 @@ class TeamExchange {
     return index;
   }
 
-  // A thread's lanes are whole channels, or one: the same threads of each block hold a channel.
-  __device__ __forceinline__ void all_reduce_columns(Acc (&acc)[Cursor::kChannels]) {
-    reduce_members<Cursor>(acc, scratch_);
-    if (team_.scope != Scope::kBlock) {
-      if (Cursor::member() == 0) publish(acc);
-      wait_for_team();
-      if (team_.two_level) {
-        merge_slice(Cursor::kChannels * columns());
-        load_totals(acc);
-      } else {
-#pragma unroll
-        for (int c = 0; c < Cursor::kChannels; ++c) acc[c] = Acc();
-#pragma unroll 1
-        for (int rank = Cursor::member(); rank < team_.size; rank += Cursor::members()) {
-          merge_slot(acc, slot(rank));
-        }
-        reduce_members<Cursor>(acc, scratch_);
-      }
-    }
-    if constexpr (Cursor::kChannels > 1) column_broadcast(acc, scratch_);
-  }
-
-  // Several columns are one channel. Threads merge over rows as along C; then a warp takes a
-  // channel at a time and merges its columns, and in the same way the ranks' results for it.
-  __device__ __forceinline__ void all_reduce_segments(const Cursor& cursor,
-                                                      Acc (&acc)[Cursor::kChannels]) {
+  // Merges the accumulators of the block's threads, over rows first. Where several columns are one
+  // channel these are merged then.
+  __device__ __forceinline__ acc_t* reduce_block(const Cursor& cursor,
+                                                 Acc (&acc)[Cursor::kChannels], int channels) {
+    constexpr bool kRows = Cursor::kPattern == Pattern::kAlongRow;
     const Traversal& t = team_.traversal;
-    const int segments = static_cast<int>(t.segments);
     const int kept = Cursor::kExact ? 1 : static_cast<int>(t.row_repeat);
     const int columns = kept * blockDim.x * Cursor::kChannels;
-    const int threads = blockDim.x * blockDim.y;
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    acc_t* const channels = scratch_ + Acc::kFields * columns;  // after the columns, field by field
     column_reduce<Cursor::kExact>(acc, scratch_, kept);
     if (threadIdx.y < kept) {
+      int first = (threadIdx.y * blockDim.x + threadIdx.x) * Cursor::kChannels;
+      forget_derived(first);  // else all addresses below are kept for all rounds
 #pragma unroll
       for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
         const int c = i / Acc::kFields, f = i % Acc::kFields;
-        store_shared(scratch_ + f * columns + thread * Cursor::kChannels + c, acc[c].field(f));
+        store_shared(scratch_ + f * columns + first + c, acc[c].field(f));
       }
     }
-    __syncthreads();
-    const auto keep = [&](int k, int f, acc_t value) {
-      store_shared(channels + f * segments + k, value);
-    };
-    const int run = static_cast<int>(t.s);
-    merge_each(
-        0, segments, run * static_cast<int>(t.row_repeat),
-        [&](int k, int i) {
-          const int column = cursor.first_column(i / run) + k * run + i % run;
-          return [=](int f) { return load_shared(scratch_ + f * columns + column); };
-        },
-        keep);
-    __syncthreads();
-    if (team_.scope != Scope::kBlock) {
-      const Slot mine = slot(rank());
-      for (int i = thread; i < segments * Acc::kFields; i += threads) {
-        mine.store(i, load_shared(channels + i));
-      }
-      wait_for_team();
-      if (team_.two_level) {
-        merge_slice(segments);
-        const acc_t* const all = totals();
-        for (int i = thread; i < segments * Acc::kFields; i += threads) {
-          store_shared(channels + i, load_global(all + i));
-        }
-      } else {
-        merge_each(0, segments, team_.size, in_slots(segments), keep);
-      }
+    if constexpr (!kRows) {
+      return scratch_;
+    } else {
       __syncthreads();
+      acc_t* const results = scratch_ + Acc::kFields * columns;
+      const int run = static_cast<int>(t.s);
+      merge_each(
+          0, channels, run * static_cast<int>(t.row_repeat),
+          [&](int k, int i) {
+            const int column = cursor.first_column(i / run) + k * run + i % run;
+            return [=](int f) { return load_shared(scratch_ + f * columns + column); };
+          },
+          into(results, channels));
+      return results;
     }
+  }
+
+  // For merge_each: stores the results in shared memory.
+  __device__ __forceinline__ auto into(acc_t* results, int channels) const {
+    return [=](int k, int f, acc_t value) { store_shared(results + f * channels + k, value); };
+  }
+
+  template <typename T, typename Field>
+  __device__ __forceinline__ static T load(Field&& field) {
+    T acc;
 #pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) {
-      const int k = cursor.segment(c);
-#pragma unroll
-      for (int f = 0; f < Acc::kFields; ++f) {
-        acc[c].field(f) = load_shared(channels + f * segments + k);
-      }
-    }
-    __syncthreads();
+    for (int f = 0; f < T::kFields; ++f) acc.field(f) = field(f);
+    return acc;
   }
 
   // store(k, f, result) for first <= k < last, the results being merged over i < size of the
-  // accumulators whose fields are value(k, i)(f). One warp an index k; whole warps only, so that
-  // every lane takes part in the shuffles.
+  // accumulators whose fields are value(k, i)(f). As many lanes of a warp share an index k as there
+  // are threads for it; whole warps only, so that every lane takes part in the shuffles.
   template <typename Value, typename Store>
   __device__ __forceinline__ void merge_each(int first, int last, int size, Value&& value,
                                              Store&& store) {
     int thread = threadIdx.y * blockDim.x + threadIdx.x;
-    forget_derived(thread);  // else its warp takes a register for all rounds
-    const int warps = blockDim.x * blockDim.y / kWarpSize;
-    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
+    forget_derived(thread);  // else what follows from it takes registers for all rounds
+    const int threads = blockDim.x * blockDim.y / kWarpSize * kWarpSize;
+    int lanes = kWarpSize;
+    while (lanes > 1 && lanes * (last - first) > threads) lanes /= 2;
+    const int lane = thread % lanes;
 #pragma unroll 1
-    for (int k = warp < warps ? first + warp : last; k < last; k += warps) {
+    for (int k0 = thread < threads ? first : last; k0 < last; k0 += threads / lanes) {
+      const int k = k0 + thread / lanes;
       Acc acc;
 #pragma unroll 1
-      for (int i = lane; i < size; i += kWarpSize) {
-        Acc other;
-        const auto field = value(k, i);
-#pragma unroll
-        for (int f = 0; f < Acc::kFields; ++f) other.field(f) = field(f);
-        acc.merge(other);
+      for (int i = k < last ? lane : size; i < size; i += lanes) {
+        acc.merge(load<Acc>(value(k, i)));
         acc.rebase();
       }
 #pragma unroll 1
-      for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-        acc.merge(shuffle_down(acc, offset, kWarpSize));
+      for (int offset = lanes / 2; offset > 0; offset /= 2) {
+        acc.merge(shuffle_down(acc, offset, lanes));
         acc.rebase();
       }
-      if (lane == 0) {
+      if (lane == 0 && k < last) {
 #pragma unroll
         for (int f = 0; f < Acc::kFields; ++f) store(k, f, acc.field(f));
       }
@@ -238,50 +244,6 @@ class TeamExchange {
     merge_each(first, last, team_.size, in_slots(channels),
                [&](int k, int f, acc_t value) { store_global(all + f * channels + k, value); });
     wait_for_team();
-  }
-
-  // Threads of a block that hold different channels.
-  __device__ __forceinline__ static int columns() {
-    return Cursor::kChannels == 1 ? blockDim.y : blockDim.x;
-  }
-
-  // Where a slot holds this thread's channels: field f of channel c at first + (f*kChannels + c) *
-  // columns(). Hidden from the compiler, which would work all of them out ahead of the rounds and
-  // spill them.
-  __device__ __forceinline__ static int first_place() {
-    int first = Cursor::kChannels == 1 ? threadIdx.y : threadIdx.x;
-    forget_derived(first);
-    return first;
-  }
-
-  __device__ __forceinline__ void publish(Acc (&acc)[Cursor::kChannels]) const {
-    const int first = first_place();
-    const Slot mine = slot(rank());
-#pragma unroll
-    for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
-      const int c = i % Cursor::kChannels, f = i / Cursor::kChannels;
-      mine.store(first + i * columns(), acc[c].field(f));
-    }
-  }
-
-  __device__ __forceinline__ void merge_slot(Acc (&acc)[Cursor::kChannels],
-                                             const Slot& other) const {
-    const int first = first_place();
-    merge_lanes<Cursor::kExact>(acc, [&](int c, int f) {
-      // Of eight channels, the fields of four at a time.
-      if (c == 4 && f == Acc::kCommon) hold_back_loads();
-      return other.load(first + (f * Cursor::kChannels + c) * columns());
-    });
-  }
-
-  __device__ __forceinline__ void load_totals(Acc (&acc)[Cursor::kChannels]) const {
-    const int first = first_place();
-    const acc_t* const all = totals();
-#pragma unroll
-    for (int i = 0; i < Cursor::kChannels * Acc::kFields; ++i) {
-      const int c = i % Cursor::kChannels, f = i / Cursor::kChannels;
-      acc[c].field(f) = load_global(all + first + i * columns());
-    }
   }
 
   __device__ __forceinline__ int64_t parity_offset() const {

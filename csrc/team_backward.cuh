@@ -16,8 +16,18 @@ struct TeamBackward {
   static constexpr int kTensors = 2;  // dy, x
   static constexpr int kChannels = Cursor::kChannels;
 
-  GradInput<acc_t> channel[kChannels];  // scale holds the weight until finish()
-  acc_t mean[kChannels], invstd[kChannels];
+  using Formula = GradInput<acc_t>;
+
+  Formula formula[kChannels];
+  acc_t mean[kChannels];
+
+  struct Parameters {
+    acc_t weight, mean, invstd;
+  };
+  __device__ __forceinline__ static Parameters load_parameters(const Params& p, int64_t channel) {
+    return {load_param_or<acc_t>(p.weight, channel, 1), load_global(p.mean + channel),
+            load_global(p.invstd + channel)};
+  }
 
   __device__ __forceinline__ static const scalar_t* tensor(const Params& p, int k) {
     return k == 0 ? p.grad_output : p.input;
@@ -31,14 +41,6 @@ struct TeamBackward {
     }
   }
 
-  __device__ __forceinline__ void prefetch(const Params& p, const Cursor& cursor, int c) {
-    channel[c].scale = 1;
-    invstd[c] = 0;
-    if (!cursor.channel_valid(c)) return;
-    channel[c].scale = load_param_or<acc_t>(p.weight, cursor.channel(c), 1);
-    invstd[c] = load_global(p.invstd + cursor.channel(c));
-  }
-
   template <Batched kBatched, int kBatch>
   __device__ __forceinline__ void accumulate(
       Acc (&acc)[kChannels], const Vec<scalar_t> (&vec)[kTensors][kBatch],
@@ -46,25 +48,20 @@ struct TeamBackward {
     add_gradients<Cursor>(acc, vec[0], vec[1], mean);
   }
 
-  __device__ __forceinline__ void begin_finish(const Params&, const Cursor&) const {}
-  __device__ __forceinline__ void finish(const Params& p, const Cursor& cursor, const Acc& total,
-                                         int c) {
-    if (!cursor.channel_valid(c)) return;
-    const acc_t sum_dy_xhat = total.sum_dy_xhat * invstd[c];
-    if (cursor.owns_channel(c)) {
-      if (p.grad_weight.data) store_param(p.grad_weight, cursor.channel(c), sum_dy_xhat);
-      if (p.grad_bias.data) store_param(p.grad_bias, cursor.channel(c), total.sum_dy);
+  __device__ __forceinline__ static Formula finish(const Params& p, const Parameters& parameters,
+                                                   const Acc& total, int64_t channel, bool owner) {
+    const acc_t sum_dy_xhat = total.sum_dy_xhat * parameters.invstd;
+    if (owner) {
+      if (p.grad_weight.data) store_param(p.grad_weight, channel, sum_dy_xhat);
+      if (p.grad_bias.data) store_param(p.grad_bias, channel, total.sum_dy);
     }
-    if (p.training) {
-      channel[c] = make_grad_input<acc_t>(channel[c].scale, mean[c], invstd[c], total.sum_dy,
-                                          sum_dy_xhat, static_cast<acc_t>(p.count));
-    } else {
-      channel[c] = {channel[c].scale * invstd[c]};
-    }
+    if (!p.training) return {parameters.weight * parameters.invstd};
+    return make_grad_input<acc_t>(parameters.weight, parameters.mean, parameters.invstd,
+                                  total.sum_dy, sum_dy_xhat, static_cast<acc_t>(p.count));
   }
 
   __device__ __forceinline__ Pair<acc_t> form(const Vec<scalar_t> (&vec)[kTensors], int l) const {
-    return grad_input(channel[Cursor::channel_of(l)], channel[Cursor::channel_of(l + 1)], vec[0],
+    return grad_input(formula[Cursor::channel_of(l)], formula[Cursor::channel_of(l + 1)], vec[0],
                       vec[1], l);
   }
 };

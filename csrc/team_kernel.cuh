@@ -7,10 +7,10 @@
 //   kTensors, Acc, tensor(p, k)                   what is loaded
 //   Operation(p, cursor)                          loads what accumulate() needs per channel
 //   accumulate<kBatched>(acc, vec, windows)       a batch of windows into the accumulators
-//   prefetch(p, cursor, c)                        loads what finish() needs for channel c of the
-//                                                 thread, ahead of the exchange where there is room
-//   begin_finish(p, cursor)                       what is done once a round, before
-//   finish(p, cursor, total, c)                   the channel's results, from the team's total
+//   Parameters(p, channel)                        loads what finish() needs, ahead of the exchange
+//   finish(p, parameters, total, channel, owner)  the channel's Formula, from the team's total; the
+//                                                 owner, one thread of the team, saves results
+//   formula[c]                                    that of channel c of the thread
 //   output(p), form(vec, l)                       lanes l and l + 1 of the output
 #pragma once
 
@@ -19,6 +19,70 @@
 #include "team.cuh"
 
 namespace batchnorm_cuda {
+
+// Exchanges and finishes where all lanes of a thread are of one channel.
+template <typename Cursor, typename Operation, typename Exchange, typename Params>
+__device__ __forceinline__ void finish_channel(const Params& p, const Cursor& cursor,
+                                               Exchange& exchange, Operation& operation,
+                                               typename Operation::Acc& acc) {
+  const bool valid = cursor.channel_valid(0);
+  typename Operation::Parameters parameters;
+  if (valid) parameters = Operation::load_parameters(p, cursor.channel(0));
+  exchange.all_reduce(acc);
+  if (!valid) return;
+  const bool owner = cursor.owns_channel(0);
+  operation.formula[0] = Operation::finish(p, parameters, acc, cursor.channel(0), owner);
+}
+
+// The same with a channel a lane: a thread finishes another of the block's channels, and leaves its
+// formula in shared memory for all that have lanes of it.
+template <typename Cursor, typename Operation, typename Exchange, typename Params>
+__device__ __forceinline__ void finish_channels(const Params& p, const Cursor& cursor,
+                                                Exchange& exchange, Operation& operation,
+                                                typename Operation::Acc (&acc)[Cursor::kChannels]) {
+  using Formula = typename Operation::Formula;
+  using index_t = typename Cursor::index_t;
+  const Traversal& t = p.team.traversal;
+  const int channels = Cursor::channels(t);
+  const int threads = blockDim.x * blockDim.y;
+  int mine = threadIdx.y * blockDim.x + threadIdx.x;
+  forget_derived(mine);
+  const int64_t first = Cursor::first_channel(t, exchange.template group<index_t>());
+  typename Operation::Parameters parameters;
+  if (mine < channels && first + mine < t.c) {
+    parameters = Operation::load_parameters(p, first + mine);
+  }
+  auto* const results = exchange.all_reduce(cursor, acc);
+  const bool owner = exchange.rank() == 0;
+#pragma unroll 1
+  for (int k = mine; k < channels; k += threads) {
+    const int64_t channel = first + k;
+    Formula formula = {};
+    if (channel < t.c) {
+      if (k != mine) parameters = Operation::load_parameters(p, channel);
+      typename Operation::Acc total;
+#pragma unroll
+      for (int f = 0; f < Operation::Acc::kFields; ++f) {
+        total.field(f) = load_shared(results + f * channels + k);
+      }
+      formula = Operation::finish(p, parameters, total, channel, owner);
+    }
+#pragma unroll
+    for (int f = 0; f < Formula::kFields; ++f) {
+      store_shared(results + f * channels + k, formula.field(f));
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int c = 0; c < Cursor::kChannels; ++c) {
+    const int k = cursor.channel_of_block(c);
+#pragma unroll
+    for (int f = 0; f < Formula::kFields; ++f) {
+      operation.formula[c].field(f) = load_shared(results + f * channels + k);
+    }
+  }
+  __syncthreads();
+}
 
 // kWindows: team_windows() of the plan, in the kernel's name for who reads its machine code.
 // Epilogue: what is fused (fused.cuh).
@@ -52,15 +116,10 @@ __global__ void __launch_bounds__(kTeamThreads, kTeamBlocksPerSm)
       }
     }
     cursor.forget();
-    // With a channel a lane there are no registers left to wait with what is loaded.
-    constexpr bool kAhead = Cursor::kChannels == 1;
-    if constexpr (kAhead) operation.prefetch(p, cursor, 0);
-    exchange.all_reduce(cursor, acc);
-    operation.begin_finish(p, cursor);
-#pragma unroll
-    for (int c = 0; c < Cursor::kChannels; ++c) {
-      if constexpr (!kAhead) operation.prefetch(p, cursor, c);
-      operation.finish(p, cursor, acc[c], c);
+    if constexpr (Cursor::kChannels == 1) {
+      finish_channel(p, cursor, exchange, operation, acc[0]);
+    } else {
+      finish_channels(p, cursor, exchange, operation, acc);
     }
     resident.write(operation, cursor);
   }

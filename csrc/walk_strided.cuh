@@ -131,6 +131,15 @@ struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
 
   __device__ __forceinline__ Window<index_t> current() const { return {offset_, 0, kVecSize}; }
 
+  // Of a team: the channels of a block, the first of them, and that of a lane among them.
+  __device__ __forceinline__ static int channels(const Traversal&) { return blockDim.x * kVecSize; }
+  __device__ __forceinline__ static int64_t first_channel(const Traversal&, index_t channel_block) {
+    return int64_t{channel_block} * blockDim.x * kVecSize;
+  }
+  __device__ __forceinline__ int channel_of_block(int lane) const {
+    return threadIdx.x * kVecSize + lane;
+  }
+
  protected:
   // At the first of all windows, edges too.
   __device__ __forceinline__ void begin() {
@@ -167,10 +176,17 @@ struct AlongRow : AlongC<scalar, index, exact> {
     return j * static_cast<int>(this->t_.segments * this->t_.s);
   }
 
-  // The channel of a lane among those of the channel block.
-  __device__ __forceinline__ int segment(int lane) const {
-    const int in_block = threadIdx.x * Base::kVecSize + lane;
-    return in_block / static_cast<int>(this->t_.s) % static_cast<int>(this->t_.segments);
+  // See AlongC.
+  __device__ __forceinline__ static int channels(const Traversal& t) {
+    return static_cast<int>(t.segments);
+  }
+  __device__ __forceinline__ static int64_t first_channel(const Traversal& t, index channel_block) {
+    const auto position = static_cast<unsigned_t>(Base::first_channel(t, channel_block));
+    return position / static_cast<unsigned_t>(t.s) % static_cast<unsigned_t>(t.c);
+  }
+  __device__ __forceinline__ int channel_of_block(int lane) const {
+    return Base::channel_of_block(lane) / static_cast<int>(this->t_.s) %
+           static_cast<int>(this->t_.segments);
   }
   __device__ __forceinline__ int64_t channel(int lane) const {
     return static_cast<unsigned_t>(position(lane)) / s() % static_cast<unsigned_t>(this->t_.c);
@@ -245,18 +261,22 @@ struct AlongSamples : Strided<AlongSamples<scalar, index>, scalar, index> {
   __device__ __forceinline__ bool channel_valid(int lane) const {
     return lane >= lo_ && lane < hi_;
   }
-  __device__ __forceinline__ int64_t channel(int lane) const { return first_ + segment(lane); }
-  __device__ __forceinline__ bool owns_channel(int lane) const {
-    return row_ == 0 && threadIdx.y == 0 && channel_valid(lane) &&
-           place(lane) % static_cast<int>(t_.s) == 0;
+  __device__ __forceinline__ int64_t channel(int lane) const {
+    return first_ + channel_of_block(lane);
   }
 
   // See AlongRow; sample j is threadIdx.y == j.
+  __device__ __forceinline__ static int channels(const Traversal& t) {
+    return static_cast<int>(t.segments);
+  }
+  __device__ __forceinline__ static int64_t first_channel(const Traversal& t, index channel_block) {
+    return channel_block * t.segments;
+  }
+  __device__ __forceinline__ int channel_of_block(int lane) const {
+    return channel_valid(lane) ? place(lane) / static_cast<int>(t_.s) : 0;
+  }
   __device__ __forceinline__ int first_column(int j) const {
     return j * blockDim.x * kVecSize + window_start(j);
-  }
-  __device__ __forceinline__ int segment(int lane) const {
-    return channel_valid(lane) ? place(lane) / static_cast<int>(t_.s) : 0;
   }
 
  private:

@@ -55,12 +55,15 @@ MERGE = "merge_rows"
 
 PLACE = r"team_kernel<.+>: block \(\d+,0,0\) thread \(\d+,\d+,0\) at {file}:\d+: "
 OTHER = r"by block \(\d+,0,0\) thread \(\d+,\d+,0\) with "
-ACCESS = PLACE.format(file=r"(?:team|reduce)\.cuh")
+ACCESS = PLACE.format(file=r"(?:team|team_kernel|reduce)\.cuh")
 SHARED_RACE = ACCESS + "shared memory race: .*" + OTHER + "no barrier between the two"
 GLOBAL_RACE = ACCESS + r"global memory race: .* of '(?:slots|sync)' .*" + OTHER + "nothing ordering"
 UNWRITTEN = ACCESS + r"(?:reads unwritten memory at .* of 'slots'|reads uninitialised shared)"
 REMOTE = ACCESS + ".*(?:before any cluster barrier|shared memory race|has left|uninitialised)"
-LEAVES = PLACE.format(file=r"team\.cuh") + ".*(?:leaves the kernel while|has left the kernel)"
+LEAVES = (
+    PLACE.format(file=r"(?:team|team_kernel)\.cuh")
+    + ".*(?:leaves the kernel while|has left the kernel)"
+)
 DEADLOCK = (
     r"team_kernel<.+>: deadlock: no thread can go on; .*\d+ threads, such as block \(\d+,0,0\) "
     r"thread \(\d+,\d+,0\): polls at team\.cuh:\d+"
@@ -97,7 +100,7 @@ PLAIN_POLL = in_team("plain poll", POLL, poll_with("load_global"))
 FLAG_TOO_EARLY = in_team("flags of the round before", POLL, poll_with("1 + load_acquire"))
 SLOT_TOO_EARLY = in_team("slot reused a round early", PARITY, "0")
 SAME_EPOCH = in_team("epoch not advanced", NEXT_EPOCH, "load_acquire(sync_ + kEpoch)")
-NO_TOTALS = in_team("no totals", "merge_slice(Cursor::kChannels * columns());", "")
+NO_TOTALS = in_team("no totals", "merge_slice(channels);", "")
 NO_RESET = in_team("finished not reset", "store_release(sync_ + kFinished, uint64_t{0});", "")
 NO_FINISH = Fault("no finish", "team_kernel.cuh", "exchange.finish();", "")
 NOT_COOPERATIVE = Fault(
@@ -140,7 +143,11 @@ namespace batchnorm_cuda {
 template LaunchStatus launch_team_forward(const TeamForwardParams<float>&, cudaStream_t);
 }
 """
-BARRIERS = [f for name in ("team.cuh", "reduce.cuh") for f in barrier_faults(name, SOURCES[name])]
+BARRIERS = [
+    fault
+    for name in ("team.cuh", "team_kernel.cuh", "reduce.cuh")
+    for fault in barrier_faults(name, SOURCES[name])
+]
 # Those whose removal changes nothing, and why.
 HARMLESS: dict[str, str] = {}  # barriers whose removal nothing can notice, and why
 

@@ -46,7 +46,7 @@ def large_stages(
                 for stage in ("reduce", "elementwise"):
                     if stage in plan:
                         t = plan[stage]
-                        light = stage == "elementwise" and not op.startswith("double")
+                        light = "reduce" not in plan and not op.startswith("double")
                         blocks = 3 if light and t["exact"] else 2
                         yield (sizes, dtype, op, stage), t, blocks
 
