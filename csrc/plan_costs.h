@@ -5,9 +5,10 @@
 // the device's bandwidth; 0.26 to 0.28 us on the GPU below, by the fit. Only ratios matter, and
 // only between choices for one problem. An origin is one of: assumed; simulated (where); measured
 // (device, file in bench/results). All of CostModel is measured: NVIDIA H200, nvidia-h200-tune.csv,
-// by a fit to the plans that may be chosen, with grid_flag raised from 0.033 to part a tie. A fit
-// of `bench calibrate` from here differs somewhat, and its regret is 1.19 at most, not 1.08. That
-// other GPUs are like it in moves is assumed.
+// by a fit to the plans that may be chosen, with two constants raised since: grid_flag from 0.033 to
+// part a tie, and streamed from 1.67, because teams hold more than those that were timed, so that of
+// their plans the ones that read less twice are the better guess (docs/perf-log.md, 66). A fit of
+// `bench calibrate` from here differs somewhat. That other GPUs are like it in moves is assumed.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +39,7 @@ struct CostModel {
   // Ratio of what an SM can move while others are idle to its share of the bandwidth.
   double sm_rate = 1.32;
   // Moves of reading anew what a team could not hold, for each move of it.
-  double streamed = 1.67;
+  double streamed = 2.5;
   // Factor on a team's moves, of slabs that are narrower than a line of the cache.
   double narrow = 1.30;
   // Of values of 4 bytes and more, of which a window has half as many: on the rounds below.
