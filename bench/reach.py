@@ -99,20 +99,20 @@ def _merges(problem: Problem, acc: str) -> set[str]:
 
 
 def _elementwise(problem: Problem, cursor: str, epilogue: str) -> str:
-    training = str(problem.op.endswith("training")).lower()
     if problem.op in FORWARD:
         return f"transform_input_kernel<{cursor}, {epilogue}>"
     if problem.op in DOUBLE_BACKWARD:
-        return f"double_backward_elementwise_kernel<{cursor}, {training}>"
-    return f"backward_elementwise_kernel<{cursor}, {training}, {epilogue}>"
+        return f"double_backward_elementwise_kernel<{cursor}>"
+    return f"backward_elementwise_kernel<{cursor}, {epilogue}>"
 
 
 def _cursor(t: Mapping[str, Any], scalar: str) -> str:
     """As with_cursor() and its like choose (csrc/launch.cuh)."""
-    index = "int" if t["exact"] and t["index_bits"] == 32 else "long"
+    index = "int" if t["exact"] else "long"
     exact = str(t["exact"]).lower()
     if t["pattern"] == "along_s":
-        return f"AlongS<{scalar}, int>" if index == "int" else f"AlongRuns<{scalar}, long, {exact}>"
+        narrow = t["exact"] and t["index_bits"] == 32
+        return f"AlongS<{scalar}, int>" if narrow else f"AlongRuns<{scalar}, long, {exact}>"
     return f"{'AlongC' if t['pattern'] == 'along_c' else 'AlongRow'}<{scalar}, {index}, {exact}>"
 
 

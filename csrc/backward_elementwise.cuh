@@ -16,31 +16,31 @@ __device__ __forceinline__ auto load_gradient(const Params& p, const Cursor& cur
   using acc_t = typename Params::acc_t;
   if (!cursor.channel_valid(lane)) return GradInput<acc_t>{0};
   const int64_t c = cursor.channel(lane);
-  const acc_t weight = load_param_or<acc_t>(p.weight, c, 1);
+  const acc_t weight = load_param_or<typename Cursor::scalar_t>(p.weight, c, acc_t(1));
   const acc_t invstd = load_global(p.invstd + c);
   if (!p.input) return GradInput<acc_t>{weight * invstd};
   return make_grad_input<acc_t>(weight, load_global(p.mean + c), invstd, load_global(p.sum_dy + c),
                                 load_global(p.sum_dy_xhat + c), count);
 }
 
-template <typename Cursor, bool kTraining, Lanes kLanes, typename Params, typename Epilogue>
+template <typename Cursor, Lanes kLanes, typename Params, typename Epilogue>
 __device__ __forceinline__ void store_gradients(
     const Params& p, const Epilogue& epilogue, const Window<typename Cursor::index_t>& window,
     const Vec<typename Cursor::scalar_t>& dy, const Vec<typename Cursor::scalar_t>& x,
     const GradInput<typename Params::acc_t> (&channel)[Cursor::kChannels]) {
   store_output<Cursor::kExact, kLanes>(epilogue, dy, p.grad_input, window, [&](int l) {
     const auto &a = channel[Cursor::channel_of(l)], &b = channel[Cursor::channel_of(l + 1)];
-    return kTraining ? grad_input(a, b, dy, x, l) : grad_input(a, b, dy, l);
+    return grad_input(a, b, dy, x, l);
   });
 }
 
-template <typename Cursor, bool kTraining, typename Epilogue>
+template <typename Cursor, typename Epilogue>
 __global__ void __launch_bounds__(kStageThreads, elementwise_blocks_per_sm(Cursor::kExact))
     backward_elementwise_kernel(const BackwardElementwiseParams<typename Cursor::scalar_t> p,
                                 const Epilogue epilogue) {
   using scalar_t = typename Cursor::scalar_t;
   using acc_t = acc_type<scalar_t>;
-  constexpr int kUnrollPairs = kTraining ? kUnroll / 2 : kUnroll;
+  constexpr int kUnrollPairs = kUnroll / 2;
   const int64_t numel = p.traversal.numel;
   constexpr bool kAligned = Cursor::kExact || kOnBoundaries<Epilogue>;
   const bool dy_aligned = kAligned || p.grad_output_aligned;
@@ -62,35 +62,25 @@ __global__ void __launch_bounds__(kStageThreads, elementwise_blocks_per_sm(Curso
         windows[u] = {0, 0, 0};
         if (u < i) windows[u] = cursor.take_back();
         dy[u] = load_window<Cursor::kLanes>(p.grad_output, windows[u], numel, dy_aligned);
-        if (kTraining) x[u] = load_window<Cursor::kLanes>(p.input, windows[u], numel, x_aligned);
+        x[u] = load_window_or_zero<Cursor::kLanes>(p.input, windows[u], numel, x_aligned);
       }
       filter(epilogue, dy, windows);
 #pragma unroll
       for (int u = 0; u < kUnrollPairs; ++u) {
-        store_gradients<Cursor, kTraining, Cursor::kLanes>(p, epilogue, windows[u], dy[u], x[u],
-                                                           channel);
+        store_gradients<Cursor, Cursor::kLanes>(p, epilogue, windows[u], dy[u], x[u], channel);
       }
     }
     for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
       const Window<typename Cursor::index_t> windows[1] = {edge};
       Vec<scalar_t> dy[1] = {load_window<Lanes::kMasked>(p.grad_output, edge, numel, dy_aligned)};
-      Vec<scalar_t> x;
-      if (kTraining) x = load_window<Lanes::kMasked>(p.input, edge, numel, x_aligned);
+      const auto x = load_window_or_zero<Lanes::kMasked>(p.input, edge, numel, x_aligned);
       filter(epilogue, dy, windows);
-      store_gradients<Cursor, kTraining, Lanes::kMasked>(p, epilogue, edge, dy[0], x, channel);
+      store_gradients<Cursor, Lanes::kMasked>(p, epilogue, edge, dy[0], x, channel);
     });
   }
 }
 
 // ---------------------------------------------------------------------------- launchers
-
-template <typename Cursor, typename Params, typename Epilogue>
-LaunchStatus launch_gradients(const Params& params, const Epilogue& epilogue, cudaStream_t stream) {
-  const Traversal& t = params.traversal;
-  const auto kernel = params.input ? backward_elementwise_kernel<Cursor, true, Epilogue>
-                                   : backward_elementwise_kernel<Cursor, false, Epilogue>;
-  return launch_kernel(kernel, t.grid, block_of(t), 0, stream, params, epilogue);
-}
 
 template <typename scalar_t>
 LaunchStatus launch_backward_elementwise(Pattern pattern,
@@ -98,8 +88,9 @@ LaunchStatus launch_backward_elementwise(Pattern pattern,
                                          cudaStream_t stream) {
   const Traversal& t = params.traversal;
   return with_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
-    return launch_gradients<typename decltype(tag)::type>(params, Identity<acc_type<scalar_t>>{},
-                                                          stream);
+    using Epilogue = Identity<acc_type<scalar_t>>;
+    return launch_kernel(backward_elementwise_kernel<typename decltype(tag)::type, Epilogue>,
+                         t.grid, block_of(t), 0, stream, params, Epilogue{});
   });
 }
 
@@ -109,8 +100,10 @@ LaunchStatus launch_backward_elementwise(Pattern pattern,
                                          const FusedBackward<scalar_t>& fused,
                                          cudaStream_t stream) {
   const Traversal& t = params.traversal;
-  return with_fused_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
-    return launch_gradients<typename decltype(tag)::type>(params, fused, stream);
+  return with_elementwise_cursor<scalar_t, true>(pattern, t, [&](auto tag) {
+    using Epilogue = FusedBackward<scalar_t>;
+    return launch_kernel(backward_elementwise_kernel<typename decltype(tag)::type, Epilogue>,
+                         t.grid, block_of(t), 0, stream, params, fused);
   });
 }
 

@@ -90,7 +90,7 @@ template <typename scalar_t>
 LaunchStatus launch_backward_reduce(Pattern pattern, const BackwardReduceParams<scalar_t>& params,
                                     const FusedBackward<scalar_t>& fused, cudaStream_t stream) {
   const Traversal& t = params.traversal;
-  return with_fused_cursor<scalar_t>(pattern, t, [&](auto tag) {
+  return with_cursor<scalar_t, true>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
     return launch_kernel(backward_reduce_kernel<Cursor, FusedBackward<scalar_t>>, t.grid,
                          block_of(t), t.shared_bytes, stream, params, fused);

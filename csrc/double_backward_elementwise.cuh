@@ -10,17 +10,17 @@
 
 namespace batchnorm_cuda {
 
-template <bool kTraining, typename Cursor, typename Params>
+template <typename Cursor, typename Params>
 __device__ __forceinline__ auto load_double_gradient(const Params& p, const Cursor& cursor,
                                                      int lane) {
   using acc_t = typename Params::acc_t;
   if (!cursor.channel_valid(lane)) return DoubleGrad<acc_t>{};
   const int64_t c = cursor.channel(lane);
-  const acc_t weight = load_param_or<acc_t>(p.weight, c, 1);
+  const acc_t weight = load_param_or<typename Cursor::scalar_t>(p.weight, c, acc_t(1));
   const acc_t mean = load_global(p.mean + c), invstd = load_global(p.invstd + c);
-  const acc_t ggw = load_param_or<acc_t>(p.grad_grad_weight, c, 0);
-  const acc_t ggb = load_param_or<acc_t>(p.grad_grad_bias, c, 0);
-  if (!kTraining) return make_double_grad_eval(weight, mean, invstd, ggw, ggb);
+  const acc_t ggw = load_param_or<typename Cursor::scalar_t>(p.grad_grad_weight, c, acc_t(0));
+  const acc_t ggb = load_param_or<typename Cursor::scalar_t>(p.grad_grad_bias, c, acc_t(0));
+  if (!p.training) return make_double_grad_eval(weight, mean, invstd, ggw, ggb);
   DoubleGradSums<acc_t> sums;
   if (p.sums.data) sums = load_partial<DoubleGradSums<acc_t>>(p.sums, c);
   return make_double_grad(weight, mean, invstd, ggw, ggb, sums, static_cast<acc_t>(p.count));
@@ -43,7 +43,7 @@ __device__ __forceinline__ DoubleBackwardInputs<scalar_t> load_inputs(
       load_window_or_zero<kLanes>(p.input, window, numel, kExact || p.input_aligned)};
 }
 
-template <Lanes kLanes, bool kTraining, typename scalar_t, typename index_t, int kChannels>
+template <Lanes kLanes, typename scalar_t, typename index_t, int kChannels>
 __device__ __forceinline__ void store_double_gradients(
     const DoubleBackwardElementwiseParams<scalar_t>& p, const Window<index_t>& window,
     const DoubleBackwardInputs<scalar_t>& in,
@@ -55,7 +55,7 @@ __device__ __forceinline__ void store_double_gradients(
     const auto& formula = channel[l * kChannels / kVecSize];
     const auto dy = to_acc(in.dy.lane[l]), ggx = to_acc(in.ggx.lane[l]), x = to_acc(in.x.lane[l]);
     ddy[l] = formula.grad_grad_output(ggx, x);
-    dx[l] = kTraining ? formula.grad_input(dy, ggx, x) : formula.grad_input(dy);
+    dx[l] = p.training ? formula.grad_input(dy, ggx, x) : formula.grad_input(dy);
   }
   if (p.grad_grad_output) {
     store_window<kLanes>(p.grad_grad_output, window, round_to<scalar_t>(ddy));
@@ -63,7 +63,7 @@ __device__ __forceinline__ void store_double_gradients(
   if (p.grad_input) store_window<kLanes>(p.grad_input, window, round_to<scalar_t>(dx));
 }
 
-template <typename Cursor, bool kTraining>
+template <typename Cursor>
 __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     double_backward_elementwise_kernel(
         const DoubleBackwardElementwiseParams<typename Cursor::scalar_t> p) {
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     DoubleGrad<acc_type<scalar_t>> channel[Cursor::kChannels];
 #pragma unroll
     for (int c = 0; c < Cursor::kChannels; ++c) {
-      channel[c] = load_double_gradient<kTraining>(p, cursor, c);
+      channel[c] = load_double_gradient(p, cursor, c);
     }
     while (cursor.left > 0) {
       Window<typename Cursor::index_t> windows[kUnrollTriples];
@@ -91,12 +91,12 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
       }
 #pragma unroll
       for (int u = 0; u < kUnrollTriples; ++u) {
-        store_double_gradients<Cursor::kLanes, kTraining>(p, windows[u], inputs[u], channel);
+        store_double_gradients<Cursor::kLanes>(p, windows[u], inputs[u], channel);
       }
     }
     for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
       const auto inputs = load_inputs<Lanes::kMasked, kExact>(p, edge);
-      store_double_gradients<Lanes::kMasked, kTraining>(p, edge, inputs, channel);
+      store_double_gradients<Lanes::kMasked>(p, edge, inputs, channel);
     });
   }
 }
@@ -109,9 +109,8 @@ LaunchStatus launch_double_backward_elementwise(
   const Traversal& t = params.traversal;
   return with_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
-    const auto kernel = params.training ? double_backward_elementwise_kernel<Cursor, true>
-                                        : double_backward_elementwise_kernel<Cursor, false>;
-    return launch_kernel(kernel, t.grid, block_of(t), 0, stream, params);
+    return launch_kernel(double_backward_elementwise_kernel<Cursor>, t.grid, block_of(t), 0, stream,
+                         params);
   });
 }
 

@@ -44,13 +44,8 @@ struct GradInput {
   }
 };
 
-// Of lanes l and l + 1, whose channels are `a` and `b`: in eval mode, and in training.
-template <typename acc_t, typename scalar_t>
-__device__ __forceinline__ Pair<acc_t> grad_input(const GradInput<acc_t>& a,
-                                                  const GradInput<acc_t>& b,
-                                                  const Vec<scalar_t>& dy, int l) {
-  return Pair<acc_t>{a.scale, b.scale} * lanes(dy, l);
-}
+// Of lanes l and l + 1, whose channels are `a` and `b`. In eval mode x is zero, where it is not
+// read.
 template <typename acc_t, typename scalar_t>
 __device__ __forceinline__ Pair<acc_t> grad_input(const GradInput<acc_t>& a,
                                                   const GradInput<acc_t>& b,

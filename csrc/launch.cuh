@@ -137,49 +137,30 @@ struct CursorTag {
   using type = Cursor;
 };
 
-// Calls launch(CursorTag<Cursor>{}) with the cursor type that the plan chose.
-template <typename scalar_t, typename Launch>
+// Calls launch(CursorTag<Cursor>{}) with the cursor type that the plan chose. Where indices need 64
+// bits that is a masked one, which moves whole windows alike; of runs it would take the first
+// window for an edge, so that those have a type of their own, in kernels that fuse nothing.
+template <typename scalar_t, bool kFused = false, typename Launch>
 inline LaunchStatus with_cursor(Pattern pattern, const Traversal& t, Launch&& launch) {
   if (pattern == Pattern::kAlongS) {
     if (!t.exact) return launch(CursorTag<AlongRuns<scalar_t, int64_t, false>>{});
-    if (t.index_bits == 64) return launch(CursorTag<AlongRuns<scalar_t, int64_t, true>>{});
+    if constexpr (!kFused) {
+      if (t.index_bits == 64) return launch(CursorTag<AlongRuns<scalar_t, int64_t, true>>{});
+    }
     return launch(CursorTag<AlongS<scalar_t, int32_t>>{});
   }
   if (!t.exact) return launch(CursorTag<AlongC<scalar_t, int64_t, false>>{});
-  if (t.index_bits == 64) return launch(CursorTag<AlongC<scalar_t, int64_t, true>>{});
   return launch(CursorTag<AlongC<scalar_t, int32_t, true>>{});
 }
 
 // The same for the elementwise kernels, which walk along rows as well.
-template <typename scalar_t, typename Launch>
+template <typename scalar_t, bool kFused = false, typename Launch>
 inline LaunchStatus with_elementwise_cursor(Pattern pattern, const Traversal& t, Launch&& launch) {
   if (pattern == Pattern::kAlongRow) {
     if (!t.exact) return launch(CursorTag<AlongRow<scalar_t, int64_t, false>>{});
-    if (t.index_bits == 64) return launch(CursorTag<AlongRow<scalar_t, int64_t>>{});
     return launch(CursorTag<AlongRow<scalar_t, int32_t>>{});
   }
-  return with_cursor<scalar_t>(pattern, t, launch);
-}
-
-// The same for the fused kernels, of which there are fewer: the plan gives tensors that need 64-bit
-// indices to the masked ones.
-template <typename scalar_t, typename Launch>
-inline LaunchStatus with_fused_cursor(Pattern pattern, const Traversal& t, Launch&& launch) {
-  if (pattern == Pattern::kAlongS) {
-    if (!t.exact) return launch(CursorTag<AlongRuns<scalar_t, int64_t, false>>{});
-    return launch(CursorTag<AlongS<scalar_t, int32_t>>{});
-  }
-  if (!t.exact) return launch(CursorTag<AlongC<scalar_t, int64_t, false>>{});
-  return launch(CursorTag<AlongC<scalar_t, int32_t, true>>{});
-}
-template <typename scalar_t, typename Launch>
-inline LaunchStatus with_fused_elementwise_cursor(Pattern pattern, const Traversal& t,
-                                                  Launch&& launch) {
-  if (pattern == Pattern::kAlongRow) {
-    if (!t.exact) return launch(CursorTag<AlongRow<scalar_t, int64_t, false>>{});
-    return launch(CursorTag<AlongRow<scalar_t, int32_t>>{});
-  }
-  return with_fused_cursor<scalar_t>(pattern, t, launch);
+  return with_cursor<scalar_t, kFused>(pattern, t, launch);
 }
 
 }  // namespace batchnorm_cuda

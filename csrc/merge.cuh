@@ -25,7 +25,8 @@ template <typename acc_t>
 __device__ __forceinline__ void finish(const MergeStatisticsParams<acc_t>& p, int64_t channel,
                                        const Welford<acc_t>& total) {
   const acc_t momentum = count_batch(p.statistics, 1, channel == 0);
-  ChannelStatistics<acc_t>(p.statistics, total).save(p.statistics, channel, momentum);
+  ChannelStatistics<acc_t>(p.statistics, total)
+      .template save<ParamOf<acc_t>>(p.statistics, channel, momentum);
 }
 
 template <typename acc_t>
@@ -41,8 +42,8 @@ __device__ __forceinline__ void finish(const MergeGradientsParams<acc_t>& p, int
                                        const GradSums<acc_t>& total) {
   if (p.sum_dy) store_global(p.sum_dy + channel, total.sum_dy);
   if (p.sum_dy_xhat) store_global(p.sum_dy_xhat + channel, total.sum_dy_xhat);
-  if (p.grad_weight.data) store_param(p.grad_weight, channel, total.sum_dy_xhat);
-  if (p.grad_bias.data) store_param(p.grad_bias, channel, total.sum_dy);
+  if (p.grad_weight.data) store_param<ParamOf<acc_t>>(p.grad_weight, channel, total.sum_dy_xhat);
+  if (p.grad_bias.data) store_param<ParamOf<acc_t>>(p.grad_bias, channel, total.sum_dy);
 }
 
 template <typename acc_t>
@@ -52,7 +53,7 @@ __device__ __forceinline__ void finish(const MergeDoubleGradientsParams<acc_t>& 
   if (!p.grad_weight.data) return;
   const acc_t count = static_cast<acc_t>(p.count);
   const acc_t product = p.training ? count * centred_product(total, count) : total.sum_ggx_dy;
-  store_param(p.grad_weight, channel, load_global(p.invstd + channel) * product);
+  store_param<ParamOf<acc_t>>(p.grad_weight, channel, load_global(p.invstd + channel) * product);
 }
 
 // One block an SM is named because the compiler, left to itself, spills to make room for more.

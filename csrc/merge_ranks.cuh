@@ -95,7 +95,8 @@ __global__ void __launch_bounds__(kRankMergeThreads)
        channel += int64_t{gridDim.x} * blockDim.x) {
     const Welford<acc_t> merged = merge_channel(p, channel, static_cast<double>(total));
     const acc_t momentum = count_batch(statistics, 1, channel == 0);
-    ChannelStatistics<acc_t>(statistics, merged).save(statistics, channel, momentum);
+    ChannelStatistics<acc_t>(statistics, merged)
+        .template save<ParamOf<acc_t>>(statistics, channel, momentum);
   }
 }
 

@@ -12,14 +12,16 @@ namespace batchnorm_cuda {
 // What this thread's channels need; invalid channels (past C) get neutral values.
 template <typename Cursor, typename Params>
 __device__ __forceinline__ auto load_normalize(const Params& p, const Cursor& cursor, int lane) {
+  using scalar_t = typename Cursor::scalar_t;
   using acc_t = typename Params::acc_t;
   Normalize<acc_t> channel{0, 1, 0};
   if (!cursor.channel_valid(lane)) return channel;
   const int64_t c = cursor.channel(lane);
   acc_t invstd;
   if (p.use_running) {
-    channel.mean = load_param<acc_t>(p.running_mean, c);
-    invstd = inverse_sqrt(load_param<acc_t>(p.running_var, c) + static_cast<acc_t>(p.eps));
+    channel.mean = load_param<scalar_t, acc_t>(p.running_mean, c);
+    invstd =
+        inverse_sqrt(load_param<scalar_t, acc_t>(p.running_var, c) + static_cast<acc_t>(p.eps));
     if (p.mean && cursor.owns_channel(lane)) {
       store_global(p.mean + c, channel.mean);
       store_global(p.invstd + c, invstd);
@@ -28,8 +30,8 @@ __device__ __forceinline__ auto load_normalize(const Params& p, const Cursor& cu
     channel.mean = load_global(p.mean + c);
     invstd = load_global(p.invstd + c);
   }
-  channel.scale = load_param_or<acc_t>(p.weight, c, 1) * invstd;
-  channel.bias = load_param_or<acc_t>(p.bias, c, 0);
+  channel.scale = load_param_or<scalar_t>(p.weight, c, acc_t(1)) * invstd;
+  channel.bias = load_param_or<scalar_t>(p.bias, c, acc_t(0));
   return channel;
 }
 
@@ -104,7 +106,7 @@ template <typename scalar_t>
 LaunchStatus launch_normalize(Pattern pattern, const NormalizeParams<scalar_t>& params,
                               const FusedForward<scalar_t>& fused, cudaStream_t stream) {
   const Traversal& t = params.traversal;
-  return with_fused_elementwise_cursor<scalar_t>(pattern, t, [&](auto tag) {
+  return with_elementwise_cursor<scalar_t, true>(pattern, t, [&](auto tag) {
     using Cursor = typename decltype(tag)::type;
     return launch_kernel(transform_input_kernel<Cursor, FusedForward<scalar_t>>, t.grid,
                          block_of(t), 0, stream, params, fused);

@@ -180,8 +180,8 @@ Traversal plan_traversal(const Problem& p, Pattern pattern, int shift,
     return lay_out_traversal(p, pattern, shift, exact, vec, stage, rows);
   };
   const Traversal t = lay_out(exact);
-  // Of fused kernels only the masked ones have 64-bit indices.
-  return p.fused && t.exact && t.index_bits == 64 ? lay_out(false) : t;
+  const bool masked = p.fused || t.pattern != Pattern::kAlongS;  // see with_cursor()
+  return t.exact && t.index_bits == 64 && masked ? lay_out(false) : t;
 }
 
 MergeGeometry plan_merge(const Traversal& reduce, int fields, int acc_size,

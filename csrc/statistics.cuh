@@ -45,21 +45,24 @@ struct ChannelStatistics {
     unbiased_var = total.m2 / (count > 1 ? count - 1 : acc_t(1));
   }
 
-  // To be called by one thread per channel and launch.
+  // To be called by one thread per channel and launch. `scalar_t`: see with_param().
+  template <typename scalar_t>
   __device__ __forceinline__ void save(const StatisticsOutput<acc_t>& p, int64_t channel,
                                        acc_t momentum) const {
     store_global(p.save_mean + channel, mean);
     store_global(p.save_invstd + channel, invstd);
     if (p.running_mean.data == nullptr) return;
-    update(p.running_mean, channel, mean, momentum);
-    update(p.running_var, channel, unbiased_var, momentum);
+    update<scalar_t>(p.running_mean, channel, mean, momentum);
+    update<scalar_t>(p.running_var, channel, unbiased_var, momentum);
   }
 
  private:
+  template <typename scalar_t>
   __device__ __forceinline__ static void update(const ParamPointer& running, int64_t channel,
                                                 acc_t batch, acc_t momentum) {
-    store_param(running, channel,
-                update_running(load_param<acc_t>(running, channel), batch, momentum));
+    store_param<scalar_t>(
+        running, channel,
+        update_running(load_param<scalar_t, acc_t>(running, channel), batch, momentum));
   }
 };
 

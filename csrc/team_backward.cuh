@@ -25,7 +25,7 @@ struct TeamBackward {
     acc_t weight, mean, invstd;
   };
   __device__ __forceinline__ static Parameters load_parameters(const Params& p, int64_t channel) {
-    return {load_param_or<acc_t>(p.weight, channel, 1), load_global(p.mean + channel),
+    return {load_param_or<scalar_t>(p.weight, channel, acc_t(1)), load_global(p.mean + channel),
             load_global(p.invstd + channel)};
   }
 
@@ -52,8 +52,8 @@ struct TeamBackward {
                                                    const Acc& total, int64_t channel, bool owner) {
     const acc_t sum_dy_xhat = total.sum_dy_xhat * parameters.invstd;
     if (owner) {
-      if (p.grad_weight.data) store_param(p.grad_weight, channel, sum_dy_xhat);
-      if (p.grad_bias.data) store_param(p.grad_bias, channel, total.sum_dy);
+      if (p.grad_weight.data) store_param<scalar_t>(p.grad_weight, channel, sum_dy_xhat);
+      if (p.grad_bias.data) store_param<scalar_t>(p.grad_bias, channel, total.sum_dy);
     }
     if (!p.training) return {parameters.weight * parameters.invstd};
     return make_grad_input<acc_t>(parameters.weight, parameters.mean, parameters.invstd,

@@ -24,7 +24,8 @@ struct TeamForward {
     acc_t weight, bias;
   };
   __device__ __forceinline__ static Parameters load_parameters(const Params& p, int64_t channel) {
-    return {load_param_or<acc_t>(p.weight, channel, 1), load_param_or<acc_t>(p.bias, channel, 0)};
+    return {load_param_or<scalar_t>(p.weight, channel, acc_t(1)),
+            load_param_or<scalar_t>(p.bias, channel, acc_t(0))};
   }
 
   __device__ __forceinline__ static const scalar_t* tensor(const Params& p, int) { return p.input; }
@@ -44,7 +45,7 @@ struct TeamForward {
     const ChannelStatistics<acc_t> statistics(p.statistics, total);
     if (owner) {
       const acc_t momentum = count_batch(p.statistics, 1, channel == 0);
-      statistics.save(p.statistics, channel, momentum);
+      statistics.template save<scalar_t>(p.statistics, channel, momentum);
     }
     return {statistics.mean, parameters.weight * statistics.invstd, parameters.bias};
   }

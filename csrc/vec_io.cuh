@@ -185,45 +185,46 @@ __device__ __forceinline__ Vec<scalar_t> round_to(
   return vec;
 }
 
+// A parameter is of the activations' type or float (checks.cpp). `scalar_t` is that type, or where
+// a kernel serves all that accumulate in float, OfFloat.
+struct OfFloat {};
 template <typename acc_t>
+using ParamOf = std::conditional_t<std::is_same_v<acc_t, float>, OfFloat, acc_t>;
+
+// f(pointer to the parameter's values).
+template <typename scalar_t, typename F>
+__device__ __forceinline__ auto with_param(const ParamPointer& param, F&& f) {
+  if (param.dtype == Dtype::kFloat) return f(static_cast<float*>(param.data));
+  if constexpr (std::is_same_v<scalar_t, OfFloat>) {
+    if (param.dtype == Dtype::kHalf) return f(static_cast<__half*>(param.data));
+    return f(static_cast<__nv_bfloat16*>(param.data));
+  } else {
+    return f(static_cast<scalar_t*>(param.data));
+  }
+}
+
+template <typename scalar_t, typename acc_t>
 __device__ __forceinline__ acc_t load_param(const ParamPointer& param, int64_t i,
                                             Site site = Site::current()) {
-  switch (param.dtype) {
-    case Dtype::kHalf:
-      return to_acc(load_global(static_cast<const __half*>(param.data) + i, site));
-    case Dtype::kBFloat16:
-      return to_acc(load_global(static_cast<const __nv_bfloat16*>(param.data) + i, site));
-    case Dtype::kFloat:
-      return load_global(static_cast<const float*>(param.data) + i, site);
-    default:
-      return static_cast<acc_t>(load_global(static_cast<const double*>(param.data) + i, site));
-  }
+  return with_param<scalar_t>(param, [&](const auto* data) {
+    return static_cast<acc_t>(to_acc(load_global(data + i, site)));
+  });
 }
 
 // The parameter, or a neutral value where it is absent.
-template <typename acc_t>
+template <typename scalar_t, typename acc_t = acc_type<scalar_t>>
 __device__ __forceinline__ acc_t load_param_or(const ParamPointer& param, int64_t i, acc_t absent,
                                                Site site = Site::current()) {
-  return param.data ? load_param<acc_t>(param, i, site) : absent;
+  return param.data ? load_param<scalar_t, acc_t>(param, i, site) : absent;
 }
 
-template <typename acc_t>
+template <typename scalar_t, typename acc_t>
 __device__ __forceinline__ void store_param(const ParamPointer& param, int64_t i, acc_t value,
                                             Site site = Site::current()) {
-  const float single = static_cast<float>(value);
-  switch (param.dtype) {
-    case Dtype::kHalf:
-      store_global(static_cast<__half*>(param.data) + i, __float2half_rn(single), site);
-      break;
-    case Dtype::kBFloat16:
-      store_global(static_cast<__nv_bfloat16*>(param.data) + i, __float2bfloat16_rn(single), site);
-      break;
-    case Dtype::kFloat:
-      store_global(static_cast<float*>(param.data) + i, single, site);
-      break;
-    default:
-      store_global(static_cast<double*>(param.data) + i, static_cast<double>(value), site);
-  }
+  with_param<scalar_t>(param, [&](auto* data) {
+    using param_t = std::remove_pointer_t<decltype(data)>;
+    store_global(data + i, from_acc<param_t>(static_cast<acc_type<param_t>>(value)), site);
+  });
 }
 
 }  // namespace batchnorm_cuda
