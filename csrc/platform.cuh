@@ -21,10 +21,7 @@
 #include "simt.h"
 #define BATCHNORM_CUDA_HAS_CLUSTERS 1
 #else
-#include <cooperative_groups.h>
 #include <cuda_pipeline_primitives.h>
-
-#include <cuda/atomic>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define BATCHNORM_CUDA_HAS_CLUSTERS 1
 #endif
@@ -148,54 +145,72 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// The atomic accesses and the cluster's operations below are of the PTX ISA: <cuda/atomic> and
+// <cooperative_groups.h> make the same instructions, and take a second of every compilation.
+
 // Publishes `value`: what this thread wrote before, and what it saw written by way of a barrier,
 // is visible to a thread of the device that reads the value by load_acquire.
-template <typename T>
-__device__ __forceinline__ void store_release(T* address, T value, Site site = Site::current()) {
+__device__ __forceinline__ void store_release(uint64_t* address, uint64_t value,
+                                              Site site = Site::current()) {
 #ifdef BATCHNORM_CUDA_HOST_MODEL
-  simt::on_atomic_access(address, sizeof(T), simt::Access::kWrite, simt::Order::kRelease, site);
+  simt::on_atomic_access(address, sizeof(value), simt::Access::kWrite, simt::Order::kRelease, site);
   *address = value;
 #else
-  cuda::atomic_ref<T, cuda::thread_scope_device>(*address).store(value, cuda::memory_order_release);
+  static_cast<void>(site);
+  asm volatile("st.release.gpu.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 #endif
 }
 
-template <typename T>
-__device__ __forceinline__ T load_acquire(T* address, Site site = Site::current()) {
+__device__ __forceinline__ uint64_t load_acquire(uint64_t* address, Site site = Site::current()) {
 #ifdef BATCHNORM_CUDA_HOST_MODEL
-  simt::on_atomic_access(address, sizeof(T), simt::Access::kRead, simt::Order::kAcquire, site);
+  simt::on_atomic_access(address, sizeof(*address), simt::Access::kRead, simt::Order::kAcquire,
+                         site);
   return *address;
 #else
-  return cuda::atomic_ref<T, cuda::thread_scope_device>(*address).load(cuda::memory_order_acquire);
+  static_cast<void>(site);
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
 #endif
 }
 
 // Adds and returns the old value; both publishes and observes.
-template <typename T>
-__device__ __forceinline__ T fetch_add(T* address, T value, Site site = Site::current()) {
+__device__ __forceinline__ uint64_t fetch_add(uint64_t* address, uint64_t value,
+                                              Site site = Site::current()) {
 #ifdef BATCHNORM_CUDA_HOST_MODEL
-  simt::on_atomic_access(address, sizeof(T), simt::Access::kUpdate, simt::Order::kAcquireRelease,
-                         site);
-  const T old = *address;
+  simt::on_atomic_access(address, sizeof(value), simt::Access::kUpdate,
+                         simt::Order::kAcquireRelease, site);
+  const uint64_t old = *address;
   *address = old + value;
   return old;
 #else
-  return cuda::atomic_ref<T, cuda::thread_scope_device>(*address).fetch_add(
-      value, cuda::memory_order_acq_rel);
+  static_cast<void>(site);
+  uint64_t old;
+  asm volatile("atom.add.acq_rel.gpu.u64 %0, [%1], %2;"
+               : "=l"(old)
+               : "l"(address), "l"(value)
+               : "memory");
+  return old;
 #endif
 }
 
 // Adds and returns the old value; orders no other access.
-template <typename T>
-__device__ __forceinline__ T fetch_add_relaxed(T* address, T value, Site site = Site::current()) {
+__device__ __forceinline__ int64_t fetch_add_relaxed(int64_t* address, int64_t value,
+                                                     Site site = Site::current()) {
 #ifdef BATCHNORM_CUDA_HOST_MODEL
-  simt::on_atomic_access(address, sizeof(T), simt::Access::kUpdate, simt::Order::kRelaxed, site);
-  const T old = *address;
+  simt::on_atomic_access(address, sizeof(value), simt::Access::kUpdate, simt::Order::kRelaxed,
+                         site);
+  const int64_t old = *address;
   *address = old + value;
   return old;
 #else
-  return cuda::atomic_ref<T, cuda::thread_scope_device>(*address).fetch_add(
-      value, cuda::memory_order_relaxed);
+  static_cast<void>(site);
+  int64_t old;
+  asm volatile("atom.add.relaxed.gpu.u64 %0, [%1], %2;"
+               : "=l"(old)
+               : "l"(address), "l"(value)
+               : "memory");
+  return old;
 #endif
 }
 
@@ -215,25 +230,23 @@ __device__ __forceinline__ void or_relaxed(uint32_t* address, uint32_t bits,
 // The same shared-memory object in block `rank` of the cluster.
 template <typename T>
 __device__ __forceinline__ T* cluster_shared(T* address, int rank) {
-#ifdef BATCHNORM_CUDA_HAS_CLUSTERS
+#ifdef BATCHNORM_CUDA_HOST_MODEL
   return cooperative_groups::this_cluster().map_shared_rank(address, rank);
+#elif defined(BATCHNORM_CUDA_HAS_CLUSTERS)
+  T* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(address), "r"(rank));
+  return there;
 #else
   return address;  // the plan never chooses clusters here
 #endif
 }
 
-// No load below starts before those above are done. For the sake of registers: the compiler starts
-// as many loads as it can at once, and spills what is in its way.
-__device__ __forceinline__ void hold_back_loads() {
-#ifndef BATCHNORM_CUDA_HOST_MODEL
-  __threadfence_block();
-#endif
-}
-
 // Barrier over the threads of all blocks of the cluster; orders their shared-memory accesses.
 __device__ __forceinline__ void cluster_barrier() {
-#ifdef BATCHNORM_CUDA_HAS_CLUSTERS
+#ifdef BATCHNORM_CUDA_HOST_MODEL
   cooperative_groups::this_cluster().sync();
+#elif defined(BATCHNORM_CUDA_HAS_CLUSTERS)
+  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
