@@ -15,8 +15,8 @@ _ELEMENTWISE = {"forward": "transform_input_kernel", "eval": "transform_input_ke
 
 WINDOW_BYTES = 16
 _WARP_SIZE = 32
-# csrc/plan.h: kUnroll windows a thread of a stage kernel loads before it uses the first, and the
-# blocks of it that its registers let an SM hold at least; more of an exact elementwise kernel.
+# csrc/geometry.h: kUnroll windows a thread of a stage kernel loads before it uses the first, and
+# the blocks of it that its registers let an SM hold at least; more of an exact elementwise kernel.
 _STAGE_LOADS = 4
 _STAGE_BLOCKS_PER_SM, _ELEMENTWISE_BLOCKS_PER_SM = 2, 3
 # Those of the double backward: windows of dy, x and the gradient of dx at one position, or at two

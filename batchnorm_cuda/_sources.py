@@ -38,7 +38,7 @@ HOST_SOURCES = (
     "tensors.cpp",
 )
 DEVICE_CONTEXT = "device_context.cpp"
-_KERNEL_PARTS = ("team_backward", "stages", "team_forward", "fused_team_forward")
+_KERNEL_PARTS = ("team_forward", "stages", "team_backward")
 # The kernels, by table (csrc/kernel_table.h): what all dtypes share, and each dtype.
 KERNEL_TABLES = {
     "common": ("common.cu",),

@@ -12,7 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "plan.h"
+#include "geometry.h"
 
 namespace batchnorm_cuda {
 

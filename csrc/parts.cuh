@@ -1,4 +1,4 @@
-// Which part of which channel block a thread block works on (plan.h, Traversal).
+// Which part of which channel block a thread block works on (geometry.h, Traversal).
 #pragma once
 
 #include "platform.cuh"

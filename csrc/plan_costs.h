@@ -5,10 +5,11 @@
 // the device's bandwidth; 0.26 to 0.28 us on the GPU below, by the fit. Only ratios matter, and
 // only between choices for one problem. An origin is one of: assumed; simulated (where); measured
 // (device, file in bench/results). All of CostModel is measured: NVIDIA H200, nvidia-h200-tune.csv,
-// by a fit to the plans that may be chosen, with two constants raised since: grid_flag from 0.033 to
-// part a tie, and streamed from 1.67, because teams hold more than those that were timed, so that of
-// their plans the ones that read less twice are the better guess (docs/perf-log.md, 66). A fit of
-// `bench calibrate` from here differs somewhat. That other GPUs are like it in moves is assumed.
+// by a fit to the plans that may be chosen, with two constants raised since: grid_flag from 0.033
+// to part a tie, and streamed from 1.67, because teams hold more than those that were timed, so
+// that of their plans the ones that read less twice are the better guess (docs/perf-log.md, 66). A
+// fit of `bench calibrate` from here differs somewhat. That other GPUs are like it in moves is
+// assumed.
 #pragma once
 
 #include <cstdint>

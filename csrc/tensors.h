@@ -5,6 +5,7 @@
 
 #include "launch.h"
 #include "ops.h"
+#include "plan.h"
 
 namespace batchnorm_cuda {
 

@@ -1,4 +1,4 @@
-// How a thread walks over its windows of the tensor, for the access patterns of plan.h. A cursor is
+// How a thread walks over its windows of the tensor, for the access patterns of geometry.h. A cursor is
 // made per task, or per split and channel block; `left` windows remain, take() hands out the next
 // one. No division per window.
 //

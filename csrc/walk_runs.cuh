@@ -1,8 +1,8 @@
 // Walks over runs of S: a thread has one channel at a time (traversal.cuh).
 #pragma once
 
+#include "geometry.h"
 #include "parts.cuh"
-#include "plan.h"
 #include "vec_io.cuh"
 
 namespace batchnorm_cuda {

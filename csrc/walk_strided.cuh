@@ -2,8 +2,8 @@
 // (traversal.cuh).
 #pragma once
 
+#include "geometry.h"
 #include "parts.cuh"
-#include "plan.h"
 #include "vec_io.cuh"
 
 namespace batchnorm_cuda {
@@ -160,7 +160,7 @@ struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
   using Walk::step_;
 };
 
-// Along a row: columns as along C, but several of them are one channel (plan.h). For runs too short
+// Along a row: columns as along C, but several of them are one channel (geometry.h). For runs too short
 // or too odd for whole windows along S, and for channels-last rows that are no whole windows: a row
 // of all channels, or a few rows together, always is. Edges, where the tensor is no whole number of
 // rows, are for elementwise kernels.

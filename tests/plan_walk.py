@@ -1,4 +1,4 @@
-"""The walk of the kernels over the tensor, restated in numpy from the description in csrc/plan.h.
+"""The walk of the kernels over the tensor, restated in numpy from what csrc/geometry.h says.
 
 It knows nothing of the planner's choices, nor does it share a line with csrc/traversal.cuh.
 """

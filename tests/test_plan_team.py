@@ -24,7 +24,7 @@ from batchnorm_cuda import devices
 
 THREADS = 256
 RESERVED_BYTES = 1024  # of shared memory, per block, by the system
-# Windows of all tensors that a thread holds in registers, and the registers it has (csrc/plan.h).
+# Windows of all tensors that a thread holds in registers, and its registers (csrc/geometry.h).
 MAX_REGISTER_WINDOWS, REGISTERS = 16, 128
 OPS = ("forward_training", "backward_training", "backward_eval")
 NAMES = sorted(devices.DEVICES)
@@ -345,7 +345,7 @@ WORKLOADS["features"] = [(n, c, 1) for n, c in FEATURES]
 
 def on_chip_bytes(device: dict[str, Any], dtype: str, tensors: int, along_s: bool) -> int:
     """What teams must be able to hold on chip: of registers what 512 threads of an SM keep (csrc/
-    plan.h, team_windows); of shared memory whole windows of a block's threads, beside what is
+    geometry.h, team_windows); of shared memory whole windows of a block's threads, beside what is
     reserved and 4 KB that a block works with.
     """
     windows = 8 if not along_s else 12 if dtype == "float64" else 16

@@ -9,7 +9,7 @@ device's full bandwidth an SM moves those in
 Instructions per window (16 bytes loaded or stored by a thread) over those slots is the share of
 issue slots that the loop needs to keep up with memory. At most ISSUE_SHARE of them: the rest is for
 reductions and exchanges, and for cycles in which no warp is ready. All kernels have 16 warps an SM
-(csrc/plan.h), four a scheduler: as many as the four cycles that arithmetic takes, so that a
+(csrc/geometry.h), four a scheduler: as many as the four cycles that arithmetic takes, so that a
 scheduler can issue in every cycle though each warp waits for its own last result. The windows of a
 loop count as traffic of DRAM, also where the L2 cache serves them and time would be shorter; clocks
 are boost clocks.

@@ -1,9 +1,0 @@
-// The team kernels of the fused forward pass in double.
-#include "team_forward_launch.cuh"
-
-namespace batchnorm_cuda {
-
-template LaunchStatus launch_team_forward(const TeamForwardParams<double>&,
-                                          const FusedForward<double>&, cudaStream_t);
-
-}  // namespace batchnorm_cuda

@@ -1,9 +1,0 @@
-// The team kernels of the fused forward pass in float.
-#include "team_forward_launch.cuh"
-
-namespace batchnorm_cuda {
-
-template LaunchStatus launch_team_forward(const TeamForwardParams<float>&,
-                                          const FusedForward<float>&, cudaStream_t);
-
-}  // namespace batchnorm_cuda

@@ -1,9 +1,0 @@
-// The team kernels of the fused forward pass in half.
-#include "team_forward_launch.cuh"
-
-namespace batchnorm_cuda {
-
-template LaunchStatus launch_team_forward(const TeamForwardParams<__half>&,
-                                          const FusedForward<__half>&, cudaStream_t);
-
-}  // namespace batchnorm_cuda
