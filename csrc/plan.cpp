@@ -73,7 +73,7 @@ void deal_work(Traversal& t, int64_t work, int64_t work_per_block, const Stage& 
   t.per_split = units / t.grid;
   t.spare = units % t.grid;
   const bool whole = t.grid % t.channel_blocks == 0;  // stretches end where channel blocks do
-  t.splits = whole ? t.grid / t.channel_blocks : ceil_div(work - 1, t.per_split) + 1;
+  t.splits = ceil_div(t.grid, t.channel_blocks) + (whole ? 0 : 1);
 }
 
 // Along S. Short channels share a block: threads_x lanes of a warp, up to the whole block, serve
