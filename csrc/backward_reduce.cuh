@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
       for (int c = 0; c < kChannels; ++c) {
         sums[c].sum_dy_xhat *= load_global(p.invstd + cursor.channel(c));
       }
-      store_partials(p.partials, p.traversal, part, cursor, sums);
     }
+    store_partials(p.partials, p.traversal, part, cursor, sums, shared);
   }
 }
 

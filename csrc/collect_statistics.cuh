@@ -57,9 +57,7 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
       add_statistics<Cursor, Batched::kMasked>(stats, vec, windows);
     });
     reduce_members<Cursor>(stats, shared);
-    if (Cursor::member() == 0 && cursor.channel_valid(0)) {
-      store_partials(p.partials, p.traversal, part, cursor, stats);
-    }
+    store_partials(p.partials, p.traversal, part, cursor, stats, shared);
   }
 }
 

@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
         sums[c].sum_dy_xhat *= invstd;
         sums[c].sum_ggx_xhat *= invstd;
       }
-      store_partials(p.partials, p.traversal, part, cursor, sums);
     }
+    store_partials(p.partials, p.traversal, part, cursor, sums, shared);
   }
 }
 

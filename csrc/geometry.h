@@ -66,10 +66,12 @@ inline constexpr int acc_bytes(Dtype dtype) { return dtype == Dtype::kDouble ? 8
 // that the compiler places without a spill for every architecture (`make sass`).
 BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exact, int value_bytes,
                                                       int tensors, bool fused = false) {
-  if (pattern != Pattern::kAlongS) {
-    return pattern == Pattern::kAlongRow && !exact && fused && tensors == 1 ? 4 : 8;
-  }
-  return value_bytes < 8 ? 16 : exact ? 12 : 8;
+  const bool forward = tensors == 1;
+  const bool half = value_bytes == 2;  // with twice the lanes, and sums
+  if (pattern == Pattern::kAlongRow && !exact && forward) return half ? 3 - fused : fused ? 4 : 8;
+  if (pattern != Pattern::kAlongS) return forward && half ? 6 : 8;
+  if (value_bytes == 8) return exact ? (forward ? 10 : 12) : 8;
+  return forward && !exact ? 14 : 16;
 }
 
 // Rows of a block of columns x rows threads that column_reduce merges by warp shuffles: all rows of
@@ -116,6 +118,7 @@ struct Traversal {
   int64_t row_windows = 1;  // along S: whole windows of a run; along C: windows of a row group
   int64_t rows = 1;         // along S: N runs per channel;  along C: row groups
   int64_t row_repeat = 1;   // along C and along rows: rows of C*S elements in a row group, else 1
+  bool folds = false;       // along C: a block has all row_repeat columns of a channel
   int64_t channel_blocks = 1;
   int64_t segments = 0;   // along a row: channels of a channel block
   int64_t work = 1;       // units of a channel block: windows of a channel, or row groups

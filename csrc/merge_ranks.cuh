@@ -78,8 +78,9 @@ __device__ __forceinline__ Welford<acc_t> merge_channel(const MergeRanksParams<a
   return merged;
 }
 
+// One block an SM, as for merge_kernel.
 template <typename acc_t>
-__global__ void __launch_bounds__(kRankMergeThreads)
+__global__ void __launch_bounds__(kRankMergeThreads, 1)
     merge_ranks_kernel(const MergeRanksParams<acc_t> p) {
   int64_t total = 0;
   for (int r = 0; r < p.ranks; ++r) total += load_global(p.row(r).count());

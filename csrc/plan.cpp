@@ -111,6 +111,7 @@ void plan_along_c(Traversal& t, int vec, const Stage& stage) {
   t.threads_y = static_cast<int>(
       std::min<int64_t>(kStageThreads / t.threads_x, round_up_to_power_of_two(t.rows)));
   t.channel_blocks = ceil_div(t.row_windows, t.threads_x);
+  t.folds = t.row_repeat > 1 && t.channel_blocks == 1;
   deal_work(t, t.rows, int64_t{t.threads_y} * kUnroll, stage);
 }
 
@@ -187,7 +188,7 @@ Traversal plan_traversal(const Problem& p, Pattern pattern, int shift,
 MergeGeometry plan_merge(const Traversal& reduce, int fields, int acc_size,
                          const DeviceInfo& device) {
   MergeGeometry m;
-  m.rows = reduce.splits * reduce.row_repeat;
+  m.rows = reduce.splits * (reduce.folds ? 1 : reduce.row_repeat);
   m.threads_x = static_cast<int>(std::min<int64_t>(reduce.c, kMergeColumns));
   m.threads_y = static_cast<int>(
       std::min<int64_t>(round_up_to_power_of_two(m.rows), kMergeThreads / m.threads_x));
@@ -213,7 +214,9 @@ void plan_stages(Plan& plan, const Problem& problem, const DeviceInfo& device,
     const int acc = acc_bytes(problem.dtype);
     const int64_t scratch =
         plan.pattern == Pattern::kAlongC
-            ? column_scratch_values(plan.reduce.threads_x, plan.reduce.threads_y, plan.vec, fields)
+            ? std::max(column_scratch_values(plan.reduce.threads_x, plan.reduce.threads_y, plan.vec,
+                                             fields),
+                       int64_t{plan.reduce.threads_x} * plan.vec * fields)
             : int64_t{kStageThreads / kWarpSize} * fields;
     plan.reduce.shared_bytes = scratch * acc;
     plan.merge = plan_merge(plan.reduce, fields, acc, device);

@@ -66,6 +66,7 @@ NamedValues to_values(const Traversal& t) {
   put(result, "row_windows", t.row_windows);
   put(result, "rows", t.rows);
   put(result, "row_repeat", t.row_repeat);
+  put(result, "folds", t.folds);
   put(result, "channel_blocks", t.channel_blocks);
   put(result, "segments", t.segments);
   put(result, "splits", t.splits);

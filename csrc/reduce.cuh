@@ -211,10 +211,11 @@ __device__ __forceinline__ void merge_lanes(Acc (&acc)[kLanes], Value&& value) {
 }
 
 // Merges kLanes accumulators per thread over threadIdx.y, for every threadIdx.x on its own. Every
-// thread of the block must call; `shared` is column_scratch_values(...) of geometry.h long. The result
-// is in the threads with threadIdx.y == 0; a barrier ends the call. Where whole rows fit a warp,
-// shuffles merge the warp's rows first: less shared memory and fewer barriers. `keep`, a divisor of
-// blockDim.y: only every keep-th row is merged, and the results are in the first `keep` rows.
+// thread of the block must call; `shared` is column_scratch_values(...) of geometry.h long. The
+// result is in the threads with threadIdx.y == 0; a barrier ends the call. Where whole rows fit a
+// warp, shuffles merge the warp's rows first: less shared memory and fewer barriers. `keep`, a
+// divisor of blockDim.y: only every keep-th row is merged, and the results are in the first `keep`
+// rows.
 template <bool kExact, int kLanes, typename Acc, typename acc_t>
 __device__ __forceinline__ void column_reduce(Acc (&acc)[kLanes], acc_t* shared, int keep = 1) {
   const int columns = blockDim.x;

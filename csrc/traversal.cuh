@@ -1,6 +1,6 @@
-// How a thread walks over its windows of the tensor, for the access patterns of geometry.h. A cursor is
-// made per task, or per split and channel block; `left` windows remain, take() hands out the next
-// one. No division per window.
+// How a thread walks over its windows of the tensor, for the access patterns of geometry.h. A
+// cursor is made per task, or per split and channel block; `left` windows remain, take() hands out
+// the next one. No division per window.
 //
 // The windows of a walk are whole. Where runs or tensors begin or end inside of a window (kExact is
 // false), those parts are the walk's edges: windows of which only some lanes are the caller's,

@@ -160,10 +160,10 @@ struct AlongC : Strided<AlongC<scalar, index, exact>, scalar, index> {
   using Walk::step_;
 };
 
-// Along a row: columns as along C, but several of them are one channel (geometry.h). For runs too short
-// or too odd for whole windows along S, and for channels-last rows that are no whole windows: a row
-// of all channels, or a few rows together, always is. Edges, where the tensor is no whole number of
-// rows, are for elementwise kernels.
+// Along a row: columns as along C, but several of them are one channel (geometry.h). For runs too
+// short or too odd for whole windows along S, and for channels-last rows that are no whole windows:
+// a row of all channels, or a few rows together, always is. Edges, where the tensor is no whole
+// number of rows, are for elementwise kernels.
 template <typename scalar, typename index, bool exact = true>
 struct AlongRow : AlongC<scalar, index, exact> {
   using Base = AlongC<scalar, index, exact>;

@@ -58,7 +58,10 @@ def check_limits(plan, c, dtype, device):
         merge = plan["merge"]
         assert 1 <= merge["threads_x"] * merge["threads_y"] <= MERGE_THREADS
         assert merge["shared_bytes"] <= 48 * 1024
-        assert merge["rows"] == plan["reduce"]["splits"] * plan["reduce"]["row_repeat"]
+        t = plan["reduce"]
+        repeat = 1 if t["folds"] else t["row_repeat"]
+        assert t["folds"] == (t["row_repeat"] > 1 and t["channel_blocks"] == 1)
+        assert merge["rows"] == t["splits"] * repeat
 
 
 sizes = st.tuples(
@@ -208,6 +211,13 @@ def test_row_groups_keep_windows_aligned(make_plan):
     plan = make_plan("forward_training", 1000, 3, 1, "float16", {}, {})
     assert plan["reduce"]["row_windows"] == 3
     assert plan["reduce"]["row_repeat"] == 8
+    assert plan["reduce"]["folds"] and plan["merge"]["rows"] == plan["reduce"]["splits"]
+
+
+def test_repeats_that_no_block_has_together_are_rows(make_plan):
+    """C = 1001 in half precision: a row group of 1001 windows is 33 blocks wide."""
+    plan = make_plan("forward_training", 1000, 1001, 1, "float16", {}, {})
+    assert not plan["reduce"]["folds"] and plan["reduce"]["channel_blocks"] == 32
     assert plan["merge"]["rows"] == 8 * plan["reduce"]["splits"]
 
 

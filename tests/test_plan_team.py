@@ -348,7 +348,10 @@ def on_chip_bytes(device: dict[str, Any], dtype: str, tensors: int, along_s: boo
     geometry.h, team_windows); of shared memory whole windows of a block's threads, beside what is
     reserved and 4 KB that a block works with.
     """
-    windows = 8 if not along_s else 12 if dtype == "float64" else 16
+    if not along_s:
+        windows = 6 if tensors == 1 and DTYPE_BYTES[dtype] == 2 else 8
+    else:
+        windows = 16 if dtype != "float64" else 10 if tensors == 1 else 12
     window_bytes = THREADS * WINDOW_BYTES
     room = device["shared_bytes_per_sm"] // 2 - RESERVED_BYTES - 4096
     room = room // (window_bytes * tensors) * window_bytes * tensors
