@@ -249,7 +249,6 @@ CHOICES = [
     ("t4", ALL, BACKWARD, FLOAT, (8, 257, 2), "grid 2 along_row"),
     # Channels and runs of a block, and places in a window where its samples begin.
     ("t4", ALL, FORWARD, FLOAT, (1, 301, 7), "block 1 along_s"),
-    ("h100", ALL, FORWARD, HALF, (1024, 2, 125), "block 1 along_s"),
     ("t4", ALL, FORWARD, HALF, (8, 7, 49), "block 1 along_row"),
     # Rounds.
     ("t4", 1, BACKWARD, FLOAT, (1, 2048, 8, 256), "grid 2 along_s"),
