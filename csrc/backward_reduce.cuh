@@ -31,28 +31,40 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     for (int c = 0; c < kChannels; ++c) {
       mean[c] = cursor.channel_valid(c) ? load_global(p.mean + cursor.channel(c)) : acc_t(0);
     }
-    // The next batch is on its way while this one is added.
-    struct {
+    struct Batch {
       Vec<scalar_t> dy[kUnrollPairs], x[kUnrollPairs];
       Window<typename Cursor::index_t> windows[kUnrollPairs];
-    } ahead;
-    const auto load_ahead = [&] {
-      const bool any = cursor.left > 0;
+    };
+    const auto load_batch = [&](Batch& batch) {
 #pragma unroll
       for (int u = 0; u < kUnrollPairs; ++u) {
-        ahead.windows[u] = {0, 0, 0};
-        if (cursor.left > 0) ahead.windows[u] = cursor.take();
-        ahead.x[u] = load_window<Cursor::kLanes>(p.input, ahead.windows[u], numel, true);
-        ahead.dy[u] =
-            load_window<Cursor::kLanes>(p.grad_output, ahead.windows[u], numel, dy_aligned);
+        batch.windows[u] = {0, 0, 0};
+        if (cursor.left > 0) batch.windows[u] = cursor.take();
+        batch.x[u] = load_window<Cursor::kLanes>(p.input, batch.windows[u], numel, true);
+        batch.dy[u] =
+            load_window<Cursor::kLanes>(p.grad_output, batch.windows[u], numel, dy_aligned);
       }
-      return any;
     };
-    for (bool more = load_ahead(); more;) {
-      auto now = ahead;
-      more = load_ahead();
-      filter(epilogue, now.dy, now.windows);
-      add_gradients<Cursor>(sums, now.dy, now.x, mean);
+    const auto add = [&](Batch& batch) {
+      filter(epilogue, batch.dy, batch.windows);
+      add_gradients<Cursor>(sums, batch.dy, batch.x, mean);
+    };
+    if constexpr (kLoadsAhead<Cursor> && std::is_same_v<Epilogue, Identity<acc_t>>) {
+      Batch ahead;
+      bool more = cursor.left > 0;
+      if (more) load_batch(ahead);
+      while (more) {
+        Batch batch = ahead;
+        more = cursor.left > 0;
+        if (more) load_batch(ahead);
+        add(batch);
+      }
+    } else {
+      while (cursor.left > 0) {
+        Batch batch;
+        load_batch(batch);
+        add(batch);
+      }
     }
     for_each_edge(cursor, [&](const Window<typename Cursor::index_t>& edge) {
       const Window<typename Cursor::index_t> windows[1] = {edge};

@@ -21,23 +21,31 @@ __global__ void __launch_bounds__(kStageThreads, kStageBlocksPerSm)
     const Part part = stretch.take();
     Cursor cursor(p.traversal, part);
     Welford<acc_t> stats[Cursor::kChannels];
-    // The next batch is on its way while this one is merged.
-    Vec<scalar_t> ahead[kUnroll];
-    const auto load_ahead = [&] {
-      if (cursor.left < kUnroll) return false;
+    const Window<typename Cursor::index_t> whole[kUnroll] = {};  // whatever they say
+    const auto load_batch = [&](Vec<scalar_t>(&vec)[kUnroll]) {
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        ahead[u] = load_window<Cursor::kLanes>(p.input, cursor.take(), p.traversal.numel, true);
+        vec[u] = load_window<Cursor::kLanes>(p.input, cursor.take(), p.traversal.numel, true);
       }
-      return true;
     };
-    for (bool more = load_ahead(); more;) {
-      Vec<scalar_t> vec[kUnroll];
+    if constexpr (kLoadsAhead<Cursor>) {
+      Vec<scalar_t> ahead[kUnroll];
+      bool more = cursor.left >= kUnroll;
+      if (more) load_batch(ahead);
+      while (more) {
+        Vec<scalar_t> vec[kUnroll];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) vec[u] = ahead[u];
-      more = load_ahead();
-      const Window<typename Cursor::index_t> windows[kUnroll] = {};  // whole, whatever they say
-      add_statistics<Cursor, Batched::kFull>(stats, vec, windows);
+        for (int u = 0; u < kUnroll; ++u) vec[u] = ahead[u];
+        more = cursor.left >= kUnroll;
+        if (more) load_batch(ahead);
+        add_statistics<Cursor, Batched::kFull>(stats, vec, whole);
+      }
+    } else {
+      while (cursor.left >= kUnroll) {
+        Vec<scalar_t> vec[kUnroll];
+        load_batch(vec);
+        add_statistics<Cursor, Batched::kFull>(stats, vec, whole);
+      }
     }
     while (cursor.left > 0) {
       Vec<scalar_t> vec[kUnroll];

@@ -71,7 +71,7 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exac
   if (pattern == Pattern::kAlongRow && !exact && forward) return half ? 3 - fused : fused ? 4 : 8;
   if (pattern != Pattern::kAlongS) return forward && half ? 6 : 8;
   if (value_bytes == 8) return exact ? (forward ? 10 : 12) : 8;
-  return forward && !exact ? 14 : 16;
+  return forward && !exact ? 12 : 16;
 }
 
 // Rows of a block of columns x rows threads that column_reduce merges by warp shuffles: all rows of

@@ -110,7 +110,7 @@ class Resident {
     int i = 0;
     const auto held = [&](int u, int k) { return load_shared(slot(i + u, k)); };
     // Whole batches apart: which windows are there is a good part of the instructions else.
-#pragma unroll 1
+#pragma unroll kPerTurn
     for (; i + kAhead <= here.shared; i += kAhead) emit_batch(operation, cursor, kAhead, held);
     if (i < here.shared) emit_batch(operation, cursor, here.shared - i, held);
     write_edges(operation, cursor);
@@ -144,6 +144,8 @@ class Resident {
   // Windows of each tensor that a thread holds in registers.
   static constexpr int kRegisters = kWindows / kTensors;
   static constexpr int kBatch = kUnroll / kTensors;
+  // Batches in a turn of a loop over shared memory, which share what the loop itself costs.
+  static constexpr int kPerTurn = Cursor::kEdges ? 2 : 1;
 
   // Windows whose residuals or bits of the mask are loaded at once. Masks and channels of the lanes
   // together leave registers for two.
@@ -269,7 +271,7 @@ class Resident {
     });
     if (here.shared == 0) return;
     wait_for_copies();
-#pragma unroll 1
+#pragma unroll kPerTurn
     for (int i = 0; i < here.shared; i += kBatch) {
       Batch<kBatch> batch;
 #pragma unroll

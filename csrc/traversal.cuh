@@ -21,4 +21,9 @@ __device__ __forceinline__ void for_each_edge(const Cursor& cursor, F&& f) {
   }
 }
 
+// Does a reduce stage load the next batch while it merges one? Beside the instructions of wide
+// indices, or of what is fused, there are no issue slots for the copies that this takes.
+template <typename Cursor>
+inline constexpr bool kLoadsAhead = sizeof(typename Cursor::index_t) == sizeof(int32_t);
+
 }  // namespace batchnorm_cuda
