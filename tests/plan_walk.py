@@ -70,10 +70,9 @@ def edges(
 
 def covered(plan: dict[str, Any], t: dict[str, Any], c: int, s: int, numel: int) -> np.ndarray:
     """How often each element of the tensor is visited by the kernel that follows traversal t."""
-    visits = np.zeros(numel, dtype=np.int64)
-    for part in itertools.chain.from_iterable(stretches(t)):
-        np.add.at(visits, elements_of(t["pattern"], plan["vec"], t, c, s, numel, part), 1)
-    return visits
+    parts = itertools.chain.from_iterable(stretches(t))
+    elements = [elements_of(t["pattern"], plan["vec"], t, c, s, numel, part) for part in parts]
+    return np.bincount(np.concatenate(elements).astype(np.int64), minlength=numel)
 
 
 def stretches(t: dict[str, Any]) -> Iterator[list[Part]]:
