@@ -144,8 +144,10 @@ class Resident {
   // Windows of each tensor that a thread holds in registers.
   static constexpr int kRegisters = kWindows / kTensors;
   static constexpr int kBatch = kUnroll / kTensors;
-  // Batches in a turn of a loop over shared memory, which share what the loop itself costs.
-  static constexpr int kPerTurn = Cursor::kEdges ? 2 : 1;
+  // Batches in a turn of a loop over shared memory, which share what the loop itself costs: of the
+  // forward's runs, which need it for the issue budget. Others have no registers for it.
+  static constexpr bool kRuns = Cursor::kEdges && Cursor::kChannels == 1 && kTensors == 1;
+  static constexpr int kPerTurn = kRuns && sizeof(scalar_t) < sizeof(double) ? 2 : 1;
 
   // Windows whose residuals or bits of the mask are loaded at once. Masks and channels of the lanes
   // together leave registers for two.
