@@ -7,7 +7,7 @@
 //   kTensors, Acc, tensor(p, k)                   what is loaded
 //   Operation(p, cursor)                          loads what accumulate() needs per channel
 //   accumulate<kBatched>(acc, vec, windows)       a batch of windows into the accumulators
-//   Parameters(p, channel)                        loads what finish() needs, ahead of the exchange
+//   load_parameters(p, channel)                   loads what finish() needs, ahead of the exchange
 //   finish(p, parameters, total, channel, owner)  the channel's Formula, from the team's total; the
 //                                                 owner, one thread of the team, saves results
 //   formula[c]                                    that of channel c of the thread

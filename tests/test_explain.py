@@ -106,6 +106,12 @@ def test_shares_of_registers_and_shared_memory() -> None:
     assert e.reread_bytes > 0 and in_shared >= 26  # 4 KB each of the 113 KB that a block has
     assert e.team.register_share == pytest.approx(16 / 98)
     assert e.team.shared_share == pytest.approx(in_shared / 98)
+    assert e.team.on_chip_share < 1
+    assert e.reread_bytes == pytest.approx((1 - e.team.on_chip_share) * e.compulsory_bytes / 2)
+    # Blocks of one leave for the next: 256 blocks on 264 places are one wave, 8 places idle.
+    (kernel,) = e.kernels
+    assert (kernel.waves, kernel.grid) == (1, 256)
+    assert kernel.tail_idle == pytest.approx(8 / 264)
 
 
 @pytest.mark.parametrize(

@@ -427,9 +427,9 @@ def large_teams(make_plan: MakePlan, workload: str, device: dict[str, Any]) -> I
             yield sizes, dtype, op, plan
 
 
-def waves_of(plan: dict[str, Any], sms: int) -> tuple[float, float]:
-    """The time of the busiest SM over an even share, and the places that idle: of resident blocks,
-    over all waves, which are rounds of teams, or blocks in sequence.
+def waves_of(plan: dict[str, Any], sms: int) -> tuple[list[int], float, float]:
+    """Blocks of each wave, the time of the busiest SM over an even share, and the places that idle:
+    of resident blocks, over all waves, which are rounds of teams, or blocks in sequence.
 
     A wave of fewer blocks is shorter too: an SM can move a third more than its share of the
     bandwidth.
@@ -440,7 +440,7 @@ def waves_of(plan: dict[str, Any], sms: int) -> tuple[float, float]:
     waves = math.ceil(tasks / at_a_time)
     blocks = [min(at_a_time, tasks - wave * at_a_time) for wave in range(waves)]
     time = sum(max(n / sms, math.ceil(n / sms) / 1.3) for n in blocks) / (tasks / sms)
-    return time, 1 - tasks / (waves * places)
+    return blocks, time, 1 - tasks / (waves * places)
 
 
 @every_device
@@ -454,12 +454,16 @@ def test_sms_are_busy_and_idle_places_explained(
     device = described(name)
     sms, wrong = device["sm_count"], []
     for sizes, dtype, op, plan in large_teams(make_plan, workload, device):
-        time, idle = waves_of(plan, sms)
+        blocks, time, idle = waves_of(plan, sms)
         stated = re.search(r"; (\d+)% of the places for blocks idle", plan["reason"])
         explained = abs(int(stated[1]) - 100 * idle) <= 1 if stated else idle <= 0.1
         busy = time <= 1.05 or even_ones_cost_more(extension, make_plan, op, sizes, dtype, device)
         warps = plan["team"]["blocks_per_sm"] * THREADS // 32
-        if not busy or not explained or warps < 16:
+        # Of tensors that have 256 KiB for every SM.
+        wide = (
+            math.prod(sizes) * DTYPE_BYTES[dtype] < sms * (256 << 10) or max(blocks) >= 0.75 * sms
+        )
+        if not (busy and explained and wide) or warps < 16:
             choice = (plan["team"]["scope"], plan["team"]["size"], plan["team"]["rounds"])
             wrong.append((sizes, dtype, op, round(time, 3), round(idle, 3), choice))
     assert not wrong
@@ -474,7 +478,7 @@ def even_ones_cost_more(extension, make_plan, op, sizes, dtype, device) -> bool:
         each["cost"]
         for each in found
         if each["options"]["strategy"] == "two_pass"
-        or waves_of(make_plan(op, sizes, dtype, device, **each["options"]), device["sm_count"])[0]
+        or waves_of(make_plan(op, sizes, dtype, device, **each["options"]), device["sm_count"])[1]
         <= 1.05
     ]
     return min(even) > chosen
