@@ -13,7 +13,7 @@ TORCH_VERSION = from importlib.metadata import version; print(version("torch"))
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-CXX_FILES = $(shell git ls-files 'csrc/*' 'tests/simt/*' | grep -E '\.(cu|cuh|cpp|h)$$')
+CXX_FILES = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
 
 # A GPU without a toolkit to compile for it gets the compiler from PyPI with the package.
 TOOLKIT := $(PYTHON) batchnorm_cuda/_toolkit.py >/dev/null 2>&1

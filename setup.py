@@ -59,7 +59,7 @@ setup(
     include_package_data=False,  # only the files named here
     package_data={
         "batchnorm_cuda": ["py.typed", "*.pyi"],
-        "batchnorm_cuda.csrc": ["*.cpp", "*.cu", "*.cuh", "*.h"],
+        "batchnorm_cuda.csrc": ["*.cpp", "*.h", "*/*.cpp", "*/*.cu", "*/*.cuh", "*/*.h"],
         "batchnorm_cuda.simt": ["*.cpp", "*.h", "torch/*.cpp", "include/*.h", "include/*/*.h"],
     },
     **(ahead_of_time() if os.environ.get("BATCHNORM_CUDA_AOT") == "1" else {}),

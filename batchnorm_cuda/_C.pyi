@@ -189,12 +189,12 @@ def plan_candidates(
     """All plans that may be chosen for [n, c, s] on a described device.
 
     Each with "options" that force it in make_plan and set_plan_options, its "cost" in moves
-    (csrc/plan_costs.h) and "predicted_bytes", the "splits" of two passes (0 of a team), and whether
-    it is "chosen". `costs` overrides constants of cost_model().
+    (csrc/plan/plan_costs.h) and "predicted_bytes", the "splits" of two passes (0 of a team), and
+    whether it is "chosen". `costs` overrides constants of cost_model().
     """
 
 def cost_model() -> dict[str, Any]:
-    """The constants of the planner's cost model (csrc/plan_costs.h)."""
+    """The constants of the planner's cost model (csrc/plan/plan_costs.h)."""
 
 def device_info(index: int = 0) -> dict[str, Any]:
     """Properties of a device as the planner sees them."""

@@ -1,6 +1,6 @@
 """`explain`: which kernels run for a tensor, or would run for a shape on some device, and why.
 
-Everything here is read off or worked out from the plan (csrc/plan.h), on the CPU: nothing is
+Everything here is read off or worked out from the plan (csrc/plan/plan.h), on the CPU: nothing is
 launched, nothing is timed, and no number is a measurement.
 """
 
@@ -219,7 +219,7 @@ def _planner(
 
 
 def _geometry(model: Tensor) -> tuple[int, int, int]:
-    """[N, C, S] of a dense tensor, as csrc/tensors.cpp finds it."""
+    """[N, C, S] of a dense tensor, as csrc/torch/tensors.cpp finds it."""
     c = model.shape[1]
     if model.numel() == 0:
         return 0, c, 1

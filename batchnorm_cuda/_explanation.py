@@ -72,7 +72,7 @@ class Cost:
     """What the planner expects a plan to take, by cause: a model, fitted on an NVIDIA H200.
 
     The unit is a move, 8 KB at an SM's share of the device's bandwidth. Of all plans the one with
-    the least total is chosen, if none is forced (csrc/plan_costs.h).
+    the least total is chosen, if none is forced (csrc/plan/plan_costs.h).
 
     Attributes:
         launches: of the kernels.

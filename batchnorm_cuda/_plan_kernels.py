@@ -1,4 +1,4 @@
-"""From a plan, as the extension gives it (csrc/plan_dict.cpp), to the launches it comes to."""
+"""From a plan, as the extension gives it (csrc/plan/plan_dict.cpp), to the launches it comes to."""
 
 from __future__ import annotations
 

@@ -15,31 +15,32 @@ _PACKAGE = Path(__file__).resolve().parent
 # Relative to csrc/. The emulated extension compiles the same bindings, operators, plan and kernels,
 # and its own stand-in for device_context.cpp (streams, guards and device properties).
 HOST_SOURCES = (
-    "backward.cpp",
-    "bindings.cpp",
-    "checks.cpp",
     "device_query.cpp",
-    "double_backward.cpp",
-    "forward.cpp",
     "kernel_loading.cpp",
     "launch.cpp",
-    "named_values.cpp",
-    "plan.cpp",
-    "plan_bytes.cpp",
-    "plan_cache.cpp",
-    "plan_candidates.cpp",
-    "plan_costs.cpp",
-    "plan_dict.cpp",
-    "plan_rows.cpp",
-    "plan_team.cpp",
-    "plan_team_layout.cpp",
-    "refusals.cpp",
-    "sync_batch_norm.cpp",
-    "tensors.cpp",
+    "plan/named_values.cpp",
+    "plan/plan.cpp",
+    "plan/plan_bytes.cpp",
+    "plan/plan_cache.cpp",
+    "plan/plan_candidates.cpp",
+    "plan/plan_costs.cpp",
+    "plan/plan_dict.cpp",
+    "plan/plan_rows.cpp",
+    "plan/plan_team.cpp",
+    "plan/plan_team_layout.cpp",
+    "torch/backward.cpp",
+    "torch/bindings.cpp",
+    "torch/checks.cpp",
+    "torch/double_backward.cpp",
+    "torch/forward.cpp",
+    "torch/refusals.cpp",
+    "torch/sync_batch_norm.cpp",
+    "torch/tensors.cpp",
 )
-DEVICE_CONTEXT = "device_context.cpp"
+DEVICE_CONTEXT = "torch/device_context.cpp"
 _KERNEL_PARTS = ("team_forward", "stages", "team_backward")
-# The kernels, by table (csrc/kernel_table.h): what all dtypes share, and each dtype.
+# The kernels, by table (csrc/kernel_table.h): what all dtypes share, and each dtype. Relative to
+# csrc/kernels/.
 KERNEL_TABLES = {
     "common": ("common.cu",),
     **{
@@ -92,7 +93,8 @@ def emulated_cpp_sources() -> list[Path]:
 
 def kernel_sources(table: str | None = None) -> list[Path]:
     """The `.cu` files, or those of one table alone: they include no torch header."""
-    return [csrc_dir() / name for name in (KERNEL_TABLES[table] if table else KERNEL_SOURCES)]
+    names = KERNEL_TABLES[table] if table else KERNEL_SOURCES
+    return [csrc_dir() / "kernels" / name for name in names]
 
 
 def emulated_include_dirs() -> list[Path]:
@@ -167,7 +169,7 @@ def _hash(texts: dict[Path, bytes], *, lines: bool) -> str:
 
 
 def path_maps() -> list[str]:
-    """Flags by which a compiled file says csrc/plan.cpp or simt/engine.h of itself.
+    """Flags by which a compiled file says csrc/plan/plan.cpp or simt/engine.h of itself.
 
     The same file of two checkouts then compiles to the same object, and either may use it.
     """

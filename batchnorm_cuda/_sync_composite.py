@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _composite, _mask
 from .ops import as_dense
 
-_SUM_BITS = 62  # of a term and of the sum; as in csrc/merge_ranks.cuh
+_SUM_BITS = 62  # of a term and of the sum; as in csrc/kernels/merge_ranks.cuh
 _LEAST_EXPONENT = -900
 
 

@@ -29,7 +29,7 @@ _LIMITS = {
 # Clusters came with 9.0; eight blocks are portable, and more are not asked for. The SMs of a
 # cluster are of one GPC. How those of a product are dealt to its GPCs is not published, and may
 # differ from chip to chip: `gpcs` below is assumed, in pairs of SMs and as evenly as may be. On a
-# GPU csrc/cluster_query.cuh asks the driver.
+# GPU csrc/kernels/cluster_query.cuh asks the driver.
 _FIRST_WITH_CLUSTERS = (9, 0)
 _PORTABLE_CLUSTER = 8
 

@@ -1,9 +1,9 @@
 """`python -m bench calibrate FILE.csv`: fits the constants of the cost model to a tune file.
 
-The formula is C++'s (csrc/plan_costs.cpp), asked for the cost of every measured plan under other
-constants. Times are taken as cost times one unit, the time of a move, and the constants that make
-the logarithms agree best are found by damped least squares; one that no measured plan depends on
-stays. Per problem it prints the regret, the time of the chosen plan over that of the best one
+The formula is C++'s (csrc/plan/plan_costs.cpp), asked for the cost of every measured plan under
+other constants. Times are taken as cost times one unit, the time of a move, and the constants that
+make the logarithms agree best are found by damped least squares; one that no measured plan depends
+on stays. Per problem it prints the regret, the time of the chosen plan over that of the best one
 measured, before and after. A chosen plan that was not measured stands for the measured one that
 differs least, and is marked by ~.
 """
@@ -38,7 +38,7 @@ _STEPS = 40
 # times as fast as the moves of a copy.
 _BOUNDS = {"sm_rate": (1.0, 16.0), "reduce": (0.33, 16.0)}
 _BOUND = (0.001, 1000.0)
-_MOVE_BYTES = 8192  # csrc/plan_costs.h
+_MOVE_BYTES = 8192  # csrc/plan/plan_costs.h
 
 
 @dataclass
@@ -271,6 +271,6 @@ def _report(extension: ModuleType, data: Data, path: Path) -> None:
     rate = _MOVE_BYTES * data.device["sm_count"] / fitted.unit_ms * 1e-6
     print(f"a move takes {fitted.unit_ms * 1000:.4f} us: {rate:.0f} GB/s of the whole device")
     print(f"times are off the prediction by {100 * fitted.error:.1f}% (root mean square)")
-    print(f"for csrc/plan_costs.h, {data.kind} ({data.name}, {path.name}, {data.commit}):")
+    print(f"for csrc/plan/plan_costs.h, {data.kind} ({data.name}, {path.name}, {data.commit}):")
     for name, value in fitted.costs.items():
         print(f"  {name:28} {value:8.3g}   {start[name]:g} before")

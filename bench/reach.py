@@ -107,7 +107,7 @@ def _elementwise(problem: Problem, cursor: str, epilogue: str) -> str:
 
 
 def _cursor(t: Mapping[str, Any], scalar: str) -> str:
-    """As with_cursor() and its like choose (csrc/launch.cuh)."""
+    """As with_cursor() and its like choose (csrc/kernels/launch.cuh)."""
     index = "int" if t["exact"] else "long"
     exact = str(t["exact"]).lower()
     if t["pattern"] == "along_s":

@@ -191,7 +191,7 @@ class Problem:
         return {"grad_input": torch.cat(inputs), "grad_weight": weight, "grad_bias": bias}
 
     def _packed(self, positive: Tensor) -> Tensor:
-        """The mask of a ReLU whose dense output is positive there: csrc/fused.cuh."""
+        """The mask of a ReLU whose dense output is positive there: csrc/kernels/fused.cuh."""
         lanes = 16 // self.x.element_size()
         bits = positive.as_strided((positive.numel(),), (1,)).int()
         bits = torch.nn.functional.pad(bits, (0, -len(bits) % lanes)).view(-1, lanes)

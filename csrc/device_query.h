@@ -2,7 +2,7 @@
 #pragma once
 
 #include "launch.h"
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace batchnorm_cuda {
 

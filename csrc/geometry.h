@@ -20,6 +20,9 @@ constexpr int kStageBlocksPerSm = 2;
 constexpr int elementwise_blocks_per_sm(bool exact) { return exact ? 3 : kStageBlocksPerSm; }
 // Threads of a block that merges partial results; many rows per channel are read at once.
 constexpr int kMergeThreads = 512;
+// Of a block that merges what the ranks have gathered. A thread serves a column, of which there are
+// hundreds: small blocks reach more SMs.
+constexpr int kRankMergeThreads = 64;
 // Windows a thread has in flight, and the batch it reduces in registers before one merge.
 constexpr int kUnroll = 4;
 // Threads of a team kernel's block, and the blocks an SM holds: up to 128 registers a thread. They
@@ -136,6 +139,11 @@ struct MergeGeometry {
   int threads_x = 1, threads_y = 1;
   int64_t grid = 0;
   int64_t shared_bytes = 0;
+};
+
+// Of the kernels that merge what the ranks have gathered (merge_ranks.cuh).
+struct RankMergeGeometry {
+  int64_t grid = 0;
 };
 
 // A team kernel: `size` blocks share each channel block of the traversal, one split each, and

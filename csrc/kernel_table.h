@@ -9,7 +9,6 @@
 #include <string>
 
 #include "launch.h"
-#include "rank_merge.h"
 #include "rank_params.h"
 
 // The one function that a shared object of kernels exports; it returns the address of its table.

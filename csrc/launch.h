@@ -2,7 +2,7 @@
 // their own. Host code comes to all launchers by way of kernel_table.h.
 //
 // scalar_t is half, bfloat16, float or double and acc_t float or double; host code names them by
-// the tag types of dispatch.h without any CUDA header.
+// the tag types of torch/dispatch.h without any CUDA header.
 #pragma once
 
 #include "params.h"

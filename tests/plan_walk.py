@@ -1,6 +1,6 @@
 """The walk of the kernels over the tensor, restated in numpy from what csrc/geometry.h says.
 
-It knows nothing of the planner's choices, nor does it share a line with csrc/traversal.cuh.
+It knows nothing of the planner's choices, nor does it share a line with csrc/kernels/traversal.cuh.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ KERNEL_FLAGS = [
 ]
 FLAGS = [*KERNEL_FLAGS, "-Wall", "-Wextra", "-Werror"]  # for what only the host compiles
 # What the engine and its cases include.
-HEADERS = [*SIMT.rglob("*.h"), CSRC / "platform.cuh"]
+HEADERS = [*SIMT.rglob("*.h"), CSRC / "kernels" / "platform.cuh"]
 
 
 def build_folder():

@@ -117,7 +117,7 @@ HOST_CHANGES = {
     "torch's CUDA": lambda m, _: m.setattr(torch.version, "cuda", "13.1"),
     "python ABI": lambda m, _: m.setattr(_recipes.sysconfig, "get_config_var", lambda _: "cp399"),
     "flags": lambda m, _: m.setattr(_sources, "CXX_FLAGS", ("-O1",)),
-    "source": lambda m, root: _edit(root / "csrc" / "forward.cpp"),
+    "source": lambda m, root: _edit(root / "csrc" / "torch" / "forward.cpp"),
     "header": lambda m, root: _edit(root / "csrc" / "params.h"),
 }
 NVCC = {
@@ -129,14 +129,14 @@ KERNEL_CHANGES = {
     "architectures": lambda m, _: m.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0"),
     "flags": lambda m, _: m.setattr(_sources, "NVCC_FLAGS", ("-O1",)),
     "the user's flags": lambda m, _: m.setenv("NVCC_APPEND_FLAGS", "-lineinfo"),
-    "kernel": lambda m, root: _edit(root / "csrc" / "team_forward_half.cu"),
-    "header": lambda m, root: _edit(root / "csrc" / "platform.cuh"),
+    "kernel": lambda m, root: _edit(root / "csrc" / "kernels" / "team_forward_half.cu"),
+    "header": lambda m, root: _edit(root / "csrc" / "kernels" / "platform.cuh"),
 }
 EMULATED_CHANGES = HOST_CHANGES | {
-    "kernel": lambda m, root: _edit(root / "csrc" / "stages_half.cu"),
+    "kernel": lambda m, root: _edit(root / "csrc" / "kernels" / "stages_half.cu"),
     "cpu": lambda m, _: m.setattr(_kernels, "cpu_hash", lambda: "another"),
     "host model": lambda m, root: _edit(root / "simt" / "include" / "cuda_runtime.h"),
-    "new file": lambda m, root: (root / "csrc" / "extra.cuh").touch(),
+    "new file": lambda m, root: (root / "csrc" / "kernels" / "extra.cuh").touch(),
 }
 
 
@@ -159,14 +159,15 @@ def test_kernels_key_changes_with(name: str, fixed: Path, monkeypatch: pytest.Mo
 def test_what_kernels_do_not_depend_on(fixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another torch, a host file, another dtype's kernels, a comment: nothing is compiled again."""
     before = [_recipes.kernel_recipe("half").folder, _recipes.cuda_recipe().folder]
-    forward = (fixed / "csrc" / "forward.cpp").read_text()
+    csrc = fixed / "csrc"
+    forward = (csrc / "torch" / "forward.cpp").read_text()
     for name in ("torch", "torch's CUDA", "python ABI", "source"):
         with monkeypatch.context() as patch:
             HOST_CHANGES[name](patch, fixed)
             assert _recipes.kernel_recipe("half").folder == before[0]
-    (fixed / "csrc" / "forward.cpp").write_text(forward)
-    _edit(fixed / "csrc" / "team_forward_float.cu")
-    header = fixed / "csrc" / "platform.cuh"
+    (csrc / "torch" / "forward.cpp").write_text(forward)
+    _edit(csrc / "kernels" / "team_forward_float.cu")
+    header = csrc / "kernels" / "platform.cuh"
     header.write_text("// said\n" + header.read_text())
     after = [_recipes.kernel_recipe("half").folder, _recipes.cuda_recipe().folder]
     assert after == before
@@ -182,7 +183,7 @@ def test_emulated_key_changes_with(name: str, fixed: Path, monkeypatch: pytest.M
 
 def test_lists_of_sources_are_complete() -> None:
     """No file is forgotten, and no two give one object (ninja would not say so)."""
-    written = {p for p in _sources.csrc_dir().iterdir() if p.suffix in (".cpp", ".cu")}
+    written = {p for p in _sources.csrc_dir().rglob("*") if p.suffix in (".cpp", ".cu")}
     assert set(_sources.cuda_sources()) == written
     emulated = _recipes.emulated_recipe().sources
     assert len({path.stem for path in emulated}) == len(emulated)

@@ -140,7 +140,8 @@ def test_report(extension: ModuleType, tmp_path: Path, capsys: pytest.CaptureFix
     assert "resnet50/128 128x256x56x56 nhwc bf16 forward" in text
     for column in ("before", "after"):
         assert f"regret, {column}: median 1." in text
-    assert "for csrc/plan_costs.h, synthetic (made up, made-up-tune.csv, 0123456789ab):" in text
+    data = "synthetic (made up, made-up-tune.csv, 0123456789ab)"
+    assert f"for csrc/plan/plan_costs.h, {data}:" in text
     for name in extension.cost_model():
         assert f"\n  {name} " in text
 

@@ -37,7 +37,7 @@ def test_the_device_here(extension: ModuleType) -> None:
 
 @pytest.mark.parametrize("name", devices.DEVICES)
 def test_a_device_is_asked(extension: ModuleType, model: ModuleType, name: str) -> None:
-    """What csrc/cluster_query.cuh makes of a device is what describes it."""
+    """What csrc/kernels/cluster_query.cuh makes of a device is what describes it."""
     described = devices.planner_properties(devices.DEVICES[name])
     model.set_device(described)
     assert extension.device_info() == described

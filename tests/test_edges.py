@@ -1,9 +1,9 @@
 """Runs of every length about a few windows, beginning everywhere in a window.
 
-A run's whole windows are walked over apart from what is left of it (csrc/traversal.cuh), its head
-and its tail, up to three windows of which some lanes are foreign. Lanes left out would leave poison
-in an output, lanes taken twice or of a neighbour would show in sums: other tests have few lengths,
-here are all residues.
+A run's whole windows are walked over apart from what is left of it (csrc/kernels/traversal.cuh),
+its head and its tail, up to three windows of which some lanes are foreign. Lanes left out would
+leave poison in an output, lanes taken twice or of a neighbour would show in sums: other tests have
+few lengths, here are all residues.
 """
 
 from __future__ import annotations

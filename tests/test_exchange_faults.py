@@ -1,4 +1,4 @@
-"""Faults planted in the exchange between blocks (csrc/team.cuh and around it): each is caught.
+"""Faults planted in the exchange between blocks (team.cuh of csrc/kernels, and others): all caught.
 
 On a CPU no fence can be missed by running: memory is always up to date there. What stands in for
 it is the host model, which logs accesses and reports those that nothing orders. Here it is held to
@@ -30,20 +30,7 @@ from simt_build import (
 SEEDS = 3
 EXCHANGE = SIMT / "exchange"
 STANDALONE = ROOT / "bench" / "standalone"  # has references and comparisons to drive kernels with
-PLAIN = [
-    CSRC / name
-    for name in (
-        "plan.cpp",
-        "plan_bytes.cpp",
-        "plan_costs.cpp",
-        "plan_rows.cpp",
-        "plan_team.cpp",
-        "plan_team_layout.cpp",
-        "device_query.cpp",
-        "kernel_loading.cpp",
-        "launch.cpp",
-    )
-]
+PLAIN = sorted([*CSRC.glob("*.cpp"), *(CSRC / "plan").glob("*.cpp")])
 CASES = re.findall(r'^    \{"(\w+)",', (EXCHANGE / "driver.cpp").read_text(), re.MULTILINE)
 ONE_LEVEL = ["grid_s", "grid_c", "grid_row", "grid_row_short"]
 TWO_LEVEL = ["grid_c_two_level", "grid_row_two_level"]  # the second wait covers for a second slot
@@ -137,7 +124,8 @@ TABLE = [
     (NOT_COOPERATIVE, [*GRID, NOT_RESIDENT], DEADLOCK),
     (LAST_ROW_DROPPED, [MERGE], WRONG),
 ]
-SOURCES = {path.name: path.read_text() for path in CSRC.glob("*.*h")}
+PLACES = {path.name: path.relative_to(CSRC) for path in CSRC.rglob("*.*h")}
+SOURCES = {name: (CSRC / place).read_text() for name, place in PLACES.items()}
 KERNELS = """#include "team_forward_launch.cuh"
 namespace batchnorm_cuda {
 template LaunchStatus launch_team_forward(const TeamForwardParams<float>&, cudaStream_t);
@@ -158,19 +146,22 @@ FAULTS = list(dict.fromkeys([*(row[0] for row in TABLE), *BARRIERS]))
 def driver():
     """The program with all faults, each behind its switch."""
     folder = build_folder()
-    kernels = {"kernels.cu": KERNELS, "common.cu": (CSRC / "common.cu").read_text()}
-    sources = {**SOURCES, **kernels}
-    planted = {name: plant(name, text, enumerate(FAULTS)) for name, text in sources.items()}
+    kernels = {"kernels.cu": KERNELS, "common.cu": (CSRC / "kernels" / "common.cu").read_text()}
+    texts = {**SOURCES, **kernels}
+    planted = {name: plant(name, text, enumerate(FAULTS)) for name, text in texts.items()}
     copy = folder / f"exchange-{digest_of(planted.values())}"
-    copy.mkdir(exist_ok=True)
     for name, text in planted.items():
-        (copy / name).write_text(text)
-    headers = [*HEADERS, *CSRC.glob("*.*h"), *STANDALONE.glob("*.h")]
+        path = copy / PLACES.get(name, f"kernels/{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    headers = [*HEADERS, *CSRC.rglob("*.*h"), *STANDALONE.glob("*.h")]
     flags = [*FLAGS, f"-I{EXCHANGE}", f"-I{STANDALONE}"]
     objects = compile_objects(ENGINE, folder)
     objects += compile_objects([*PLAIN, EXCHANGE / "driver.cpp"], folder, flags, headers)
-    flags = [*KERNEL_FLAGS, f"-I{copy}", "-include", str(EXCHANGE / "planted.h")]
-    objects += compile_objects([copy / name for name in kernels], folder, flags, headers)
+    headers = [*HEADERS, *copy.rglob("*.*h"), EXCHANGE / "planted.h"]
+    flags = [*KERNEL_FLAGS, "-include", str(EXCHANGE / "planted.h")]
+    sources = [copy / "kernels" / name for name in kernels]
+    objects += compile_objects(sources, folder, flags, headers)
     return link("exchange", objects, folder)
 
 

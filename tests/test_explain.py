@@ -54,7 +54,7 @@ def test_the_cost_is_told_by_cause() -> None:
     streams = explain((32, 64, 256, 256), strategy="team", team_size=1, **options)
     assert streams.cost.rereads > 0 == streams.cost.waits and streams.team.on_chip_share < 1
     # 64 teams of one block on 132 SMs: half of them idle, and 1.32 times the share is what the
-    # others can move (csrc/plan_costs.h).
+    # others can move (csrc/plan/plan_costs.h).
     moved = streams.cost.transfers + streams.cost.rereads
     assert streams.cost.idle == pytest.approx(moved * (132 / 64 / 1.32 - 1))
     passes = explain((32, 64, 56, 56), strategy="two_pass", **options).cost
@@ -146,7 +146,7 @@ def test_odd_sizes_are_copied_asynchronously_too() -> None:
 
 
 def test_elementwise_kernels_with_edges_have_fewer_blocks_on_an_sm() -> None:
-    """Three on an SM by their launch bounds, or two: csrc/normalize.cuh."""
+    """Three on an SM by their launch bounds, or two: csrc/kernels/normalize.cuh."""
     even = explain((32, 64, 56, 56), dtype=torch.float16, device="a100", op="eval")
     odd = explain((32, 64, 57, 57), dtype=torch.float16, device="a100", op="eval")
     for e, blocks in ((even, 3), (odd, 2)):
@@ -244,7 +244,7 @@ def test_as_dict_holds_everything() -> None:
 def test_a_tensor_is_explained_on_its_own_device(
     kernels: Backend, extension: ModuleType, case: Case, op: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As csrc/tensors.cpp does it: [N, C, S] from the strides, the shift from the address."""
+    """As csrc/torch/tensors.cpp does it: [N, C, S] from the strides, the shift from the address."""
     x = fill(case, torch.float32, kernels.device)
     seen = []
     plan = extension.make_plan

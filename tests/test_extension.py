@@ -168,10 +168,10 @@ def test_threads_load_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
 def test_no_number_of_a_message_goes_through_a_stream(extension: ModuleType) -> None:
-    """csrc/text.h says why."""
+    """csrc/torch/text.h says why."""
     with_gpu = torch.cuda.is_available()
     recipe = _recipes.cuda_recipe() if with_gpu else _recipes.emulated_recipe()
-    compiled = recipe.object_name(_sources.csrc_dir() / "checks.cpp")
+    compiled = recipe.object_name(_sources.csrc_dir() / "torch" / "checks.cpp")
     path = _build.cache_dir() / "objects" / compiled
     symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
     assert "c10::ValueError" in symbols  # the file of the messages

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FAQ = ROOT / "docs" / "faq.md"
 PYTHON = [ROOT / "setup.py", *sorted((ROOT / "batchnorm_cuda").glob("*.py"))]
-CPP = sorted((ROOT / "csrc").glob("*.cpp"))
+CPP = sorted((ROOT / "csrc").rglob("*.cpp"))
 
 GAP = "\0"
 # Fewer fixed letters in a row do not tell one message from another.

@@ -75,11 +75,11 @@ def test_plain_wheel_needs_no_torch_and_ships_every_source(tree: Path, tmp_path:
     names = set(zipfile.ZipFile(wheels[0]).namelist())
 
     suffixes = (".cpp", ".cu", ".cuh", ".h")
-    csrc = {f"batchnorm_cuda/csrc/{path.name}" for path in _sources.csrc_dir().iterdir()}
+    csrc = {p for p in _sources.csrc_dir().rglob("*") if p.suffix in suffixes}
     emulated = {p for p in _sources.emulated_cpp_sources() if _sources.simt_dir() in p.parents}
     simt = {p for p in (_sources.simt_dir() / "include").rglob("*") if p.suffix in suffixes}
     simt |= emulated | set(_sources.simt_dir().glob("*.h"))
-    expected = {name for name in csrc if name.endswith(suffixes)}
+    expected = {f"batchnorm_cuda/csrc/{p.relative_to(_sources.csrc_dir())}" for p in csrc}
     expected |= {f"batchnorm_cuda/simt/{p.relative_to(_sources.simt_dir())}" for p in simt}
     expected |= {f"batchnorm_cuda/{path.name}" for path in (ROOT / "batchnorm_cuda").glob("*.py")}
     assert expected <= names, sorted(expected - names)

@@ -88,7 +88,7 @@ class Kernel:
 
     @property
     def fused(self) -> bool:
-        """True if it adds a residual, takes a ReLU or filters by its mask (csrc/fused.cuh)."""
+        """True if it adds a residual, takes a ReLU or filters by its mask."""
         return is_fused(self.name)
 
     @property
@@ -130,7 +130,7 @@ def is_exact(name: str) -> bool:
 
 
 def is_fused(name: str) -> bool:
-    """True if the kernel does what csrc/fused.cuh adds to batch norm."""
+    """True if the kernel does what csrc/kernels/fused.cuh adds to batch norm."""
     return re.search(r"\bFused(Forward|Backward)<", name) is not None
 
 

@@ -8,7 +8,7 @@
 #include <string>
 #include <utility>
 
-#include "plan.h"
+#include "plan/plan.h"
 #include "reference.h"
 
 namespace bn_standalone {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace bn_standalone {
 

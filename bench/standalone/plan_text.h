@@ -1,7 +1,7 @@
 // The plan in words.
 #pragma once
 
-#include "plan.h"
+#include "plan/plan.h"
 
 namespace bn_standalone {
 

@@ -1,5 +1,5 @@
 // The launches of one operation in their order, with device memory in place of the tensors that
-// csrc/forward.cpp and csrc/backward.cpp work on.
+// csrc/torch/forward.cpp and csrc/torch/backward.cpp work on.
 #pragma once
 
 #include <stdexcept>
@@ -86,7 +86,8 @@ void launch_forward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pla
     merge.partials = params.partials;
     merge.shift = merge_shift(plan);
     merge.statistics = statistics_output(call);
-    check_launch(batchnorm_cuda::merges<acc_t>().statistics(plan.merge, merge, nullptr), "merge_kernel");
+    check_launch(batchnorm_cuda::merges<acc_t>().statistics(plan.merge, merge, nullptr),
+                 "merge_kernel");
   }
   batchnorm_cuda::NormalizeParams<scalar_t> params{};
   params.traversal = plan.elementwise;
@@ -148,7 +149,8 @@ void launch_backward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pl
   merge.sum_dy_xhat = call.sum_dy_xhat;
   merge.grad_weight = call.param(call.grad_weight);
   merge.grad_bias = call.param(call.grad_bias);
-  check_launch(batchnorm_cuda::merges<acc_t>().gradients(plan.merge, merge, nullptr), "merge_kernel");
+  check_launch(batchnorm_cuda::merges<acc_t>().gradients(plan.merge, merge, nullptr),
+               "merge_kernel");
 
   batchnorm_cuda::BackwardElementwiseParams<scalar_t> params{};
   params.traversal = plan.elementwise;

@@ -1,4 +1,5 @@
-// The host model of CUDA's execution: what csrc/platform.cuh and the stand-in CUDA headers call.
+// The host model of CUDA's execution: what csrc/kernels/platform.cuh and the stand-in CUDA headers
+// call.
 //
 // Every CUDA thread is a fiber of the launching OS thread. A kernel reports each access to global
 // and shared memory here; the engine checks it against the buffers that the launch declared, the

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "platform.cuh"
+#include "kernels/platform.cuh"
 
 namespace simt_test {
 

@@ -1,13 +1,13 @@
-// The host build's answers to csrc/device_context.h: kernels take CPU tensors, and there is one
-// stream, on which every launch is complete when it returns.
-#include "device_context.h"
+// The host build's answers to csrc/torch/device_context.h: kernels take CPU tensors, and there is
+// one stream, on which every launch is complete when it returns.
+#include "torch/device_context.h"
 
 #include <c10/util/Exception.h>
 
 #include "device_query.h"
-#include "known_devices.h"
+#include "plan/known_devices.h"
 #include "simt.h"
-#include "tensors.h"
+#include "torch/tensors.h"
 
 namespace batchnorm_cuda {
 namespace {

@@ -4,10 +4,10 @@
 
 #include <string>
 
-#include "build_bindings.h"
 #include "cuda_runtime.h"
 #include "simt.h"
 #include "simt_traffic.h"
+#include "torch/build_bindings.h"
 
 namespace py = pybind11;
 using py::literals::operator""_a;
