@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CXX_FILES = $(shell git ls-files '*.cu' '*.cuh' '*.cpp' '*.h')
 
 # A GPU without a toolkit to compile for it gets the compiler from PyPI with the package.
-TOOLKIT := $(PYTHON) batchnorm_cuda/_toolkit.py >/dev/null 2>&1
+TOOLKIT := $(PYTHON) batchnorm_cuda/_build/toolkit.py >/dev/null 2>&1
 NVCC_EXTRA = $(shell nvidia-smi -L >/dev/null 2>&1 && ! $(TOOLKIT) && echo ,nvcc)
 
 .PHONY: help venv train test lint docs cuda sass extension extension-host standalone \
@@ -92,8 +92,8 @@ docs: venv
 # the rules of the machine code for two of them (`make sass`: for all).
 # The compiler is the machine's, else it comes from PyPI.
 cuda: venv
-	$(BIN)/python batchnorm_cuda/_toolkit.py || $(PIP) -e ".[nvcc]" "$(TORCH)"
-	$(BIN)/python batchnorm_cuda/_toolkit.py
+	$(BIN)/python batchnorm_cuda/_build/toolkit.py || $(PIP) -e ".[nvcc]" "$(TORCH)"
+	$(BIN)/python batchnorm_cuda/_build/toolkit.py
 	$(BIN)/python -m pytest -m nvcc tests/test_install.py tests/test_standalone.py
 	$(BIN)/python -m pytest -m nvcc -k "9.0 or 10.0" tests/test_sass.py tests/test_issue_budget.py
 
@@ -115,10 +115,10 @@ versions: venv
 
 # The extension as it is built at the first use, for the GPU that is here; and for the CPU.
 extension:
-	$(PYTHON) -c "from batchnorm_cuda import _extension; \
-		_extension.load_cuda(); _extension.build_kernels()"
+	$(PYTHON) -c "from batchnorm_cuda._build import extension; \
+		extension.load_cuda(); extension.build_kernels()"
 extension-host:
-	$(PYTHON) -c "from batchnorm_cuda import _extension; _extension.load_emulated()"
+	$(PYTHON) -c "from batchnorm_cuda._build import extension; extension.load_emulated()"
 
 # The kernels and the plan without Python and PyTorch, as a program: for the GPU, and for the CPU.
 standalone:

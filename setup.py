@@ -13,8 +13,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "batchnorm_cuda"))  # the package itself needs torch
-import _archs  # noqa: E402
-import _toolkit  # noqa: E402
+from _build.archs import select  # noqa: E402
+from _build.toolkit import ToolkitError, compiler_version, resolve_toolkit  # noqa: E402
 
 sys.path.pop(0)
 
@@ -31,21 +31,21 @@ def ahead_of_time() -> dict:
     if torch.version.cuda is None:
         sys.exit(f"BATCHNORM_CUDA_AOT=1 needs a CUDA build of torch, not {torch.__version__}")
     try:
-        _toolkit.compiler_version()
-        toolkit = _toolkit.resolve_toolkit(torch.version.cuda)
+        compiler_version()
+        toolkit = resolve_toolkit(torch.version.cuda)
         explicit = os.environ.get("TORCH_CUDA_ARCH_LIST")
-        archs = _archs.select(explicit, [], toolkit.gpu_codes())
-    except (_toolkit.ToolkitError, ValueError) as error:
+        archs = select(explicit, [], toolkit.gpu_codes())
+    except (ToolkitError, ValueError) as error:
         sys.exit(f"BATCHNORM_CUDA_AOT=1: {error}")
     # For these and no others, whatever GPU is here.
     os.environ |= {"CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": ";".join(archs)}
     sys.path.insert(0, str(ROOT))
-    from batchnorm_cuda import _ahead_of_time
+    from batchnorm_cuda._build.ahead_of_time import build_into
 
     class Build(build_ext):
         def build_extension(self, extension: Extension) -> None:
             module = Path(self.get_ext_fullpath(extension.name))
-            _ahead_of_time.build_into(module.parent, module.name, archs)
+            build_into(module.parent, module.name, archs)
 
     return {
         "ext_modules": [Extension("batchnorm_cuda._C", sources=[])],
@@ -54,7 +54,13 @@ def ahead_of_time() -> dict:
 
 
 setup(
-    packages=["batchnorm_cuda", "batchnorm_cuda.csrc", "batchnorm_cuda.simt"],
+    packages=[
+        "batchnorm_cuda",
+        "batchnorm_cuda._build",
+        "batchnorm_cuda._explain",
+        "batchnorm_cuda.csrc",
+        "batchnorm_cuda.simt",
+    ],
     package_dir={"batchnorm_cuda.csrc": "csrc", "batchnorm_cuda.simt": "tests/simt"},
     include_package_data=False,  # only the files named here
     package_data={

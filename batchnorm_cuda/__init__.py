@@ -1,8 +1,8 @@
 """Batch normalisation for PyTorch by custom CUDA kernels."""
 
-from ._explain import explain
-from ._explanation import Explanation
-from ._extension import build_info
+from ._build.extension import build_info
+from ._explain.explain import explain
+from ._explain.explanation import Explanation
 from ._version import __version__
 from .autograd import BatchNormFunction
 from .convert import convert, revert

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import _composite, ops
-from ._extension import has_kernels
+from ._build.extension import has_kernels
 from ._transforms import check_update
 from .autograd import BatchNormFunction
 from .derivatives import (

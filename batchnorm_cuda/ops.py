@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _extension
+from ._build import extension as _extension
 
 # Aliases: the look-ups of their names would be paid on every call. Of compilers only Dynamo works
 # on tensors that look like any others; torch.compiler.is_compiling, of every one, takes two calls.

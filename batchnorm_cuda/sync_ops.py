@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _extension, _sync_composite, ops
+from . import _sync_composite, ops
+from ._build import extension as _extension
 from .fused_ops import fake_mask
 
 _library = torch.library.Library("batchnorm_cuda", "FRAGMENT")

@@ -42,16 +42,16 @@ sys.exit(os.waitstatus_to_exitcode(status))
 _STEPS = """
 import json, sys, time
 start = time.monotonic()
-from batchnorm_cuda import _extension
+from batchnorm_cuda._build import extension
 steps = {"import": time.monotonic() - start}
 def step(name, call, *arguments):
     start = time.monotonic()
     result = call(*arguments)
     steps[name] = time.monotonic() - start
     return result
-paths = {"_C": step("_C", _extension.load_cuda).__file__}
+paths = {"_C": step("_C", extension.load_cuda).__file__}
 for table in sys.argv[1:]:
-    paths[table] = step(table, _extension._kernels_just_in_time, table)
+    paths[table] = step(table, extension._kernels_just_in_time, table)
 print(json.dumps({"steps": steps, "paths": paths}))
 """
 

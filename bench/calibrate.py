@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchnorm_cuda import _extension
+from batchnorm_cuda._build.extension import load_cuda, load_emulated
 
 from . import records
 from .candidates import Candidate, identity, list_plans
@@ -250,7 +250,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("file", type=Path, help="of `python -m bench tune`")
     options = parser.parse_args(arguments)
-    load_extension = _extension.load_cuda if torch.cuda.is_available() else _extension.load_emulated
+    load_extension = load_cuda if torch.cuda.is_available() else load_emulated
     try:
         data = load(options.file)
         extension = load_extension()

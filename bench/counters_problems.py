@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from batchnorm_cuda import _extension, explain
+from batchnorm_cuda import explain
+from batchnorm_cuda._build.extension import load_cuda
 
 from .traffic_model import Case, operation
 from .worker import say
@@ -96,7 +97,7 @@ def run(
 
 
 def main(first: int, count: int) -> int:
-    extension = _extension.load_cuda()
+    extension = load_cuda()
     say({"device": torch.cuda.get_device_name(), "l2_bytes": extension.device_info()["l2_bytes"]})
     run(PROBLEMS[first : first + count], extension, "cuda", say)
     return 0

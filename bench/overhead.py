@@ -29,7 +29,7 @@ from contextlib import contextmanager
 import torch
 
 import batchnorm_cuda
-from batchnorm_cuda import _extension
+from batchnorm_cuda._build.extension import load_emulated
 
 SHAPE = (2, 8, 2, 2)
 
@@ -50,7 +50,7 @@ def make_step(module_type: type[torch.nn.Module], training: bool, device: str) -
 @contextmanager
 def emulated_without_launches() -> Iterator[None]:
     os.environ["BATCHNORM_CUDA_EMULATE"] = "1"
-    model = _extension.load_emulated()._host_model
+    model = load_emulated()._host_model
     model.skip_launches(True)
     try:
         yield

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from batchnorm_cuda import _extension, devices
+from batchnorm_cuda import devices
+from batchnorm_cuda._build.extension import load_emulated
 
 from . import instances
 
@@ -215,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("library", nargs="*", type=Path, help="compiled kernels")
     parser.add_argument("--all", action="store_true", help="the first problem of every instance")
     options = parser.parse_args(arguments)
-    extension = _extension.load_emulated()
+    extension = load_emulated()
     libraries = options.library or [str(extension.__file__)]
     compiled = instances.compiled(libraries)[0] - FIXED
     if not compiled:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from batchnorm_cuda._explain import OPS as PLANNED
+from batchnorm_cuda._explain.explain import OPS as PLANNED
 
 from .loading import load
 from .traffic_model import DTYPES

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from batchnorm_cuda import _extension
+from batchnorm_cuda._build.extension import build_kernels, load_cuda, load_emulated
 
 from . import check, smoke_cases
 from .smoke_problem import Problem
@@ -124,8 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     gpu = torch.cuda.is_available()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // len(smoke_cases.DTYPES)))
-    extension = _extension.load_cuda() if gpu else _extension.load_emulated()
-    libraries = _extension.build_kernels() if gpu else [extension.__file__]
+    extension = load_cuda() if gpu else load_emulated()
+    libraries = build_kernels() if gpu else [extension.__file__]
     found = smoke_cases.all_cases(options.dtype, smoke_cases.Planner(extension))
     if not gpu and not options.all:
         found = smoke_cases.cut(found, options.dtype)

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from .loading import load, load_package
 
-archs = load_package("_archs")
-build = load_package("_build")
+archs = load_package("_build.archs")
+build = load_package("_build.builder")
 devices = load("batchnorm_cuda", "devices")
-kernels = load_package("_kernels")
-sources = load_package("_sources")
-toolkit = load_package("_toolkit")
+kernels = load_package("_build.kernels")
+sources = load_package("_build.sources")
+toolkit = load_package("_build.toolkit")
 Toolkit = toolkit.Toolkit
 ToolkitError = toolkit.ToolkitError
 

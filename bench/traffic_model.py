@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm_cuda import _extension, devices
-from batchnorm_cuda._explain import explain_forced
+from batchnorm_cuda import devices
+from batchnorm_cuda._build.extension import load_emulated
+from batchnorm_cuda._explain.explain import explain_forced
 
 DTYPES = {
     "fp16": torch.float16,
@@ -183,7 +184,7 @@ def count(case: Case, device: dict[str, Any], strategy: str = "auto", **forced: 
         strategy: "auto", "two_pass" or "team"; a team that is impossible becomes two passes.
         forced: further options of the planner, such as pattern="along_row".
     """
-    module = _extension.load_emulated()
+    module = load_emulated()
     model = module._host_model
     x = case.tensor()
     call = operation(case, module, x)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from batchnorm_cuda import _extension
+from batchnorm_cuda._build.extension import load_cuda, load_emulated
 
 from . import environment, records
 from .candidates import geometry, identity, list_plans, thin
@@ -63,10 +63,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def find_setting(command: str) -> Setting | None:
     """The GPU, or the model of CUDA where that is asked for; says which, if it is no GPU."""
     if torch.cuda.is_available():
-        extension = _extension.load_cuda()
+        extension = load_cuda()
         return Setting(MEASURED, gpu(), extension, extension.device_info(), GPU_LIMITS)
     if os.environ.get("BATCHNORM_CUDA_EMULATE") == "1":
-        extension = _extension.load_emulated()
+        extension = load_emulated()
         print("model of CUDA: no time below is a GPU's", file=sys.stderr)
         return Setting(HOST, host_model(), extension, extension.device_info(), HOST_LIMITS)
     print(f"{command}: no GPU", file=sys.stderr)

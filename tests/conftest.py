@@ -20,7 +20,7 @@ import torch
 from fake_toolkit import write_program
 from toy import write_toy
 
-from batchnorm_cuda import _extension
+from batchnorm_cuda._build.extension import load_cuda, load_emulated
 
 HAS_GPU = torch.cuda.is_available()
 NO_GPU = "needs a GPU"
@@ -72,7 +72,7 @@ def kernels() -> Backend:
 @pytest.fixture(scope="session")
 def extension() -> ModuleType:
     """The compiled module that the kernels backend calls."""
-    return _extension.load_cuda() if HAS_GPU else _extension.load_emulated()
+    return load_cuda() if HAS_GPU else load_emulated()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from batchnorm_cuda import ops
-from batchnorm_cuda._explain import explain_forced
+from batchnorm_cuda._explain.explain import explain_forced
 
 # Options of the plan by name. Three blocks, so that ranks are unequal; two are the least cluster.
 TEAM = {"strategy": "team"}

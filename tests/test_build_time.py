@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from batchnorm_cuda import _sources
+from batchnorm_cuda._build import sources
 from bench import build_time
 from bench.build_time import Build, Compiled, makespan, markdown
 from bench.loading import ROOT
@@ -65,4 +65,4 @@ def test_page_has_the_files() -> None:
     """docs/build-time.md was printed of the files as they are."""
     page = (ROOT / "docs" / "build-time.md").read_text()
     named = re.findall(r"^\| `(\w+\.\w+)` \|", page, flags=re.MULTILINE)
-    assert sorted(named) == sorted(path.name for path in _sources.cuda_sources())
+    assert sorted(named) == sorted(path.name for path in sources.cuda_sources())

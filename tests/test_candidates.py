@@ -12,7 +12,8 @@ from bench_cases import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchnorm_cuda import _extension, devices
+from batchnorm_cuda import devices
+from batchnorm_cuda._build.extension import load_emulated
 from bench.candidates import geometry, identity, list_plans, thin
 
 OPS = {"forward_training": {}, "backward_training": {"grad_output_shift": 0}}
@@ -203,7 +204,7 @@ def test_geometry() -> None:
 @settings(max_examples=25)
 @given(st.integers(1, 40), st.sampled_from(SIZES), st.sampled_from(["forward", "backward"]))
 def test_thinned_out(most: int, sizes: tuple[int, int, int], op: str) -> None:
-    extension = _extension.load_emulated()
+    extension = load_emulated()
     plans = list_plans(extension, op, "fp16", sizes, described("h100"))
     kept = thin(plans, most)
     assert all(each in plans for each in kept)

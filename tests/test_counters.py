@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import HAS_GPU, KERNELS
 
-from batchnorm_cuda import _extension
+from batchnorm_cuda._build.extension import load_emulated
 from bench import counters, ncu
 from bench.counters import COUNTED, FAILED
 from bench.counters_problems import MARKER, PROBLEMS, run
@@ -146,7 +146,7 @@ def test_problems_are_beyond_the_cache_and_of_every_kind() -> None:
 @pytest.mark.skipif(HAS_GPU, reason="counts launches of the host model")
 def test_markers_part_the_launches() -> None:
     """On the host model, the problems cut: as many launches behind each marker as planned."""
-    extension = _extension.load_emulated()
+    extension = load_emulated()
     said: list[dict[str, Any]] = []
     extension._host_model.start_traffic()
     ways = {0: "team", 6: "two_pass", 11: "team"}  # cut, all would be chosen to run in two passes

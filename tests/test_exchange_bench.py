@@ -8,7 +8,8 @@ import pytest
 import torch
 from bench_cases import machine
 
-from batchnorm_cuda import _extension, devices
+from batchnorm_cuda import devices
+from batchnorm_cuda._build.extension import load_emulated
 from bench import exchange, records
 from bench.__main__ import main
 from bench.exchange import Effort, ExchangeRow, Forced
@@ -25,7 +26,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def setting(device: str | None = None, **values: object) -> Setting:
-    extension = _extension.load_emulated()
+    extension = load_emulated()
     info = extension.device_info()
     if device is not None:
         info = devices.planner_properties(devices.describe(device))

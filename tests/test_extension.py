@@ -14,8 +14,10 @@ import pytest
 import torch
 from fake_toolkit import make_toolkit
 
-from batchnorm_cuda import _build, _extension, _recipes, _sources, _toolkit
-from batchnorm_cuda._compile import BuildError
+from batchnorm_cuda._build import builder, recipes, sources
+from batchnorm_cuda._build import extension as _extension
+from batchnorm_cuda._build.compile import BuildError
+from batchnorm_cuda._build.toolkit import ToolkitError
 
 JIT = ModuleType("just in time")
 
@@ -46,7 +48,7 @@ def install_aot(monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: object
         "torch": "2.14.1+cu130",
         "cuda": "13.0",
         "archs": ["8.0", "9.0+PTX"],
-        "sources": _sources.content_hash(emulated=False),
+        "sources": sources.content_hash(emulated=False),
     }
     path = folder / "_C.so"
     path.write_bytes(b"no shared object")
@@ -118,13 +120,13 @@ def test_torch_without_cuda(machine: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_toolkit(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(machine / "nowhere"))
-    with pytest.raises(_toolkit.ToolkitError, match=r"pip install 'batchnorm_cuda\[nvcc\]'"):
+    with pytest.raises(ToolkitError, match=r"pip install 'batchnorm_cuda\[nvcc\]'"):
         _extension.load_cuda()
 
 
 def test_no_compiler(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(_toolkit.ToolkitError, match=r"no C\+\+ compiler.*apt-get install g\+\+"):
+    with pytest.raises(ToolkitError, match=r"no C\+\+ compiler.*apt-get install g\+\+"):
         _extension.load_cuda()
 
 
@@ -143,7 +145,7 @@ def test_gpu_not_in_the_list_asked_for(machine: Path, monkeypatch: pytest.Monkey
 
 
 def test_recipe_is_for_the_gpu_present(machine: Path) -> None:
-    recipe = _recipes.cuda_recipe()
+    recipe = recipes.cuda_recipe()
     assert recipe.environment["TORCH_CUDA_ARCH_LIST"] == "8.0+PTX"  # the toolkit knows no 8.6
     assert recipe.environment["CUDA_HOME"] == str(machine / "cuda-13.0")
 
@@ -170,9 +172,9 @@ def test_threads_load_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_number_of_a_message_goes_through_a_stream(extension: ModuleType) -> None:
     """csrc/torch/text.h says why."""
     with_gpu = torch.cuda.is_available()
-    recipe = _recipes.cuda_recipe() if with_gpu else _recipes.emulated_recipe()
-    compiled = recipe.object_name(_sources.csrc_dir() / "torch" / "checks.cpp")
-    path = _build.cache_dir() / "objects" / compiled
+    recipe = recipes.cuda_recipe() if with_gpu else recipes.emulated_recipe()
+    compiled = recipe.object_name(sources.csrc_dir() / "torch" / "checks.cpp")
+    path = builder.cache_dir() / "objects" / compiled
     symbols = subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
     assert "c10::ValueError" in symbols  # the file of the messages
     streams = ("ostream::_M_insert", "ostream::operator<<", "operator<<(std::ostream&, c10")

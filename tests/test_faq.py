@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FAQ = ROOT / "docs" / "faq.md"
-PYTHON = [ROOT / "setup.py", *sorted((ROOT / "batchnorm_cuda").glob("*.py"))]
+PYTHON = [ROOT / "setup.py", *sorted((ROOT / "batchnorm_cuda").rglob("*.py"))]
 CPP = sorted((ROOT / "csrc").rglob("*.cpp"))
 
 GAP = "\0"

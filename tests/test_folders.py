@@ -14,8 +14,10 @@ import torch
 from fake_toolkit import make_linkable_toolkit, make_toolkit, make_wrapper, write_program
 from toy import VALUE, toy_recipe
 
-from batchnorm_cuda import _build, _compile, _kernels, _recipes, _sources, _toolkit
-from batchnorm_cuda._compile import BuildError
+from batchnorm_cuda._build import builder, recipes, sources
+from batchnorm_cuda._build.compile import BuildError, Recipe
+from batchnorm_cuda._build.kernels import KernelRecipe
+from batchnorm_cuda._build.toolkit import resolve_toolkit
 
 NAME = """it's a "größe" (more) & more"""
 TOOLKIT = "the toolkit"
@@ -32,12 +34,12 @@ def python_below(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(folder / "packages"), *here])
 
 
-def recipe_of(toy: Path, toolkit: Path | None) -> _compile.Recipe:
+def recipe_of(toy: Path, toolkit: Path | None) -> Recipe:
     """The toy with a `.cu` file compiled as C++, and linked with the toolkit's library if any."""
     recipe = toy_recipe(toy)
     device = toy / "device.cu"
     device.write_text("int of_the_device() { return 1; }\n")
-    kernels = _kernels.KernelRecipe(
+    kernels = KernelRecipe(
         table="emulated",
         label="toy kernels",
         sources=[device],
@@ -51,7 +53,7 @@ def recipe_of(toy: Path, toolkit: Path | None) -> _compile.Recipe:
     if toolkit:
         environment = {"CUDA_HOME": str(toolkit), "TORCH_CUDA_ARCH_LIST": "8.0"}
         options |= {"with_cuda": True, "environment": environment}
-    return _compile.Recipe("toy", "a toy", recipe.sources, recipe.key, 1 << 20, **options)
+    return Recipe("toy", "a toy", recipe.sources, recipe.key, 1 << 20, **options)
 
 
 @pytest.mark.parametrize("places", [*([place] for place in PLACES), PLACES], ids=", ".join)
@@ -68,22 +70,22 @@ def test_a_build_in_folders_of_any_name(
     if "cache" in places:
         monkeypatch.setenv("BATCHNORM_CUDA_CACHE_DIR", str(odd / "cache"))
     if "checkout" in places:
-        monkeypatch.setattr(_sources, "path_maps", lambda: [f"-ffile-prefix-map={odd}/="])
+        monkeypatch.setattr(sources, "path_maps", lambda: [f"-ffile-prefix-map={odd}/="])
     if "python" in places:
         python_below(odd, monkeypatch)
     if "compiler" in places:
         script = f'#!/bin/sh\nexec {shutil.which("c++")} "$@"\n'
         monkeypatch.setenv("CXX", str(write_program(odd / "bin" / "c++", script)))
-    assert _build.build(recipe_of(toy, toolkit)).exists()
+    assert builder.build(recipe_of(toy, toolkit)).exists()
     if "cache" in places:  # an object of an earlier build is linked
         (toy / "toy_value.cpp").write_text(VALUE.replace("42", "43"))
-        assert _build.build(recipe_of(toy, toolkit)).exists()
+        assert builder.build(recipe_of(toy, toolkit)).exists()
 
 
-def kernels_of(folder: Path, toolkit: Path) -> _kernels.KernelRecipe:
+def kernels_of(folder: Path, toolkit: Path) -> KernelRecipe:
     source = folder / "kernels.cu"
     source.write_text("int of_the_device() { return 1; }\n")
-    return _kernels.KernelRecipe(
+    return KernelRecipe(
         table="toy",
         label="toy kernels",
         sources=[source],
@@ -104,7 +106,7 @@ def test_what_nvcc_itself_does_not_take_is_named(
     odd.mkdir()
     toolkit = make_toolkit((odd if place == TOOLKIT else tmp_path) / "cuda")
     with pytest.raises(BuildError, match=f"nvcc takes no double quote.*: {re.escape(str(odd))}.*"):
-        _build.build(kernels_of(odd if place == "sources" else tmp_path, toolkit))
+        builder.build(kernels_of(odd if place == "sources" else tmp_path, toolkit))
 
 
 def test_a_toolkit_in_a_folder_of_any_name_is_found(
@@ -116,5 +118,5 @@ def test_a_toolkit_in_a_folder_of_any_name_is_found(
     wrapper = make_wrapper(tmp_path / f"path of {NAME}" / "nvcc", home)
     monkeypatch.setenv("PATH", f"{wrapper.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert _toolkit.resolve_toolkit("13.0").home == home
-    assert _recipes.cuda_recipe().environment["CUDA_HOME"] == str(home)
+    assert resolve_toolkit("13.0").home == home
+    assert recipes.cuda_recipe().environment["CUDA_HOME"] == str(home)

@@ -29,7 +29,7 @@ from strategies import FORCED, expected, launched, walk_of
 from test_strategies import LAYOUTS
 
 from batchnorm_cuda import explain
-from batchnorm_cuda._explain import explain_forced
+from batchnorm_cuda._explain.explain import explain_forced
 
 # ------------------------------------------------------------------------------- results
 

@@ -19,7 +19,8 @@ import pytest
 import torch
 from fake_toolkit import make_toolkit
 
-from batchnorm_cuda import _sources, _toolkit
+from batchnorm_cuda._build import sources
+from batchnorm_cuda._build.toolkit import Toolkit, resolve_toolkit
 from bench.instances import find_cuobjdump
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,13 +76,13 @@ def test_plain_wheel_needs_no_torch_and_ships_every_source(tree: Path, tmp_path:
     names = set(zipfile.ZipFile(wheels[0]).namelist())
 
     suffixes = (".cpp", ".cu", ".cuh", ".h")
-    csrc = {p for p in _sources.csrc_dir().rglob("*") if p.suffix in suffixes}
-    emulated = {p for p in _sources.emulated_cpp_sources() if _sources.simt_dir() in p.parents}
-    simt = {p for p in (_sources.simt_dir() / "include").rglob("*") if p.suffix in suffixes}
-    simt |= emulated | set(_sources.simt_dir().glob("*.h"))
-    expected = {f"batchnorm_cuda/csrc/{p.relative_to(_sources.csrc_dir())}" for p in csrc}
-    expected |= {f"batchnorm_cuda/simt/{p.relative_to(_sources.simt_dir())}" for p in simt}
-    expected |= {f"batchnorm_cuda/{path.name}" for path in (ROOT / "batchnorm_cuda").glob("*.py")}
+    csrc = {p for p in sources.csrc_dir().rglob("*") if p.suffix in suffixes}
+    emulated = {p for p in sources.emulated_cpp_sources() if sources.simt_dir() in p.parents}
+    simt = {p for p in (sources.simt_dir() / "include").rglob("*") if p.suffix in suffixes}
+    simt |= emulated | set(sources.simt_dir().glob("*.h"))
+    expected = {f"batchnorm_cuda/csrc/{p.relative_to(sources.csrc_dir())}" for p in csrc}
+    expected |= {f"batchnorm_cuda/simt/{p.relative_to(sources.simt_dir())}" for p in simt}
+    expected |= {str(p.relative_to(ROOT)) for p in (ROOT / "batchnorm_cuda").rglob("*.py")}
     assert expected <= names, sorted(expected - names)
     assert not [name for name in names if name.startswith(("tests/", "csrc/"))]
 
@@ -93,10 +94,10 @@ def test_installed_package_finds_its_own_sources(tree: Path, tmp_path: Path) -> 
     output = pip("install", ".", "--target", target, environment={**os.environ}, cwd=tree)
     script = (
         f"import sys; sys.path.insert(0, {str(target)!r})\n"
-        "from batchnorm_cuda import _sources, _recipes\n"
-        "recipe = _recipes.emulated_recipe()\n"
+        "from batchnorm_cuda._build import sources, recipes\n"
+        "recipe = recipes.emulated_recipe()\n"
         "paths = [*recipe.sources, *recipe.kernels.sources, *recipe.include_dirs]\n"
-        "print(all(path.exists() for path in paths), _sources.csrc_dir(), _sources.simt_dir())\n"
+        "print(all(path.exists() for path in paths), sources.csrc_dir(), sources.simt_dir())\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True
@@ -129,14 +130,14 @@ def test_ahead_of_time_build_fails_by_name(
 
 
 @pytest.fixture(scope="module")
-def toolkit() -> _toolkit.Toolkit:
+def toolkit() -> Toolkit:
     """Never skips: these tests run only where they are asked for."""
     assert torch.version.cuda, f"torch {torch.__version__} is a build without CUDA"
-    return _toolkit.resolve_toolkit(torch.version.cuda)
+    return resolve_toolkit(torch.version.cuda)
 
 
 @pytest.mark.nvcc
-def test_users_own_load_of_the_sources(toolkit: _toolkit.Toolkit, tmp_path: Path) -> None:
+def test_users_own_load_of_the_sources(toolkit: Toolkit, tmp_path: Path) -> None:
     """Compile, link and import by torch's own function, with no flag or path of ours."""
     script = (
         "import sys\n"
@@ -148,7 +149,7 @@ def test_users_own_load_of_the_sources(toolkit: _toolkit.Toolkit, tmp_path: Path
     if int(toolkit.major) >= 13:  # what the kernels' code is like matters elsewhere
         environment["NVCC_APPEND_FLAGS"] = "--Ofast-compile=max"
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, _sources.cuda_sources())],
+        [sys.executable, "-c", script, *map(str, sources.cuda_sources())],
         cwd=tmp_path,
         env=environment,
         text=True,
@@ -158,7 +159,7 @@ def test_users_own_load_of_the_sources(toolkit: _toolkit.Toolkit, tmp_path: Path
 
 
 @pytest.mark.nvcc
-def test_ahead_of_time_install(toolkit: _toolkit.Toolkit, tree: Path, tmp_path: Path) -> None:
+def test_ahead_of_time_install(toolkit: Toolkit, tree: Path, tmp_path: Path) -> None:
     """Compiled, linked and imported without a GPU; holds code for 9.0, and its PTX.
 
     Also for what else the environment asks for: those kernels may be compiled already.
@@ -175,10 +176,10 @@ def test_ahead_of_time_install(toolkit: _toolkit.Toolkit, tree: Path, tmp_path: 
 
     script = (
         f"import json, sys; sys.path.insert(0, {str(target)!r})\n"
-        "from batchnorm_cuda import _extension\n"
-        "_extension._recipes.uncovered_gpu = lambda archs: None  # this machine's GPU, if any\n"
-        "_extension.load_cuda()\n"
-        "print(json.dumps(_extension.build_info()['loaded']['cuda']))\n"
+        "from batchnorm_cuda._build import extension\n"
+        "extension.recipes.uncovered_gpu = lambda archs: None  # this machine's GPU, if any\n"
+        "extension.load_cuda()\n"
+        "print(json.dumps(extension.build_info()['loaded']['cuda']))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True
@@ -187,12 +188,12 @@ def test_ahead_of_time_install(toolkit: _toolkit.Toolkit, tree: Path, tmp_path: 
     info = json.loads(done.stdout)
     assert info["origin"] == "ahead of time" and info["path"] == str(modules[0])
     assert info["archs"] == listed.split(";") and info["torch"] == torch.__version__
-    for table, sources in _sources.KERNEL_TABLES.items():
+    for table, names in sources.KERNEL_TABLES.items():
         path = target / "batchnorm_cuda" / f"kernels_{table}.so"
         assert ctypes.CDLL(str(path))[f"batchnorm_cuda_kernels_{table}"]() != 0
         elf, ptx = (cuobjdump(option, path) for option in ("--list-elf", "--list-ptx"))
-        assert elf.count(".sm_90.cubin") == ptx.count(".sm_90.ptx") == len(sources)
-        assert elf.count(".cubin") == len(sources) * len(info["archs"])
+        assert elf.count(".sm_90.cubin") == ptx.count(".sm_90.ptx") == len(names)
+        assert elf.count(".cubin") == len(names) * len(info["archs"])
 
 
 def cuobjdump(option: str, path: Path) -> str:

@@ -12,7 +12,11 @@ import pytest
 from fake_toolkit import write_program
 from simt_build import CSRC
 
-from batchnorm_cuda import _build, _compile, _extension, _kernels, _sources
+from batchnorm_cuda._build import builder
+from batchnorm_cuda._build import extension as _extension
+from batchnorm_cuda._build.compile import BuildError
+from batchnorm_cuda._build.kernels import KernelRecipe
+from batchnorm_cuda._build.sources import compiled_text
 
 # Asks for tables, each time a line is read, and prints what they answer.
 PROGRAM = r"""
@@ -104,8 +108,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def recipe_of(folder: Path, table: str = "toy", **key: str) -> _kernels.KernelRecipe:
-    return _kernels.KernelRecipe(
+def recipe_of(folder: Path, table: str = "toy", **key: str) -> KernelRecipe:
+    return KernelRecipe(
         table=table,
         label="toy kernels",
         sources=[folder / "toy.cu", folder / "more.cu"],
@@ -127,17 +131,17 @@ def value_of(path: Path) -> int:
 
 
 def test_what_an_edit_reaches_is_compiled_again_and_a_comment_is_no_edit(toy: Path) -> None:
-    first = _build.build(recipe_of(toy))
+    first = builder.build(recipe_of(toy))
     assert value_of(first) == 42 and compiled(toy) == 2
     (toy / "value.h").write_text("// said\n#define VALUE /* twice */ 42\n")
-    assert _build.build(recipe_of(toy)) == first and compiled(toy) == 2
+    assert builder.build(recipe_of(toy)) == first and compiled(toy) == 2
     (toy / "value.h").write_text("#define VALUE 43\n")
-    second = _build.build(recipe_of(toy))
+    second = builder.build(recipe_of(toy))
     assert value_of(second) == 43 and compiled(toy) == 3
 
 
 def test_tables_share_objects(toy: Path) -> None:
-    paths = _build.build_kernels([recipe_of(toy), recipe_of(toy, "other")])
+    paths = builder.build_kernels([recipe_of(toy), recipe_of(toy, "other")])
     assert [value_of(path) for path in paths] == [42, 42]
     assert compiled(toy) == 2
     assert [path.name for path in paths] == ["kernels_toy.so", "kernels_other.so"]
@@ -145,11 +149,11 @@ def test_tables_share_objects(toy: Path) -> None:
 
 def test_compilers_of_a_killed_build_write_nowhere_else(toy: Path, tmp_path: Path) -> None:
     """Their folder is not that of the next build, in which half an object would pass for whole."""
-    _build.build_kernels([recipe_of(toy)])
-    left = os.open(tmp_path / "cache" / _build.KERNELS, os.O_RDONLY)
+    builder.build_kernels([recipe_of(toy)])
+    left = os.open(tmp_path / "cache" / builder.KERNELS, os.O_RDONLY)
     (toy / "value.h").write_text("#define VALUE 43\n")
-    _build.build_kernels([recipe_of(toy)])
-    assert os.fstat(left).st_ino != (tmp_path / "cache" / _build.KERNELS).stat().st_ino
+    builder.build_kernels([recipe_of(toy)])
+    assert os.fstat(left).st_ino != (tmp_path / "cache" / builder.KERNELS).stat().st_ino
     os.close(left)
     assert not list((tmp_path / "cache").glob("*.tmp-*"))
 
@@ -164,11 +168,11 @@ def test_all_that_matters_is_in_the_key(toy: Path, name: str) -> None:
 
 def test_failure_quotes_the_compiler_and_keeps_the_other_objects(toy: Path) -> None:
     (toy / "toy.cu").write_text('extern "C" int value() { return forty_two; }\n')
-    with pytest.raises(_compile.BuildError, match=r"compiling toy kernels failed.*\n.*forty_two"):
-        _build.build(recipe_of(toy))
+    with pytest.raises(BuildError, match=r"compiling toy kernels failed.*\n.*forty_two"):
+        builder.build(recipe_of(toy))
     before = compiled(toy)
     (toy / "toy.cu").write_text(KERNEL)
-    assert value_of(_build.build(recipe_of(toy))) == 42
+    assert value_of(builder.build(recipe_of(toy))) == 42
     assert compiled(toy) <= before + 2
 
 
@@ -176,7 +180,7 @@ def test_kernels_come_from_the_cache_or_the_installation(
     toy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(_extension, "_info", {})
-    monkeypatch.setattr(_extension._recipes, "kernel_recipe", lambda table: recipe_of(toy, table))
+    monkeypatch.setattr(_extension.recipes, "kernel_recipe", lambda table: recipe_of(toy, table))
     path = _extension._kernels_just_in_time("half")
     assert value_of(Path(path)) == 42
     assert _extension.build_info()["loaded"]["kernels_half"]["origin"] == "just in time"
@@ -201,9 +205,9 @@ def test_kernels_come_from_the_cache_or_the_installation(
     ],
 )
 def test_compiled_text(text: str, compiled: str) -> None:
-    assert _sources.compiled_text(text.encode(), lines=False).decode() == compiled
+    assert compiled_text(text.encode(), lines=False).decode() == compiled
 
 
 def test_lines_keep_their_numbers_where_they_are_named() -> None:
     text = b"// one\nint a; /* two\nthree */\nint b;\n// end\n"
-    assert _sources.compiled_text(text, lines=True) == b"\nint a;\n\nint b;"
+    assert compiled_text(text, lines=True) == b"\nint a;\n\nint b;"

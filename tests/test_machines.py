@@ -20,8 +20,8 @@ from fake_toolkit import write_program
 from toy import VALUE, fork, toy_recipe, wait_for
 
 import batchnorm_cuda
-from batchnorm_cuda import _ahead_of_time, _build, _compile, _extension, _recipes
-from batchnorm_cuda._compile import BuildError, Recipe
+from batchnorm_cuda._build import ahead_of_time, builder, extension, recipes, trust
+from batchnorm_cuda._build.compile import BuildError, Recipe, touch
 
 DAY = 24 * 3600
 
@@ -40,7 +40,7 @@ class Compiler:
         self.builds += 1
         for source in recipe.sources:
             stored = objects / recipe.object_name(source)
-            if not _compile.touch(stored):
+            if not touch(stored):
                 self.compiled.append(source.name)
                 stored.write_text("object")
         (work / f"{recipe.name}.so").write_text("module")
@@ -74,7 +74,7 @@ def test_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(BuildError, match="no home folder; set HOME, or set BATCHNORM_CUDA_CACHE"):
-        _build.cache_dir()
+        builder.cache_dir()
     assert batchnorm_cuda.build_info()["cache_dir"] is None
 
 
@@ -83,7 +83,7 @@ def test_record_of_half_an_installation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: str
 ) -> None:
     (tmp_path / "_aot.json").write_text(record)
-    monkeypatch.setattr(_extension, "_AOT_RECORD", tmp_path / "_aot.json")
+    monkeypatch.setattr(extension, "_AOT_RECORD", tmp_path / "_aot.json")
     assert batchnorm_cuda.build_info()["ahead_of_time"] is None
 
 
@@ -93,7 +93,7 @@ def test_file_system_without_locks(
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse(number))
     with pytest.raises(BuildError, match=r"has no locks; set BATCHNORM_CUDA_CACHE_DIR .* local"):
-        _build.build(toy_recipe(toy))
+        builder.build(toy_recipe(toy))
 
 
 @pytest.mark.parametrize("step", ["mkdtemp", "compile", "rename"])
@@ -110,12 +110,12 @@ def test_disk_that_is_full_or_read_only(
 ) -> None:
     recipe = toy_recipe(toy)
     with monkeypatch.context() as faulty:
-        owner = {"mkdtemp": _build.tempfile, "rename": os}.get(step, Recipe)
+        owner = {"mkdtemp": builder.tempfile, "rename": os}.get(step, Recipe)
         faulty.setattr(owner, step, refuse(number))
         with pytest.raises(BuildError, match=f"cannot use the build cache {cache} .*{said}"):
-            _build.build(recipe)
+            builder.build(recipe)
     assert not list(cache.glob("*.tmp-*"))
-    assert _build.build(recipe).exists()
+    assert builder.build(recipe).exists()
 
 
 def test_compiler_that_meets_a_full_disk(
@@ -126,7 +126,7 @@ def test_compiler_that_meets_a_full_disk(
 
     monkeypatch.setattr(Recipe, "compile", compile_on_a_full_disk)
     with pytest.raises(BuildError, match=r"error writing to a\.s.*\n.*is full: free room .*TMPDIR"):
-        _build.build(toy_recipe(toy))
+        builder.build(toy_recipe(toy))
 
 
 def test_cache_of_two_file_systems(
@@ -134,7 +134,7 @@ def test_cache_of_two_file_systems(
 ) -> None:
     monkeypatch.setattr(os, "rename", refuse(errno.EXDEV))
     with pytest.raises(BuildError, match="must lie on one file system; set BATCHNORM_CUDA_CACHE"):
-        _build.build(toy_recipe(toy))
+        builder.build(toy_recipe(toy))
 
 
 SHARED_MEMORY = Path("/dev/shm")  # often a file system of its own
@@ -144,13 +144,13 @@ HAS_SHARED_MEMORY = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
 @pytest.mark.skipif(not HAS_SHARED_MEMORY, reason="no /dev/shm")
 def test_objects_on_another_file_system(toy: Path, cache: Path, compiler: Compiler) -> None:
     """Said before anything is compiled: a move there could be cut in half."""
-    _build._trust.make_private(cache)
+    trust.make_private(cache)
     with tempfile.TemporaryDirectory(dir=SHARED_MEMORY) as elsewhere:
         (cache / "objects").symlink_to(elsewhere)
         if os.stat(elsewhere).st_dev == cache.stat().st_dev:
             pytest.skip("/dev/shm is no other file system")
         with pytest.raises(BuildError, match=r"objects'\): a cache must lie on one file system"):
-            _build.build(toy_recipe(toy))
+            builder.build(toy_recipe(toy))
     assert compiler.builds == 0
 
 
@@ -167,7 +167,7 @@ def test_another_file_system_for_scratch_and_a_clock_that_was_set_back(
     before = {path: path.stat().st_mtime_ns for path in package.rglob("*")}
     umask = os.umask(0)
     try:
-        module = _build.build(toy_recipe(toy))
+        module = builder.build(toy_recipe(toy))
     finally:
         os.umask(umask)
     assert compiled() == ["toy.cpp", "toy_value.cpp"]
@@ -183,14 +183,14 @@ def test_installation_ahead_of_time(
     """Its files are for all users, other than the cache's; nonsense ends without a traceback."""
     recipe = toy_recipe(toy)
     recipe.key["cuda"] = "13.0"
-    monkeypatch.setattr(_recipes, "all_cuda_recipes", lambda **_: [recipe])
+    monkeypatch.setattr(recipes, "all_cuda_recipes", lambda **_: [recipe])
     monkeypatch.setenv("MAX_JOBS", "many")
     with pytest.raises(SystemExit, match="BATCHNORM_CUDA_AOT=1: MAX_JOBS='many'"):
-        _ahead_of_time.build_into(tmp_path / "site", "_C.so", ["8.0"])
+        ahead_of_time.build_into(tmp_path / "site", "_C.so", ["8.0"])
     monkeypatch.delenv("MAX_JOBS")
-    built = _build.build(recipe)
+    built = builder.build(recipe)
     built.chmod(0o700)
-    _ahead_of_time.build_into(tmp_path / "site", "_C.so", ["8.0"])
+    ahead_of_time.build_into(tmp_path / "site", "_C.so", ["8.0"])
     umask = os.umask(0o022)
     os.umask(umask)
     assert stat.S_IMODE((tmp_path / "site" / "_C.so").stat().st_mode) == 0o666 & ~umask
@@ -204,7 +204,7 @@ def set_age(path: Path, days: float) -> None:
 def build_value(toy: Path, value: int, days: float = 0) -> Path:
     """A build with other sources than the one before, last used some days ago."""
     (toy / "toy_value.cpp").write_text(VALUE.replace("42", str(value)))
-    module = _build.build(toy_recipe(toy))
+    module = builder.build(toy_recipe(toy))
     set_age(module, days)
     return module
 
@@ -235,11 +235,11 @@ def test_clock_that_jumps_during_a_build(
 
     monkeypatch.setattr(Recipe, "compile", compile_in_1970)
     beside = cache / "other.tmp-1" / "other.so"
-    _build._trust.make_private(beside.parent)
+    trust.make_private(beside.parent)
     beside.touch()
     set_age(beside, 20000)
-    with _build.lock(cache / "other.lock", "no words"):
-        assert _build.build(toy_recipe(toy)).exists()
+    with builder.lock(cache / "other.lock", "no words"):
+        assert builder.build(toy_recipe(toy)).exists()
         assert beside.exists()
 
 
@@ -248,7 +248,7 @@ def test_two_versions_of_torch_take_turns(toy: Path, cache: Path, compiler: Comp
 
     def build(version: str) -> Path:
         recipe = toy_recipe(toy)
-        return _build.build(Recipe("toy", "a toy", recipe.sources, {"torch": version}, 1 << 20))
+        return builder.build(Recipe("toy", "a toy", recipe.sources, {"torch": version}, 1 << 20))
 
     modules = {version: build(version) for version in ("2.11.0", "2.14.1")}
     for value in range(3):
@@ -287,12 +287,12 @@ def die_before_clearing(function: Callable) -> Callable:
 
 
 MOMENTS = {
-    "before the folder of the build": (_build.tempfile, "mkdtemp", die_before),
-    "after it": (_build.tempfile, "mkdtemp", die_after),
+    "before the folder of the build": (builder.tempfile, "mkdtemp", die_before),
+    "after it": (builder.tempfile, "mkdtemp", die_after),
     "after compiling": (Recipe, "compile", die_after),
     "before the folder gets its name": (Path, "rename", die_before),
     "after that": (Path, "rename", die_after),
-    "before pruning": (_build, "_prune", die_before),
+    "before pruning": (builder, "_prune", die_before),
     "while an old object is dropped": (Path, "unlink", die_after),
     "while an old build is dropped": (shutil, "rmtree", die_before_clearing),
 }
@@ -309,19 +309,19 @@ def test_killed_at_any_moment(toy: Path, cache: Path, compiler: Compiler, moment
 
     def be_killed() -> None:
         setattr(owner, name, die(getattr(owner, name)))
-        _build.build(toy_recipe(toy))
+        builder.build(toy_recipe(toy))
 
     child = fork(be_killed)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert _build.build(toy_recipe(toy)).read_text() == "module"
+    assert builder.build(toy_recipe(toy)).read_text() == "module"
     build_value(toy, 2)
     assert not list(cache.glob("*.tmp-*"))
 
 
 def test_folder_that_lost_its_module_is_built_anew(toy: Path, compiler: Compiler) -> None:
-    module = _build.build(toy_recipe(toy))
+    module = builder.build(toy_recipe(toy))
     module.unlink()
-    assert _build.build(toy_recipe(toy)) == module and module.exists()
+    assert builder.build(toy_recipe(toy)) == module and module.exists()
 
 
 @pytest.mark.parametrize("victims", ["compiling process", "both processes"])
@@ -336,24 +336,24 @@ def test_killed_for_want_of_memory(
 
     def build() -> None:
         with pytest.raises(BuildError):
-            _build.build(toy_recipe(toy))
+            builder.build(toy_recipe(toy))
         os.write(say, b"BuildError")
 
-    builder = fork(build)
+    child = fork(build)
     os.close(say)
     wait_for(lambda: pid_file.exists() and pid_file.read_text().strip())
     compiler = int(pid_file.read_text())
-    children = Path(f"/proc/{builder}/task/{builder}/children").read_text().split()
-    for process in [*([builder] if victims == "both processes" else []), *map(int, children)]:
+    children = Path(f"/proc/{child}/task/{child}/children").read_text().split()
+    for process in [*([child] if victims == "both processes" else []), *map(int, children)]:
         os.kill(process, signal.SIGKILL)
-    os.waitpid(builder, 0)
+    os.waitpid(child, 0)
     if victims == "both processes":
         os.kill(compiler, signal.SIGTERM)  # nobody is left to do it
     else:
         assert os.read(said, 100) == b"BuildError"
         wait_for(lambda: not Path(f"/proc/{compiler}").exists())
     Compiler().replace(monkeypatch)
-    assert _build.build(toy_recipe(toy)).exists()
+    assert builder.build(toy_recipe(toy)).exists()
 
 
 def test_object_of_somebody_else_is_not_linked(
@@ -371,7 +371,7 @@ def test_module_of_somebody_else_is_not_loaded(toy: Path, cache: Path, compiler:
     module = build_value(toy, 1)
     module.parent.chmod(0o777)
     with pytest.raises(BuildError, match=f"{module} is not used, .*chmod go-w {module.parent}"):
-        _build.build(toy_recipe(toy))
+        builder.build(toy_recipe(toy))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
@@ -384,7 +384,7 @@ def test_cache_of_root_for_another_user(
         os.chmod(folder, 0o755)
         monkeypatch.setenv("BATCHNORM_CUDA_CACHE_DIR", f"{folder}/cache")
         recipe = toy_recipe(toy)
-        module = _build.build(recipe)
+        module = builder.build(recipe)
         if opened:
             subprocess.run(["chmod", "-R", "a+rX", f"{folder}/cache"], check=True)
         said = said_to_another_user(recipe)
@@ -403,7 +403,7 @@ def said_to_another_user(recipe: Recipe) -> str:
         os.setgid(61234)
         os.setuid(61234)
         try:
-            os.write(say, str(_build.build(recipe)).encode())
+            os.write(say, str(builder.build(recipe)).encode())
         except BuildError as error:
             os.write(say, str(error).encode())
 

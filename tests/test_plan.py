@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_walk import DTYPE_BYTES, WINDOW_BYTES, covered, stretches
 
-from batchnorm_cuda import _extension
+from batchnorm_cuda._build.extension import load_cuda, load_emulated
 
 STAGE_THREADS = 256
 MERGE_THREADS = 512
@@ -27,7 +27,7 @@ OPS = (
 
 @pytest.fixture(scope="module")
 def make_plan():
-    load = _extension.load_cuda if torch.cuda.is_available() else _extension.load_emulated
+    load = load_cuda if torch.cuda.is_available() else load_emulated
     module = load()
 
     def two_pass(op, n, c, s, dtype, device, options):

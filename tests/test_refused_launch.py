@@ -252,10 +252,11 @@ def test_threads(kernels: Backend, plan_options: Callable, refusing: Refusing) -
 SCRIPT = """
 import json, sys, warnings
 import torch
-from batchnorm_cuda import _extension, batch_norm
+from batchnorm_cuda import batch_norm
+from batchnorm_cuda._build.extension import load_emulated
 
 options, device, refusals = json.loads(sys.argv[1])
-extension = _extension.load_emulated()
+extension = load_emulated()
 extension.set_plan_options(options)
 extension._host_model.set_device(device)
 extension._host_model.refuse_launches(**refusals)

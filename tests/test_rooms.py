@@ -1,18 +1,22 @@
-"""Who may include whom: the folders of csrc/, and the headers that take seconds to compile."""
+"""Who may include or import whom: the folders of csrc/, the headers that take seconds to compile,
+and the package's modules.
+"""
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from batchnorm_cuda import _sources
+import batchnorm_cuda
+from batchnorm_cuda._build import sources
 
-CSRC = _sources.csrc_dir()
+CSRC = sources.csrc_dir()
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"][^">]+)[">]', re.MULTILINE)
-SOURCES = sorted({*_sources.cuda_sources(), *_sources.emulated_cpp_sources()})
+SOURCES = sorted({*sources.cuda_sources(), *sources.emulated_cpp_sources()})
 FILES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h"))
 
 TORCH = ("ATen/", "c10/", "pybind11/", "torch/")
@@ -105,7 +109,7 @@ def test_headers_of_host_code_need_no_cuda(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ROOMS)
 def test_a_room_has_a_page(name: str) -> None:
-    if not _sources.in_checkout():
+    if not sources.in_checkout():
         pytest.skip("an installed package has sources alone")
     lines = (CSRC / name / "README.md").read_text().splitlines()
     assert lines[0].startswith("# ") and len(lines) > 3
@@ -120,3 +124,104 @@ def test_expensive_headers_stay_where_they_are_needed(source: Path) -> None:
         if header.startswith(prefix) and source.name not in files
     }
     assert not found
+
+
+# -------------------------------------------------------------------------------- the package
+
+PACKAGE = Path(batchnorm_cuda.__file__).parent
+PUBLIC = {"functional", "modules", "sync", "convert"}  # what users call, above the operators
+WITHOUT_TORCH = {"archs", "builder", "compile", "jobs", "kernels", "sources", "toolkit", "trust"}
+ALONE = {"archs", "jobs", "sources", "toolkit", "trust"}  # of setup.py, the Makefile and the bench
+
+
+def dotted(path: Path) -> str:
+    """ "_build.toolkit", "functional", and "" for the package itself."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__")
+
+
+MODULES = {dotted(path).rstrip("."): path for path in sorted(PACKAGE.rglob("*.py"))}
+OPERATORS = {name for name in MODULES if name and "." not in name} - PUBLIC
+OPERATORS -= {"_build", "_explain", "_version", "devices"}
+
+
+def imported(name: str, text: str) -> tuple[set[str], set[str]]:
+    """What a module imports, anywhere in it: modules of the package, and the others by their first
+    name. "from . import x" is the module x.
+    """
+    ours, others = set(), set()
+    package = name.split(".") if MODULES[name].stem == "__init__" else name.split(".")[:-1]
+    package = [part for part in package if part]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            others |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            others.add(str(node.module).split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            base = (*package[: len(package) - node.level + 1], node.module or "")
+            for alias in node.names:
+                whole = ".".join(part for part in (*base, alias.name) if part)
+                ours.add(whole if whole in MODULES else whole.rpartition(".")[0])
+    return ours, others
+
+
+IMPORTS = {name: imported(name, path.read_text()) for name, path in MODULES.items()}
+OURS = {name: ours for name, (ours, _) in IMPORTS.items()}
+
+
+def room_of(name: str) -> str:
+    return name.partition(".")[0] if name.startswith(("_build", "_explain")) else ""
+
+
+def test_every_import_of_the_package_is_seen() -> None:
+    text = "from . import ops\nfrom ._build import extension\nfrom ._version import __version__\n"
+    assert imported("sync", text)[0] == {"ops", "_build.extension", "_version"}
+    text = "from .. import devices\nfrom .explanation import Cost\nimport torch.nn\n"
+    assert imported("_explain.explain", text) == ({"devices", "_explain.explanation"}, {"torch"})
+    assert OURS[""] >= {"functional", "_build.extension", "_explain.explain"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nobody_imports_the_compiled_module_by_name(name: str) -> None:
+    """It is there or built: `_build/extension.py` gives it."""
+    text = MODULES[name].read_text()
+    assert not re.search(r"^\s*(from|import)\b.*\b_C(_emulated)?\b", text, re.MULTILINE)
+    assert "batchnorm_cuda" not in IMPORTS[name][1]  # by its own name, it would not be seen above
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) == "_build"])
+def test_building_needs_no_operators_and_mostly_no_torch(name: str) -> None:
+    ours, others = IMPORTS[name]
+    stem = name.removeprefix("_build").lstrip(".")
+    assert {each for each in ours if room_of(each) != "_build"} <= {"_version"}
+    if stem in WITHOUT_TORCH or not stem:
+        assert "torch" not in others
+        assert {each.rpartition(".")[2] for each in ours} <= WITHOUT_TORCH | {"_version"}
+    if stem in ALONE or not stem:
+        assert not ours
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) == "_explain"])
+def test_explaining_asks_for_little(name: str) -> None:
+    asked = {"_explain.explain": {"_build.extension", "devices", "functional", "ops"}}
+    assert {each for each in OURS[name] if room_of(each) != "_explain"} <= asked.get(name, set())
+    if name != "_explain.explain":
+        assert "torch" not in IMPORTS[name][1]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not room_of(name)])
+def test_private_rooms_have_one_door_each(name: str) -> None:
+    behind = {each for each in OURS[name] if room_of(each)}
+    front = {"_explain.explain", "_explain.explanation"} if not name else set()
+    assert behind <= {"_build.extension"} | front
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_operators_know_nothing_of_what_calls_them(name: str) -> None:
+    assert not OURS[name] & PUBLIC
+
+
+@pytest.mark.parametrize("name", ["_build", "_explain"])
+def test_a_private_package_says_what_lives_there(name: str) -> None:
+    words = ast.get_docstring(ast.parse(MODULES[name].read_text())) or ""
+    assert "May import:" in words and "Must not import:" in words
+    assert not OURS[name] and not IMPORTS[name][1]

@@ -12,7 +12,7 @@ import pytest
 from fake_toolkit import make_toolkit, make_wrapper, write_program
 from torch.utils import cpp_extension
 
-from batchnorm_cuda import _archs, _jobs, _toolkit
+from batchnorm_cuda._build import archs, jobs, toolkit
 
 GIB = 1 << 30
 
@@ -24,7 +24,7 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path / "path"))
     monkeypatch.setattr(sys, "path", [str(tmp_path / "site-packages")])
-    monkeypatch.setattr(_toolkit, "USUAL_PLACE", tmp_path / "usr-local")
+    monkeypatch.setattr(toolkit, "USUAL_PLACE", tmp_path / "usr-local")
     return tmp_path
 
 
@@ -32,7 +32,7 @@ def test_wrapper_script_leads_to_the_toolkit_it_runs(bare: Path) -> None:
     """The place of nvcc on PATH says nothing: its parent has neither headers nor libraries."""
     home = make_toolkit(bare / "opt" / "cuda-13.0")
     make_wrapper(bare / "path" / "nvcc", home)
-    found = _toolkit.resolve_toolkit("13.0")
+    found = toolkit.resolve_toolkit("13.0")
     assert (found.home, found.version) == (home, "13.0")
     assert found.cudart == home / "lib64" / "libcudart.so"
 
@@ -43,7 +43,7 @@ def test_cuda_home_that_holds_only_a_wrapper_is_followed(
     home = make_toolkit(bare / "opt" / "cuda-13.0")
     make_wrapper(bare / "prefix" / "bin" / "nvcc", home)
     monkeypatch.setenv("CUDA_HOME", str(bare / "prefix"))
-    assert _toolkit.resolve_toolkit("13.0").home == home
+    assert toolkit.resolve_toolkit("13.0").home == home
 
 
 def test_link_to_nvcc_leads_to_its_toolkit(bare: Path) -> None:
@@ -52,12 +52,12 @@ def test_link_to_nvcc_leads_to_its_toolkit(bare: Path) -> None:
     write_program(home / "bin" / "nvcc", '#!/bin/sh\necho "release 13.0, V13.0.88"\n')
     (bare / "path").mkdir()
     (bare / "path" / "nvcc").symlink_to(home / "bin" / "nvcc")
-    assert _toolkit.resolve_toolkit("13.0").home == home
+    assert toolkit.resolve_toolkit("13.0").home == home
 
 
 def test_pypi_toolkit_gets_the_linker_name_it_lacks(bare: Path) -> None:
     home = make_toolkit(bare / "site-packages/nvidia/cu13", libcudart="lib/libcudart.so.13")
-    found = _toolkit.resolve_toolkit("13.0")
+    found = toolkit.resolve_toolkit("13.0")
     assert found.home == home and found.lacks_linker_name
     folder = found.linker_dir(bare / "scratch")
     assert (folder / "libcudart.so").resolve() == home / "lib" / "libcudart.so.13"
@@ -67,30 +67,30 @@ def test_cuda_home_comes_first_and_alone(bare: Path, monkeypatch: pytest.MonkeyP
     make_wrapper(bare / "path" / "nvcc", make_toolkit(bare / "opt" / "cuda-13.0"))
     wanted = make_toolkit(bare / "mine", "13.1")
     monkeypatch.setenv("CUDA_HOME", str(wanted))
-    assert _toolkit.resolve_toolkit("13.0").home == wanted
+    assert toolkit.resolve_toolkit("13.0").home == wanted
     monkeypatch.setenv("CUDA_HOME", str(bare / "nowhere"))
-    with pytest.raises(_toolkit.ToolkitError, match=r"CUDA_HOME: .*/nowhere has no bin/nvcc"):
-        _toolkit.resolve_toolkit("13.0")
+    with pytest.raises(toolkit.ToolkitError, match=r"CUDA_HOME: .*/nowhere has no bin/nvcc"):
+        toolkit.resolve_toolkit("13.0")
 
 
 def test_matching_major_version_is_preferred_to_the_first_found(bare: Path) -> None:
     make_wrapper(bare / "path" / "nvcc", make_toolkit(bare / "opt" / "cuda-12.8", "12.8"))
     other = make_toolkit(bare / "usr-local" / "cuda-13.0", "13.0")
-    assert _toolkit.resolve_toolkit("13.2").home == other
+    assert toolkit.resolve_toolkit("13.2").home == other
 
 
 def test_other_major_version_is_refused_with_both_versions(bare: Path) -> None:
     home = make_toolkit(bare / "opt" / "cuda-12.8", "12.8")
     make_wrapper(bare / "path" / "nvcc", home)
-    with pytest.raises(_toolkit.ToolkitError) as error:
-        _toolkit.resolve_toolkit("13.0")
+    with pytest.raises(toolkit.ToolkitError) as error:
+        toolkit.resolve_toolkit("13.0")
     assert "built with CUDA 13.0" in str(error.value)
     assert f"{home} is CUDA 12.8" in str(error.value)
 
 
 def test_no_toolkit_names_the_command_that_fetches_one(bare: Path) -> None:
-    with pytest.raises(_toolkit.ToolkitError, match=r"pip install 'batchnorm_cuda\[nvcc\]'"):
-        _toolkit.resolve_toolkit("13.0")
+    with pytest.raises(toolkit.ToolkitError, match=r"pip install 'batchnorm_cuda\[nvcc\]'"):
+        toolkit.resolve_toolkit("13.0")
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,14 @@ def test_incomplete_toolkit_is_refused_by_name(
     home = make_toolkit(bare / "partial")
     (home / missing).unlink()
     monkeypatch.setenv("CUDA_HOME", str(home))
-    with pytest.raises(_toolkit.ToolkitError, match=f"{home} {said}"):
-        _toolkit.resolve_toolkit("13.0")
+    with pytest.raises(toolkit.ToolkitError, match=f"{home} {said}"):
+        toolkit.resolve_toolkit("13.0")
 
 
 def test_missing_compiler_names_it_and_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(_toolkit.ToolkitError, match=r"'no-such-compiler' does not run.*g\+\+"):
-        _toolkit.compiler_version()
+    with pytest.raises(toolkit.ToolkitError, match=r"'no-such-compiler' does not run.*g\+\+"):
+        toolkit.compiler_version()
 
 
 @pytest.mark.parametrize("compiler", ["env c++", "env -i c++"])
@@ -122,8 +122,8 @@ def test_compiler_with_arguments_is_named_with_the_cure(
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
     said = f"CXX='{re.escape(compiler)}' is a program with arguments.*PATH=/usr/lib/ccache"
-    with pytest.raises(_toolkit.ToolkitError, match=said):
-        _toolkit.compiler_version()
+    with pytest.raises(toolkit.ToolkitError, match=said):
+        toolkit.compiler_version()
 
 
 def test_every_name_of_torch_is_taken() -> None:
@@ -132,7 +132,7 @@ def test_every_name_of_torch_is_taken() -> None:
     names = dict(re.findall(r"\('([A-Z][\w+]*)', '([\d.;+PTX]+)'\)", source))
     assert "Ampere+Tegra" in names
     for name, meaning in names.items():
-        assert set(_archs.parse(name)) >= set(meaning.removesuffix("+PTX").split(";"))
+        assert set(archs.parse(name)) >= set(meaning.removesuffix("+PTX").split(";"))
 
 
 @pytest.mark.parametrize(
@@ -154,13 +154,13 @@ def test_every_name_of_torch_is_taken() -> None:
 )
 def test_architectures(explicit: str | None, visible: list, expected: str) -> None:
     codes = ["7.5", "8.0", "8.6", "9.0", "10.0"] if visible else ["7.5", "8.0", "9.0", "10.0"]
-    assert ";".join(_archs.select(explicit, visible, codes)) == expected
+    assert ";".join(archs.select(explicit, visible, codes)) == expected
 
 
 @pytest.mark.parametrize("bad", ["sm_90", "9", "9.0+SASS", "Pentium"])
 def test_bad_architecture_is_named(bad: str) -> None:
     with pytest.raises(ValueError, match=rf"TORCH_CUDA_ARCH_LIST=.*'{bad.replace('+', '.')}'"):
-        _archs.parse(f"8.0;{bad}")
+        archs.parse(f"8.0;{bad}")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_bad_architecture_is_named(bad: str) -> None:
     ],
 )
 def test_coverage(built: list[str], gpu: tuple[int, int], runs: bool) -> None:
-    assert _archs.covers(built, gpu) is runs
+    assert archs.covers(built, gpu) is runs
 
 
 @pytest.mark.parametrize(
@@ -193,16 +193,16 @@ def test_coverage(built: list[str], gpu: tuple[int, int], runs: bool) -> None:
     ],
 )
 def test_jobs(cpus: int, memory: int | None, explicit: str | None, expected: int) -> None:
-    assert _jobs.max_jobs(3 * GIB, cpus, memory, explicit) == expected
+    assert jobs.max_jobs(3 * GIB, cpus, memory, explicit) == expected
 
 
 @pytest.mark.parametrize("nonsense", ["many", "0", "-1", "2.5", "2 3", "²"])
 def test_nonsense_for_jobs_is_named(nonsense: str) -> None:
     with pytest.raises(ValueError, match=f"MAX_JOBS='{nonsense}': expected .* whole number"):
-        _jobs.max_jobs(3 * GIB, 4, None, nonsense)
+        jobs.max_jobs(3 * GIB, 4, None, nonsense)
 
 
 def test_available_memory_is_within_the_machine() -> None:
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = _jobs.available_memory()
+    memory = jobs.available_memory()
     assert memory is not None and 0 < memory <= physical

@@ -20,8 +20,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from batchnorm_cuda import _extension, devices
-from batchnorm_cuda._explain import explain_forced
+from batchnorm_cuda import devices
+from batchnorm_cuda._build.extension import load_emulated
+from batchnorm_cuda._explain.explain import explain_forced
 from bench import traffic, traffic_model
 from bench.traffic_model import Case, Traffic, count, scaled_device
 
@@ -57,7 +58,7 @@ CASES = [
 
 @pytest.fixture(autouse=True, scope="module")
 def _compiled() -> ModuleType:
-    return _extension.load_emulated()
+    return load_emulated()
 
 
 def describe(value: object) -> str:
@@ -276,7 +277,7 @@ def test_counts_do_not_depend_on_the_order_of_threads(
 @pytest.mark.parametrize("name", sorted(devices.DEVICES))
 def test_the_planned_device_is_the_modelled_one(name: str) -> None:
     """Prediction and launches are for one device: its description, and what the model answers."""
-    model = _extension.load_emulated()
+    model = load_emulated()
     before = model.device_info()
     device = scaled_device(name, 8)
     seen = []
@@ -299,7 +300,7 @@ def test_a_failure_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail() -> None:
         raise RuntimeError("no launch")
 
-    model = _extension.load_emulated()
+    model = load_emulated()
     before = model.device_info()
     monkeypatch.setattr(traffic_model, "operation", lambda *_: fail)
     with pytest.raises(RuntimeError, match="no launch"):

@@ -147,9 +147,9 @@ def test_what_counts_as_batch_norm() -> None:
 def test_a_step_on_the_host_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours takes the kernels, trains as torch.nn's does, and no time is given."""
     assert os.environ["BATCHNORM_CUDA_EMULATE"] == "1"
-    from batchnorm_cuda import _extension
+    from batchnorm_cuda._build.extension import load_emulated
 
-    model = _extension.load_emulated()._host_model
+    model = load_emulated()._host_model
     said: list[dict[str, Any]] = []
     model.start_traffic()
     step_worker.run(step_worker.Setting("bf16", "nhwc", "cpu"), ["torch", "ours"], said.append)

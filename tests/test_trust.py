@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 from toy import fork
 
-from batchnorm_cuda import _trust
-from batchnorm_cuda._trust import UntrustedError, make_private, require_trusted
+from batchnorm_cuda._build import trust
+from batchnorm_cuda._build.trust import UntrustedError, make_private, require_trusted
 
 STRANGER = 61234  # of no meaning anywhere
 
@@ -61,7 +61,7 @@ def test_private_path_is_trusted(module: Path) -> None:
 def test_part_that_others_can_write_is_named_with_the_command(
     module: Path, up: int, bit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_trust, "_is_private", lambda group: False)
+    monkeypatch.setattr(trust, "_is_private", lambda group: False)
     part = [module, *module.parents][up]
     part.chmod(0o700 | bit)
     cure = "rm" if up == 0 else "chmod go-w"
@@ -148,7 +148,7 @@ def test_namespace_without_root(module: Path, disguise, monkeypatch: pytest.Monk
         disguise(part, user=STRANGER)
     with pytest.raises(UntrustedError, match="/ belongs to"):
         require_trusted(module)
-    monkeypatch.setattr(_trust, "_unmapped_owner", lambda: STRANGER)
+    monkeypatch.setattr(trust, "_unmapped_owner", lambda: STRANGER)
     require_trusted(module)
     disguise(module, user=STRANGER)
     with pytest.raises(UntrustedError, match=r"toy\.so belongs to"):
@@ -176,11 +176,11 @@ def test_nothing_is_created_in_an_untrusted_folder(tmp_path: Path) -> None:
 def test_folder_is_trusted_with_its_contents(tmp_path: Path) -> None:
     (tmp_path / "good.o").touch()
     (tmp_path / "link.o").symlink_to("good.o")
-    _trust.require_trusted_folder(tmp_path)
+    trust.require_trusted_folder(tmp_path)
     (tmp_path / "bad.o").touch()
     (tmp_path / "bad.o").chmod(0o666)
     with pytest.raises(UntrustedError, match=r"rm .*bad\.o"):
-        _trust.require_trusted_folder(tmp_path)
+        trust.require_trusted_folder(tmp_path)
 
 
 # Each makes one part of base/cache/toy.so open to others; the first nothing.

@@ -28,10 +28,10 @@ pytestmark = pytest.mark.skipif(
 
 # Says of itself what the real package would.
 INIT = """
-from . import _extension
+from ._build import extension
 def build_info():
     return {{"torch": "{torch}", "loaded": {{"cuda": {{
-        "origin": "{origin}", "path": _extension.__file__, "archs": ["8.0", "9.0+PTX"],
+        "origin": "{origin}", "path": extension.__file__, "archs": ["8.0", "9.0+PTX"],
         "cuda": "13.0"}}}}}}
 """
 LOADS = "def load_cuda(): pass\n"
@@ -51,8 +51,8 @@ def make_wheel(
     version = "Name: batchnorm_cuda\nVersion: 0.1.0+torch2.14.1.cu130\n"
     files = {
         "batchnorm_cuda/__init__.py": INIT.format(torch=built_with, origin=origin),
-        "batchnorm_cuda/_extension.py": loads,
-        "batchnorm_cuda/_sources.py": "KERNEL_TABLES = {}\n",
+        "batchnorm_cuda/_build/extension.py": loads,
+        "batchnorm_cuda/_build/sources.py": "KERNEL_TABLES = {}\n",
         f"{info}/METADATA": f"Metadata-Version: 2.1\n{version}Requires-Dist: {requires}\n",
         f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }

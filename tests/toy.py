@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import batchnorm_cuda
-from batchnorm_cuda import _compile
+from batchnorm_cuda._build.compile import Recipe
 
 # A module without torch's headers compiles in a second.
 TOY = """
@@ -33,19 +33,19 @@ WORKER = """
 import importlib.util, sys
 from pathlib import Path
 from toy import toy_recipe
-from batchnorm_cuda import _build
-spec = importlib.util.spec_from_file_location("toy", _build.build(toy_recipe(Path(sys.argv[1]))))
+from batchnorm_cuda._build.builder import build
+spec = importlib.util.spec_from_file_location("toy", build(toy_recipe(Path(sys.argv[1]))))
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 print(module.value)
 """
 
 
-def toy_recipe(folder: Path) -> _compile.Recipe:
+def toy_recipe(folder: Path) -> Recipe:
     sources = [folder / "toy.cpp", folder / "toy_value.cpp"]
     texts = [path.read_text() for path in (*sources, folder / "toy_value.h")]
     key = {"sources": "".join(texts), "torch": torch.__version__}
-    return _compile.Recipe("toy", "a toy", sources, key, job_bytes=1 << 20)
+    return Recipe("toy", "a toy", sources, key, job_bytes=1 << 20)
 
 
 def write_toy(folder: Path) -> Path:

@@ -127,7 +127,7 @@ def facts(python: Path) -> dict[str, str]:
 
 def run_tests(python: Path, folder: Path, log: Path) -> dict[str, Any]:
     """Builds the emulated extension, so that no test is charged for it, and runs TESTS."""
-    load = "from batchnorm_cuda import _extension; _extension.load_emulated()"
+    load = "from batchnorm_cuda._build import extension; extension.load_emulated()"
     if run(log, python, "-c", load) != 0:
         return {"failure": f"the emulated kernels do not build; see {log.relative_to(ROOT)}"}
     report = folder / "tests.xml"
@@ -162,7 +162,7 @@ def compile_extension(python: Path, cuda: str | None, folder: Path, log: Path) -
     """What came of an ahead-of-time wheel for one architecture, installed and imported."""
     if cuda is None:
         return "no CUDA in this torch"
-    asked = [str(python), str(ROOT / "batchnorm_cuda" / "_toolkit.py"), cuda]
+    asked = [str(python), str(ROOT / "batchnorm_cuda" / "_build" / "toolkit.py"), cuda]
     toolkit = subprocess.run(asked, capture_output=True, text=True)
     if toolkit.returncode != 0:
         return f"no toolkit of CUDA {cuda.split('.')[0]}"

@@ -29,10 +29,10 @@ from bench.visit.rehearse import without_network
 _LOAD = """
 import ctypes, json
 import batchnorm_cuda
-from batchnorm_cuda import _extension, _sources
-_extension.load_cuda()
-for table in _sources.KERNEL_TABLES:
-    library = ctypes.CDLL(_extension._kernels_ahead_of_time(table))
+from batchnorm_cuda._build import extension, sources
+extension.load_cuda()
+for table in sources.KERNEL_TABLES:
+    library = ctypes.CDLL(extension._kernels_ahead_of_time(table))
     getattr(library, f"batchnorm_cuda_kernels_{table}")
 print(json.dumps(batchnorm_cuda.build_info()))
 """

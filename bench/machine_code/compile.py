@@ -2,8 +2,9 @@
 
     build/sass/<object>/sm_<arch>/{kernels.ptx,resources.txt,kernels.sass}
 
-The objects are those that the extension is linked from (batchnorm_cuda/_kernels.py), compiled if
-they are not there yet. An object is named by everything that it depends on, and so are its texts.
+The objects are those that the extension is linked from (batchnorm_cuda/_build/kernels.py), compiled
+if they are not there yet. An object is named by everything that it depends on, and so are its
+texts.
 """
 
 from __future__ import annotations

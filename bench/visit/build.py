@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from batchnorm_cuda import _build, _extension
+from batchnorm_cuda._build import builder, extension
 
 KINDS = ("cuda", "emulated")
 
@@ -30,18 +30,18 @@ def main(arguments: list[str]) -> int:
         return 3
     started = time.monotonic()
     if arguments[0] == "cuda":
-        module = _extension.load_cuda()
-        _extension.build_kernels()
+        module = extension.load_cuda()
+        extension.build_kernels()
     else:
-        module = _extension.load_emulated()
+        module = extension.load_emulated()
     took = time.monotonic() - started
-    folders = (Path(str(module.__file__)).parent, _build.cache_dir() / _build.KERNELS)
+    folders = (Path(str(module.__file__)).parent, builder.cache_dir() / builder.KERNELS)
     seconds = compile_seconds(folders[0] / ".ninja_log") | compile_seconds(
         folders[1] / ".ninja_log"
     )
     for name, value in sorted(seconds.items(), key=lambda item: -item[1]):
         print(f"{value:7.1f} s  {name}")
-    for name, value in _extension.build_info()["loaded"][arguments[0]].items():
+    for name, value in extension.build_info()["loaded"][arguments[0]].items():
         print(f"{name}: {value}")
     compiled = f", {len(seconds)} files in {sum(seconds.values()):.0f} s of compilers"
     longest = f", the longest {max(seconds.values()):.0f} s" if seconds else ""

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from batchnorm_cuda import _trust
+from batchnorm_cuda._build import trust
 
 from ..environment import commit
 from ..loading import ROOT
@@ -81,8 +81,8 @@ def cache_folder(build: Path) -> Path:
     Who owns a copy of it on a lent machine, and with which modes, is not ours to say.
     """
     try:
-        _trust.make_private(build / "visit-cache")
-    except (_trust.UntrustedError, OSError):
+        trust.make_private(build / "visit-cache")
+    except (trust.UntrustedError, OSError):
         return Path(tempfile.gettempdir()) / f"batchnorm_cuda_visit_{os.geteuid()}"
     return build / "visit-cache"
 

@@ -18,10 +18,10 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from batchnorm_cuda import _build, _recipes
-from batchnorm_cuda._compile import BuildError, Recipe
-from batchnorm_cuda._recipes import AnyRecipe
-from batchnorm_cuda._toolkit import ToolkitError
+from batchnorm_cuda._build.builder import cache_dir
+from batchnorm_cuda._build.compile import BuildError, Recipe
+from batchnorm_cuda._build.recipes import AnyRecipe, all_cuda_recipes, emulated_recipe
+from batchnorm_cuda._build.toolkit import ToolkitError
 
 from .folder import MOST_BYTES
 from .parts import NOTHING_TO_RUN_ON
@@ -48,7 +48,7 @@ def objects_of(recipe: AnyRecipe | None, cache: Path) -> list[Path]:
 
 def find_recipes(cache: Path) -> list[AnyRecipe]:
     """Of what is built: for the GPU, else for the host."""
-    for make in (_recipes.all_cuda_recipes, lambda: [_recipes.emulated_recipe()]):
+    for make in (all_cuda_recipes, lambda: [emulated_recipe()]):
         with contextlib.suppress(ToolkitError, BuildError):  # no nvcc, no torch for it
             recipes = make()
             if all((cache / recipe.folder).is_dir() for recipe in recipes):
@@ -90,7 +90,7 @@ def unpack(pieces: Sequence[Path], cache: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.visit.save_build", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    cache, out = _build.cache_dir(), parser.parse_args().out
+    cache, out = cache_dir(), parser.parse_args().out
     recipes = find_recipes(cache)
     if not recipes:
         print(f"nothing is built in {cache}")

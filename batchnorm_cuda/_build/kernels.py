@@ -13,10 +13,12 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import _archs, _jobs, _sources
-from ._compile import BuildError, digest, failure, run_child, touch
-from ._toolkit import Toolkit, compiler_version
-from ._version import __version__
+from .._version import __version__
+from . import sources
+from .archs import gencode
+from .compile import BuildError, digest, failure, run_child, touch
+from .jobs import CUDA_JOB_BYTES, HOST_JOB_BYTES
+from .toolkit import Toolkit, compiler_version
 
 _FLAG_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")  # which nvcc itself reads
 
@@ -42,17 +44,17 @@ class KernelRecipe:
         listed = ";".join(archs)
         host_compiler = os.environ.get("CC")  # as for torch's builder
         flags = [
-            *_sources.NVCC_FLAGS,
+            *sources.NVCC_FLAGS,
             # A quarter of the binary; the flag came with CUDA 12.8.
             *(["--compress-mode=size"] if int(toolkit.major) >= 13 else []),
             *(["-ccbin", host_compiler] if host_compiler else []),
             *(f"-isystem={path}" for path in toolkit.extra_include_dirs),
-            *_archs.gencode(archs),
+            *gencode(archs),
         ]
         return cls(
             table=table,
             label=f'the kernels "{table}" for {listed} (CUDA {toolkit.version})',
-            sources=_sources.kernel_sources(table),
+            sources=sources.kernel_sources(table),
             key={
                 "version": __version__,
                 "cuda": toolkit.version,
@@ -60,7 +62,7 @@ class KernelRecipe:
                 "compiler": compiler_version(),
                 "flags": " ".join(os.environ.get(name, "") for name in _FLAG_VARIABLES),
             },
-            job_bytes=_jobs.CUDA_JOB_BYTES,
+            job_bytes=CUDA_JOB_BYTES,
             compiler=[str(toolkit.nvcc), *flags],
             linker=[os.environ.get("CXX", "c++"), "-shared"],
             libraries=[toolkit.cudart],
@@ -69,15 +71,15 @@ class KernelRecipe:
     @classmethod
     def emulated(cls) -> KernelRecipe:
         """All kernels for the host model: objects, which are linked into what uses them."""
-        flags = ["-std=c++17", *_sources.CXX_FLAGS, "-fPIC", *_sources.EMULATED_FLAGS, "-x", "c++"]
+        flags = ["-std=c++17", *sources.CXX_FLAGS, "-fPIC", *sources.EMULATED_FLAGS, "-x", "c++"]
         return cls(
             table="emulated",
             label="the kernels for the host model",
-            sources=_sources.kernel_sources(),
+            sources=sources.kernel_sources(),
             key={"version": __version__, "compiler": compiler_version(), "cpu": cpu_hash()},
-            job_bytes=_jobs.HOST_JOB_BYTES,
+            job_bytes=HOST_JOB_BYTES,
             compiler=[os.environ.get("CXX", "c++"), *flags],
-            include_dirs=_sources.emulated_include_dirs(),
+            include_dirs=sources.emulated_include_dirs(),
             lines=True,
         )
 
@@ -92,7 +94,7 @@ class KernelRecipe:
         return f"{self.name}-{digest(self.key, self.linker, names)}"
 
     def object_name(self, source: Path) -> str:
-        content = _sources.closure_hash([source], self.include_dirs, lines=self.lines)
+        content = sources.closure_hash([source], self.include_dirs, lines=self.lines)
         # Where the compiler lies makes no difference.
         return f"{source.stem}-{digest(self.key, self.compiler[1:], content)}.o"
 
@@ -112,7 +114,7 @@ class KernelRecipe:
     def command(self, source: Path, target: str) -> list[str]:
         # Paths are no part of the object's name: what they lead to is.
         places = [f"-I{folder}" for folder in self.include_dirs]
-        places += _sources.path_maps() if self.lines else []
+        places += sources.path_maps() if self.lines else []
         return [*self.compiler, *places, "-c", str(source), "-o", target]
 
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import _sources
+from . import sources
 
 if TYPE_CHECKING:
-    from ._kernels import KernelRecipe
+    from .kernels import KernelRecipe
 
 # Dies with the process that started it, and takes ninja and the compilers along: its standard input
 # is a pipe whose other end only that process holds, and it leads a process group of its own.
@@ -77,7 +77,7 @@ class Recipe:
     def object_name(self, source: Path) -> str:
         """The cache name of one compiled file: as `folder`, but for the files that it includes."""
         settings = {name: value for name, value in self.key.items() if name != "sources"}
-        content = _sources.closure_hash([source], self.include_dirs, lines=True)
+        content = sources.closure_hash([source], self.include_dirs, lines=True)
         return f"{source.stem}-{digest(self.name, settings, self._flags(), content)}.o"
 
     def compile(self, work: Path, objects: Path, jobs: int) -> None:
@@ -105,7 +105,7 @@ def compile_extension(recipe: Recipe, work: Path, objects: Path, jobs: int) -> N
         "name": recipe.name,
         "sources": [str(path) for path in recipe.sources if path not in reused],
         "extra_include_paths": [str(path) for path in recipe.include_dirs],
-        "extra_cflags": [*recipe.cflags, *map(quoted, _sources.path_maps())],
+        "extra_cflags": [*recipe.cflags, *map(quoted, sources.path_maps())],
         "extra_ldflags": [
             *(quoted(str(path)) for path in (*kernels, *(stored[source] for source in reused))),
             quoted(f"-L{work}"),
@@ -158,7 +158,7 @@ def run_child(spec: dict[str, object], work: Path, settings: dict[str, str]) -> 
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                umask=0o077,  # whatever the user's is: see _trust.py
+                umask=0o077,  # whatever the user's is: see trust.py
             )
         try:
             return child.wait()

@@ -10,7 +10,7 @@ import hashlib
 import re
 from pathlib import Path
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 # Relative to csrc/. The emulated extension compiles the same bindings, operators, plan and kernels,
 # and its own stand-in for device_context.cpp (streams, guards and device properties).

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _extension, devices, ops
-from ._explanation import Cost, Explanation
-from ._plan_kernels import WINDOW_BYTES, capability, kernels_of, pattern_of, team_of
-from .functional import backend_for
+from .. import devices, ops
+from .._build import extension
+from ..functional import backend_for
+from .explanation import Cost, Explanation
+from .plan_kernels import WINDOW_BYTES, capability, kernels_of, pattern_of, team_of
 
 # The operation as the planner calls it.
 OPS = {
@@ -198,18 +199,18 @@ def _planner(
 ) -> tuple[ModuleType, dict[str, Any]]:
     """A module that plans, and the properties of the device to plan for."""
     if device is not None:
-        module = _extension._cuda or _extension.load_emulated()
+        module = extension._cuda or extension.load_emulated()
         return module, devices.describe(device)
     if isinstance(value, Tensor):
         backend = backend_for(value)
         if backend == "emulated":
-            module = _extension.load_emulated()
+            module = extension.load_emulated()
             return module, module.device_info()
         if backend == "cuda":
-            module = _extension.load_cuda()
+            module = extension.load_cuda()
             return module, module.device_info(value.get_device())
     elif torch.cuda.is_available():
-        module = _extension.load_cuda()
+        module = extension.load_cuda()
         return module, module.device_info(torch.cuda.current_device())
     what = f"a tensor on {value.device}" if isinstance(value, Tensor) else "a shape"
     raise ValueError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ._explanation import Kernel, TeamSummary
+from .explanation import Kernel, TeamSummary
 
 # The kernels of the stages, by operation; those of the backward if it is not here.
 _REDUCE = {"forward": "collect_statistics_kernel"}

@@ -3,7 +3,7 @@
 One `flock` per configuration serialises the builders: the kernel drops it when its holder dies, so
 a killed build blocks nobody. Each build runs in a fresh folder and is renamed into place when it
 has been compiled and linked; a folder with its final name and a module is therefore always
-complete. Nothing is loaded or linked from folders that others can write (see _trust.py).
+complete. Nothing is loaded or linked from folders that others can write (see trust.py).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import _jobs, _trust
-from ._compile import BuildError, Recipe, touch
-from ._kernels import KernelRecipe, compile_objects
+from . import trust
+from .compile import BuildError, Recipe, touch
+from .jobs import compile_jobs
+from .kernels import KernelRecipe, compile_objects
 
 KERNELS = "kernels"  # where compilers of all tables work
 _KEEP_SECONDS = 30 * 24 * 3600
@@ -84,12 +85,12 @@ def build(recipe: Recipe | KernelRecipe) -> Path:
     module = _module_of(recipe, root)
     with _faults_named(root):
         if not touch(module):
-            _trust.make_private(root)
+            trust.make_private(root)
             with lock(_lock_of(final), f"waiting for another process: {recipe.label}"):
                 if not module.exists():
                     _build_into(recipe, final)
                     _prune(root, final)
-        _trust.require_trusted(module)
+        trust.require_trusted(module)
     return module
 
 
@@ -117,8 +118,8 @@ def build_objects(recipes: list[KernelRecipe]) -> dict[Path, Path]:
             return objects
         with lock(_lock_of(root / KERNELS), "waiting for another process: all kernels"):
             _set_aside(root / KERNELS)
-            _trust.make_private(root / KERNELS)
-            jobs = _jobs.compile_jobs(recipes[0].job_bytes)
+            trust.make_private(root / KERNELS)
+            jobs = compile_jobs(recipes[0].job_bytes)
             names = ", ".join(recipe.name for recipe in recipes)
             say(f"compiling {names} in {folder} with {jobs} job(s); this takes minutes, once")
             compile_objects(recipes, root / KERNELS, folder, jobs)
@@ -139,8 +140,8 @@ def _module_of(recipe: Recipe | KernelRecipe, root: Path) -> Path:
 def _objects_to_link(root: Path) -> Path:
     """The folder of the cache's objects, which are all trusted."""
     objects = root / "objects"
-    _trust.make_private(objects)
-    _trust.require_trusted_folder(objects)
+    trust.make_private(objects)
+    trust.require_trusted_folder(objects)
     if objects.stat().st_dev != root.stat().st_dev:  # to rename to it would copy: half, if killed
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(objects))
     return objects
@@ -151,7 +152,7 @@ def _faults_named(root: Path) -> Iterator[None]:
     """Says of what the machine refuses where that was, and what mends it."""
     try:
         yield
-    except _trust.UntrustedError as error:
+    except trust.UntrustedError as error:
         raise BuildError(str(error)) from error
     except OSError as error:
         cure = _CURES.get(error.errno, f"{_ELSEWHERE} that can be written")
@@ -170,7 +171,7 @@ def _build_into(recipe: Recipe | KernelRecipe, final: Path) -> None:
     """Compile into a folder of its own, and rename it. The caller holds the lock."""
     root = final.parent
     objects = _objects_to_link(root)
-    jobs = _jobs.compile_jobs(recipe.job_bytes)
+    jobs = compile_jobs(recipe.job_bytes)
     for stale in root.glob(f"{recipe.folder}.tmp-*"):
         shutil.rmtree(stale, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f"{recipe.folder}.tmp-", dir=root))

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from . import _build, _recipes, _sources
-from ._compile import BuildError
+from . import builder, recipes, sources
+from .compile import BuildError
 
 
 def build_into(folder: Path, module: str, archs: list[str]) -> None:
     """Leave `_C` under the name `module`, the kernels and the record of them in `folder`."""
     try:
-        recipe, *kernels = _recipes.all_cuda_recipes(any_gpu=True)
-        built = [_build.build(recipe), *_build.build_kernels(kernels)]
+        recipe, *kernels = recipes.all_cuda_recipes(any_gpu=True)
+        built = [builder.build(recipe), *builder.build_kernels(kernels)]
     except (BuildError, ValueError) as error:
         sys.exit(f"BATCHNORM_CUDA_AOT=1: {error}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,6 +27,6 @@ def build_into(folder: Path, module: str, archs: list[str]) -> None:
         "torch": torch.__version__,
         "cuda": recipe.key["cuda"],
         "archs": archs,
-        "sources": _sources.content_hash(emulated=False),
+        "sources": sources.content_hash(emulated=False),
     }
     (folder / "_aot.json").write_text(json.dumps(record) + "\n")

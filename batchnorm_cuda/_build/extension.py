@@ -1,7 +1,7 @@
 """Gives the compiled extension: `_C` for CUDA tensors, `_C_emulated` for the CPU emulation.
 
 Importing this module needs neither a GPU nor a compiler. The first `load_cuda()` takes the module
-compiled at installation if there is one that fits, else compiles it just in time (see _build.py).
+compiled at installation if there is one that fits, else compiles it just in time (see builder.py).
 Whatever is missing for that is said in one message with the command that mends it, and every
 detour is announced on stderr.
 """
@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from . import _build, _recipes, _sources, _toolkit
-from ._compile import BuildError
-from ._version import __version__
+from .._version import __version__
+from . import builder, recipes, sources
+from .compile import BuildError
+from .toolkit import ToolkitError
 
+_PACKAGE = __package__.rpartition(".")[0]
 # Written beside `_C` by an ahead-of-time build (setup.py): the versions that its binary is tied to.
-_AOT_RECORD = Path(__file__).with_name("_aot.json")
+_AOT_RECORD = Path(__file__).parents[1] / "_aot.json"
 _REINSTALL = "BATCHNORM_CUDA_AOT=1 pip install --no-build-isolation --force-reinstall --no-deps"
 
 _EMULATE = "BATCHNORM_CUDA_EMULATE"
@@ -68,9 +70,8 @@ def build_kernels() -> list[Path]:
     """
     load_cuda()
     if _info["cuda"]["origin"] == _AOT:
-        return [Path(_kernels_ahead_of_time(table)) for table in _sources.KERNEL_TABLES]
-    recipes = [_recipes.kernel_recipe(table) for table in _sources.KERNEL_TABLES]
-    return _build.build_kernels(recipes)
+        return [Path(_kernels_ahead_of_time(table)) for table in sources.KERNEL_TABLES]
+    return builder.build_kernels([recipes.kernel_recipe(x) for x in sources.KERNEL_TABLES])
 
 
 def load_emulated() -> ModuleType:
@@ -95,7 +96,7 @@ def build_info() -> dict[str, Any]:
         origin ("ahead of time" or "just in time") and what it was compiled from and for.
     """
     try:
-        cache = str(_build.cache_dir())
+        cache = str(builder.cache_dir())
     except BuildError:
         cache = None
     return {
@@ -109,8 +110,8 @@ def build_info() -> dict[str, Any]:
 
 
 def _load_jit(kind: str) -> ModuleType:
-    recipe = _recipes.cuda_recipe() if kind == "cuda" else _recipes.emulated_recipe()
-    path = _build.build(recipe)
+    recipe = recipes.cuda_recipe() if kind == "cuda" else recipes.emulated_recipe()
+    path = builder.build(recipe)
     module = _import(recipe.name, path)
     if kind == "cuda":
         module.set_kernel_loader(_kernels_just_in_time)
@@ -120,8 +121,8 @@ def _load_jit(kind: str) -> ModuleType:
 
 def _kernels_just_in_time(table: str) -> str:
     """The path of the shared object of a table of kernels, compiled if need be."""
-    recipe = _recipes.kernel_recipe(table)
-    path = str(_build.build(recipe))
+    recipe = recipes.kernel_recipe(table)
+    path = str(builder.build(recipe))
     _info[recipe.name] = {"origin": _JIT, "path": path, **recipe.key}
     return path
 
@@ -150,10 +151,10 @@ def _load_aot() -> ModuleType | None:
             _info["cuda"] = {"origin": _AOT, "path": str(path), **record}
             return module
     problem += f"; to rebuild it: `{_REINSTALL} batchnorm_cuda`"
-    _build.say(f"{problem}. Using a just-in-time build instead")
+    builder.say(f"{problem}. Using a just-in-time build instead")
     try:
         return _load_jit("cuda")
-    except (BuildError, _toolkit.ToolkitError) as error:
+    except (BuildError, ToolkitError) as error:
         raise BuildError(f"{problem}. Compiling it just in time instead failed: {error}") from error
 
 
@@ -166,15 +167,15 @@ def aot_problem(record: dict[str, Any], path: Path) -> str | None:
     built, running = record.get("torch", "unknown"), torch.__version__
     if built != running:
         return f"{path} was compiled for PyTorch {built}, but this is PyTorch {running}"
-    if record["sources"] != _sources.content_hash(emulated=False):
-        return f"{path} was compiled from other sources than {_sources.csrc_dir()} now holds"
-    _recipes.require_cuda_torch()
-    uncovered = _recipes.uncovered_gpu(record["archs"])
+    if record["sources"] != sources.content_hash(emulated=False):
+        return f"{path} was compiled from other sources than {sources.csrc_dir()} now holds"
+    recipes.require_cuda_torch()
+    uncovered = recipes.uncovered_gpu(record["archs"])
     return f"{uncovered}, for which {path} was compiled" if uncovered else None
 
 
 def _aot_path() -> Path | None:
-    spec = importlib.util.find_spec(f"{__package__}._C")
+    spec = importlib.util.find_spec(f"{_PACKAGE}._C")
     return Path(spec.origin) if spec is not None and spec.origin else None
 
 
@@ -186,7 +187,7 @@ def _read_aot_record() -> dict[str, Any] | None:
 
 
 def _import(name: str, path: Path) -> ModuleType:
-    qualified = f"{__package__}.{name}"
+    qualified = f"{_PACKAGE}.{name}"
     spec = importlib.util.spec_from_file_location(qualified, path)
     assert spec is not None and spec.loader is not None  # the path ends in .so
     module = importlib.util.module_from_spec(spec)
