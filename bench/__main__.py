@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     from . import options, runner
-    from .collect import CollectError
+    from .cases.collect import CollectError
 
     try:
         return runner.run(options.parse(arguments))

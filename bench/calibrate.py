@@ -26,9 +26,9 @@ import torch
 
 from batchnorm_cuda._build.extension import load_cuda, load_emulated
 
-from . import records
-from .candidates import Candidate, identity, list_plans
-from .tune_rows import COPY, MEASURED, OK, OPTIONS, RETIRED, TuneRow
+from .rows import records
+from .tuning.candidates import Candidate, identity, list_plans
+from .tuning.rows import COPY, MEASURED, OK, OPTIONS, RETIRED, TuneRow
 
 Costs = dict[str, float]
 Forced = tuple[Any, ...]

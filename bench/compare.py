@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .results import MODEL, OK, ResultsError, Row, read_csv
+from .rows.results import MODEL, OK, ResultsError, Row, read_csv
 
 LEAST_CHANGE = 0.01
 

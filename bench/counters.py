@@ -3,10 +3,10 @@
     python3 -m bench.counters --out DIR [--seconds 180]
 
 Nsight Compute's `ncu` reads the counters. DIR/counters.csv has a row for each problem
-(bench/counters_problems.py): the plan, the fewest bytes possible, the bytes predicted, and those
-read and written, with the factor between them. What is still in the L2 cache when a kernel ends is
-not written yet: up to `l2_bytes` may be missing from the bytes written. Times are under ncu, of one
-launch: they are no benchmark.
+(bench/gpu/counters_problems.py): the plan, the fewest bytes possible, the bytes predicted, and
+those read and written, with the factor between them. What is still in the L2 cache when a kernel
+ends is not written yet: up to `l2_bytes` may be missing from the bytes written. Times are under
+ncu, of one launch: they are no benchmark.
 
 The last line says what came out. Exit status 0: every problem was counted; 1: some were not; 2:
 there is no GPU or no ncu. A factor far from 1 is a finding, not a failure.
@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-from . import ncu
-from .counters_problems import MARKER, PROBLEMS
-from .flushed import FlushedCsv
+from .gpu import ncu
+from .gpu.counters_problems import MARKER, PROBLEMS
+from .gpu.worker import listen
 from .machine_code.kernels import shorten
 from .options import part_parser
-from .worker import listen
+from .rows.flushed import FlushedCsv
 
 COLUMNS = (
     *("kind", "device", "shape", "layout", "dtype", "op", "form", "strategy", "pattern", "scope"),
@@ -79,7 +79,7 @@ def count(tool: Path, first: int, deadline: float) -> list[dict[str, Any]]:
         else:
             known.update(message)
 
-    program = [sys.executable, "-m", "bench.counters_problems", str(first), str(PER_RUN)]
+    program = [sys.executable, "-m", "bench.gpu.counters_problems", str(first), str(PER_RUN)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
         ended = listen(ncu.command(tool, log, KERNELS, program), take, deadline=deadline)

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from . import records
 from .loading import ROOT
-from .providers import EPS, MOMENTUM
-from .samples import Spread, spread
-from .timing import Call, interleave
+from .rows import records
+from .timing.clock import Call, interleave
+from .timing.providers import EPS, MOMENTUM
+from .timing.samples import Spread, spread
 from .tune import Setting, find_setting
-from .tune_rows import FAILED, HOST, OK, UNSUPPORTED
+from .tuning.rows import FAILED, HOST, OK, UNSUPPORTED
 
 # Of a block of 256 threads, in float16. Along S four windows a thread: with fewer, channels would
 # share the block. Along C a slab of eight windows, one a thread.

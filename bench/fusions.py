@@ -23,14 +23,14 @@ from torch import Tensor
 
 import batchnorm_cuda
 
-from .case import BenchCase
-from .machine import Machine, gpu
-from .measure import captured
+from .cases.case import BenchCase
+from .cases.shapes import Shape
 from .options import part_parser
-from .providers import EPS, MOMENTUM, Tensors
-from .shapes import Shape
-from .steps import copy_of, make_tensors
-from .timing import Call, measure, rotation
+from .timing.clock import Call, measure, rotation
+from .timing.machine import Machine, gpu
+from .timing.measure import captured
+from .timing.providers import EPS, MOMENTUM, Tensors
+from .timing.steps import copy_of, make_tensors
 
 KINDS = ("relu", "add_relu")
 PROVIDERS = ("ours", "cudnn", "copy")

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from . import report
-from .results import read_csv, read_environment, write_json
+from .rows.results import read_csv, read_environment, write_json
 from .visit import plans
 from .visit.parts import Site, find_site
 from .visit.runner import Verdict, conclusion, exit_status, run_all

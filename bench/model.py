@@ -14,12 +14,12 @@ from typing import Any
 
 from batchnorm_cuda import devices, explain
 
-from . import byte_model
-from .case import BenchCase
-from .providers import COPY, OURS
-from .results import MODEL, OK, UNSUPPORTED, Row
-from .shapes import cut
-from .traffic_model import Case, count, scaled_device
+from .cases.case import BenchCase
+from .cases.shapes import cut
+from .models import byte_model
+from .models.traffic_model import Case, count, scaled_device
+from .rows.results import MODEL, OK, UNSUPPORTED, Row
+from .timing.providers import COPY, OURS
 
 NO_MODEL = {
     "cudnn": "closed source: its traffic is not published",

@@ -9,13 +9,13 @@ import torch
 
 from batchnorm_cuda import devices
 
-from . import byte_model
-from .case import DTYPE_NAMES
+from .cases.case import DTYPE_NAMES
+from .cases.shapes import SETS
 from .loading import ROOT
-from .providers import NAMES
-from .shapes import SETS
+from .models import byte_model
+from .models.traffic_model import LAYOUTS
+from .timing.providers import NAMES
 from .traffic import parse_shape
-from .traffic_model import LAYOUTS
 
 _CHOICES = ", ".join("|".join(names) for names in (LAYOUTS, DTYPE_NAMES, byte_model.OPS))
 

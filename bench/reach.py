@@ -21,7 +21,7 @@ from typing import Any
 from batchnorm_cuda import devices
 from batchnorm_cuda._build.extension import load_emulated
 
-from . import instances
+from .machine_code import instances
 
 SCALARS = {
     "float16": "__half",

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from . import environment, markdown, model, plots
-from .case import cases
+from . import environment, model
+from .cases.case import cases
+from .cases.shapes import README_SHAPES
 from .loading import ROOT
-from .results import MEASURED, OK, ResultsError, Row, read_csv, write_csv, write_json
-from .shapes import README_SHAPES
+from .pages import markdown, plots
+from .rows.results import MEASURED, OK, ResultsError, Row, read_csv, write_csv, write_json
 
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
@@ -37,7 +38,7 @@ _MODEL_TEXT = (
     "*Planned* is what the planner predicts for the shape; *counted* what the CPU model of CUDA "
     "counts while the kernels' own source runs, with batch, SMs and L2 cache cut alike; *PyTorch "
     "native* the byte model of its two passes, 2R + 1W forward and 4R + 1W backward, less what the "
-    "L2 cache still holds ([bench/byte_model.py](bench/byte_model.py)). cuDNN's traffic is not "
+    "L2 cache still holds ([byte_model.py](bench/models/byte_model.py)). cuDNN's traffic is not "
     "published. Bytes are not time: nobody has run this on a GPU yet; `make gpu-check` does."
 )
 _MEASURED_TEXT = (

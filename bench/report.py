@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import html, markdown, plots
-from .results import ResultsError, Row, read_csv, read_environment
+from .pages import html, markdown, plots
+from .rows.results import ResultsError, Row, read_csv, read_environment
 
 
 @dataclass(frozen=True)

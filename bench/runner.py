@@ -11,14 +11,14 @@ from typing import Any
 from tqdm import tqdm
 
 from . import environment, model, report
-from .case import BenchCase, cases
-from .collect import collect
-from .machine import Machine, gpu
-from .measure import CheckCache
-from .measure import rows as measured_rows
-from .providers import NAMES, missing
-from .results import FAILED, INACCURATE, Row, append_row, write_json
-from .shapes import SETS, Shape
+from .cases.case import BenchCase, cases
+from .cases.collect import collect
+from .cases.shapes import SETS, Shape
+from .rows.results import FAILED, INACCURATE, Row, append_row, write_json
+from .timing.machine import Machine, gpu
+from .timing.measure import CheckCache
+from .timing.measure import rows as measured_rows
+from .timing.providers import NAMES, missing
 
 INTERRUPTED = 130  # the exit status of a process that SIGINT ended
 

@@ -2,7 +2,7 @@
 
     python3 -m bench.smoke --out DIR [--seconds 120]
 
-A process per dtype runs its cases (bench/smoke_cases.py): what crashes, hangs or loses the CUDA
+A process per dtype runs its cases (bench/gpu/smoke_cases.py): what crashes, hangs or loses the CUDA
 context is a row that names its case, and the next process goes on behind it. DIR/smoke.csv has a
 row for each case and for each kernel instance that is compiled, whether it ran; instances that did
 not are listed in DIR/smoke-instances.txt.
@@ -27,11 +27,12 @@ from typing import Any
 
 import torch
 
-from . import instances, smoke_cases
-from .flushed import FlushedCsv
+from .gpu import smoke_cases
+from .gpu.smoke_worker import FAIL, NOT_RUN, PASS, UNREACHED
+from .gpu.worker import listen
+from .machine_code import instances
 from .options import part_parser
-from .smoke_worker import FAIL, NOT_RUN, PASS, UNREACHED
-from .worker import listen
+from .rows.flushed import FlushedCsv
 
 COLUMNS = (
     *("kind", "case", "status", "error", "note", "ran", "dtype", "op", "pattern", "shape"),
@@ -146,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("smoke: nothing to run on: no GPU, and BATCHNORM_CUDA_EMULATE=1 is not set")
         return 2
     more = ["--all"] if options.all else []
-    worker = [sys.executable, "-m", "bench.smoke_worker"]
+    worker = [sys.executable, "-m", "bench.gpu.smoke_worker"]
     groups = [Group(dtype, [*worker, dtype, *more]) for dtype in smoke_cases.DTYPES]
     return run(groups, options.out, options.seconds)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from batchnorm_cuda import devices
 
-from .traffic_model import (
+from .models.traffic_model import (
     DTYPES,
     LAYOUTS,
     OPS,

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from .flushed import FlushedCsv
+from .gpu.worker import listen
 from .options import part_parser
-from .worker import listen
+from .rows.flushed import FlushedCsv
 
 COLUMNS = (
     *("kind", "device", "model", "batch", "layout", "dtype", "variant", "status"),
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not gpu and os.environ.get("BATCHNORM_CUDA_EMULATE") != "1":
         print("training step: nothing to run on: no GPU, and BATCHNORM_CUDA_EMULATE=1 is not set")
         return 2
-    worker = [sys.executable, "-m", "bench.training_step_worker"]
+    worker = [sys.executable, "-m", "bench.gpu.training_step_worker"]
     return run(JOBS if gpu else HOST_JOBS, worker, options.out, options.seconds)
 
 

@@ -24,15 +24,16 @@ import torch
 
 from batchnorm_cuda._build.extension import load_cuda, load_emulated
 
-from . import environment, records
-from .candidates import geometry, identity, list_plans, thin
-from .case import BenchCase
+from . import environment
+from .cases.case import BenchCase
 from .loading import ROOT
-from .machine import Machine, gpu, host_model
 from .options import natural, positive
-from .tune_measure import Limits, measure_plans
-from .tune_problems import problems, tiny_problems
-from .tune_rows import COPY, HOST, MEASURED, OK, OPTIONS, TuneRow
+from .rows import records
+from .timing.machine import Machine, gpu, host_model
+from .tuning.candidates import geometry, identity, list_plans, thin
+from .tuning.measure import Limits, measure_plans
+from .tuning.problems import problems, tiny_problems
+from .tuning.rows import COPY, HOST, MEASURED, OK, OPTIONS, TuneRow
 
 GPU_LIMITS = Limits(seconds=0.02, rounds=(7, 50))
 HOST_LIMITS = Limits(seconds=0.001, rounds=(2, 2))

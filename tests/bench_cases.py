@@ -10,11 +10,11 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
-from bench.case import BenchCase
-from bench.machine import Machine
-from bench.results import MEASURED, MODEL, OK, Row
-from bench.shapes import Shape
-from bench.timing import Call
+from bench.cases.case import BenchCase
+from bench.cases.shapes import Shape
+from bench.rows.results import MEASURED, MODEL, OK, Row
+from bench.timing.clock import Call
+from bench.timing.machine import Machine
 
 MIB = 1024 * 1024
 

@@ -18,7 +18,7 @@ import torch
 from cases import Case
 
 from batchnorm_cuda import devices
-from bench.traffic_model import scaled_device
+from bench.models.traffic_model import scaled_device
 
 FORWARD, BACKWARD = "forward_training", "backward_training"
 DOUBLE_BACKWARD = "double_backward_training"

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 from bench_cases import MIB, case
 
-from bench import byte_model, model
-from bench.results import MODEL, OK, UNSUPPORTED
-from bench.traffic_model import Case
+from bench import model
+from bench.models import byte_model
+from bench.models.traffic_model import Case
+from bench.rows.results import MODEL, OK, UNSUPPORTED
 
 BIG, NO_CACHE = 100 * MIB, 0
 

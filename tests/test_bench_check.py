@@ -13,12 +13,12 @@ import torch
 from bench_cases import case, machine
 from torch import Tensor
 
-from bench import check, measure, providers
-from bench.case import BenchCase
-from bench.check import draw_channels, error, expect
-from bench.providers import Provider, Run
-from bench.results import FAILED, INACCURATE, OK, UNSUPPORTED, Row
-from bench.steps import copy_of, make_call, make_tensors, run_once
+from bench.cases.case import BenchCase
+from bench.rows.results import FAILED, INACCURATE, OK, UNSUPPORTED, Row
+from bench.timing import check, measure, providers
+from bench.timing.check import draw_channels, error, expect
+from bench.timing.providers import Provider, Run
+from bench.timing.steps import copy_of, make_call, make_tensors, run_once
 
 OPS = ["forward", "backward", "both"]
 RESULTS = {

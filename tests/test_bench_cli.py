@@ -15,7 +15,8 @@ from torch import nn
 
 from bench import environment, model, options, runner
 from bench.__main__ import COMMANDS, main
-from bench.results import INACCURATE, MEASURED, MODEL, Row, read_csv
+from bench.rows.results import INACCURATE, MEASURED, MODEL, Row, read_csv
+from bench.timing import measure
 
 TINY = ["--shape=2,3,5,5", "--shape=8,4", "--count=0"]
 NAMES = [name for name in runner.NAMES if name not in model.NO_MODEL]
@@ -184,9 +185,7 @@ def test_measured_rows(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_what_is_ours_and_wrong_fails_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    import bench.measure
-
-    monkeypatch.setattr(bench.measure, "error", lambda results, expected: 2.0)
+    monkeypatch.setattr(measure, "error", lambda results, expected: 2.0)
     arguments = ["--shape=2,3,5,5", "--op=forward", "--provider=ours", "--provider=native"]
     assert run(tmp_path, *arguments, "--seconds=0.001") == 1
     assert "ours given 2x3x5x5 nchw fp16 forward: inaccurate" in capsys.readouterr().err
@@ -197,10 +196,10 @@ def test_a_package_that_is_missing_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    monkeypatch.delitem(sys.modules, "bench.html")
+    monkeypatch.delitem(sys.modules, "bench.pages.html")
     monkeypatch.delitem(sys.modules, "bench.report")
     monkeypatch.delattr("bench.report")
-    monkeypatch.delattr("bench.html")
+    monkeypatch.delattr("bench.pages.html")
     assert main(["report", "run.csv"]) == 2
     assert "`pip install '.[bench]'` brings it" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ from bench_cases import row
 
 from batchnorm_cuda import devices, explain
 from bench import gpu_check, repeat, sanitize
-from bench.results import write_csv, write_json
+from bench.rows.results import write_csv, write_json
 from bench.visit import parts, plans
 from bench.visit.parts import FAIL, HOST, MISSING, NO_GPU, PASS, Outcome, Part, Site
 from bench.visit.runner import Verdict, conclusion, exit_status, run_all, run_part

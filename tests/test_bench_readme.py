@@ -9,7 +9,7 @@ import pytest
 from bench_cases import row
 
 from bench import readme
-from bench.results import MODEL, UNSUPPORTED, ResultsError, Row, write_csv
+from bench.rows.results import MODEL, UNSUPPORTED, ResultsError, Row, write_csv
 
 
 def test_the_section_is_what_the_data_gives() -> None:

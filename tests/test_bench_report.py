@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from bench_cases import row
 
-from bench import html, markdown, plots, report
-from bench.results import INACCURATE, MODEL, UNSUPPORTED, Row, write_csv, write_json
-from bench.style import LOOKS
+from bench import report
+from bench.pages import html, markdown, plots
+from bench.pages.style import LOOKS
+from bench.rows.results import INACCURATE, MODEL, UNSUPPORTED, Row, write_csv, write_json
 
 MEASURED_ROWS = [
     row(

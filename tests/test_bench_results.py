@@ -11,7 +11,7 @@ import pytest
 from bench_cases import row
 
 from bench import compare
-from bench.results import (
+from bench.rows.results import (
     FAILED,
     INACCURATE,
     MODEL,

@@ -11,9 +11,9 @@ import torch
 from bench_cases import case  # noqa: F401  puts bench/ on the path
 from torch import nn
 
-from bench.case import cases
-from bench.collect import CollectError, collect
-from bench.shapes import README_SHAPES, SETS, Shape, cut, merge
+from bench.cases.case import cases
+from bench.cases.collect import CollectError, collect
+from bench.cases.shapes import README_SHAPES, SETS, Shape, cut, merge
 
 
 @pytest.fixture

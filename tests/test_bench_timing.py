@@ -11,9 +11,9 @@ import torch
 from bench_cases import MIB, FakeClock
 
 from bench.__main__ import main
-from bench.results import read_csv
-from bench.samples import percentile, spread
-from bench.timing import CudaClock, interleave, measure, rotation, rounds_for
+from bench.rows.results import read_csv
+from bench.timing.clock import CudaClock, interleave, measure, rotation, rounds_for
+from bench.timing.samples import percentile, spread
 
 
 def test_percentiles() -> None:

@@ -14,12 +14,13 @@ from types import ModuleType
 import pytest
 
 from batchnorm_cuda import devices
-from bench import calibrate, records
+from bench import calibrate
 from bench.__main__ import main
-from bench.candidates import geometry, identity, list_plans, thin
 from bench.loading import ROOT
-from bench.tune_problems import problems
-from bench.tune_rows import FAILED, MEASURED, OK, OPTIONS, SYNTHETIC, TuneRow
+from bench.rows import records
+from bench.tuning.candidates import geometry, identity, list_plans, thin
+from bench.tuning.problems import problems
+from bench.tuning.rows import FAILED, MEASURED, OK, OPTIONS, SYNTHETIC, TuneRow
 
 # Factors on the constants of the planner.
 TRUTHS = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from batchnorm_cuda import devices
 from batchnorm_cuda._build.extension import load_emulated
-from bench.candidates import geometry, identity, list_plans, thin
+from bench.tuning.candidates import geometry, identity, list_plans, thin
 
 OPS = {"forward_training": {}, "backward_training": {"grad_output_shift": 0}}
 DTYPES = ["float16", "bfloat16", "float32", "float64"]

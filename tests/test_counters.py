@@ -16,10 +16,11 @@ import torch
 from conftest import HAS_GPU, KERNELS
 
 from batchnorm_cuda._build.extension import load_emulated
-from bench import counters, ncu
+from bench import counters
 from bench.counters import COUNTED, FAILED
-from bench.counters_problems import MARKER, PROBLEMS, run
-from bench.ncu import DURATION, READ, WRITTEN, Launch
+from bench.gpu import ncu
+from bench.gpu.counters_problems import MARKER, PROBLEMS, run
+from bench.gpu.ncu import DURATION, READ, WRITTEN, Launch
 
 HEADER = (
     '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size",'

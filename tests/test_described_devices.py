@@ -39,7 +39,7 @@ from test_double_backward import fill_grad_grads
 from test_sync import assert_parts_match
 
 from batchnorm_cuda import batch_norm, devices, ops, sync_ops
-from bench.traffic_model import scaled_device
+from bench.models.traffic_model import scaled_device
 
 HALF, FLOAT = torch.float16, torch.float32
 UseDevice = Callable[[dict[str, Any]], None]

@@ -10,11 +10,12 @@ from bench_cases import machine
 
 from batchnorm_cuda import devices
 from batchnorm_cuda._build.extension import load_emulated
-from bench import exchange, records
+from bench import exchange
 from bench.__main__ import main
 from bench.exchange import Effort, ExchangeRow, Forced
+from bench.rows import records
 from bench.tune import HOST_LIMITS, Setting
-from bench.tune_rows import HOST, OK, UNSUPPORTED
+from bench.tuning.rows import HOST, OK, UNSUPPORTED
 
 EFFORT = Effort(calls=2, rounds=(1, 3), samples=1)
 

@@ -11,8 +11,8 @@ from fused_problem import Fused
 from strategies import launched
 
 from batchnorm_cuda import explain
-from bench.traffic_model import Case as TrafficCase
-from bench.traffic_model import count, scaled_device
+from bench.models.traffic_model import Case as TrafficCase
+from bench.models.traffic_model import count, scaled_device
 
 # ------------------------------------------------------------------------------- the plan
 

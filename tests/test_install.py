@@ -21,7 +21,7 @@ from fake_toolkit import make_toolkit
 
 from batchnorm_cuda._build import sources
 from batchnorm_cuda._build.toolkit import Toolkit, resolve_toolkit
-from bench.instances import find_cuobjdump
+from bench.machine_code.instances import find_cuobjdump
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(

@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from bench import instances, reach
+from bench import reach
+from bench.machine_code import instances
 
 # Found by `python -m bench reach`: with all operations, forms and dtypes, these lead to every
 # instance. Some are rare.

@@ -1,5 +1,5 @@
 """Who may include or import whom: the folders of csrc/, the headers that take seconds to compile,
-and the package's modules.
+the package's modules, and the benchmark's.
 """
 
 from __future__ import annotations
@@ -134,22 +134,26 @@ WITHOUT_TORCH = {"archs", "builder", "compile", "jobs", "kernels", "sources", "t
 ALONE = {"archs", "jobs", "sources", "toolkit", "trust"}  # of setup.py, the Makefile and the bench
 
 
-def dotted(path: Path) -> str:
-    """ "_build.toolkit", "functional", and "" for the package itself."""
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__")
+def modules_of(folder: Path) -> dict[str, Path]:
+    """By name: "_build.toolkit", "functional", and "" for the package itself."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
 
 
-MODULES = {dotted(path).rstrip("."): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = modules_of(PACKAGE)
 OPERATORS = {name for name in MODULES if name and "." not in name} - PUBLIC
 OPERATORS -= {"_build", "_explain", "_version", "devices"}
 
 
-def imported(name: str, text: str) -> tuple[set[str], set[str]]:
-    """What a module imports, anywhere in it: modules of the package, and the others by their first
+def imported(name: str, text: str, modules: dict[str, Path]) -> tuple[set[str], set[str]]:
+    """What a module imports, anywhere in it: modules of its package, and the others by their first
     name. "from . import x" is the module x.
     """
     ours, others = set(), set()
-    package = name.split(".") if MODULES[name].stem == "__init__" else name.split(".")[:-1]
+    package = name.split(".") if modules[name].stem == "__init__" else name.split(".")[:-1]
     package = [part for part in package if part]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -160,11 +164,15 @@ def imported(name: str, text: str) -> tuple[set[str], set[str]]:
             base = (*package[: len(package) - node.level + 1], node.module or "")
             for alias in node.names:
                 whole = ".".join(part for part in (*base, alias.name) if part)
-                ours.add(whole if whole in MODULES else whole.rpartition(".")[0])
+                ours.add(whole if whole in modules else whole.rpartition(".")[0])
     return ours, others
 
 
-IMPORTS = {name: imported(name, path.read_text()) for name, path in MODULES.items()}
+def imports_of(modules: dict[str, Path]) -> dict[str, tuple[set[str], set[str]]]:
+    return {name: imported(name, path.read_text(), modules) for name, path in modules.items()}
+
+
+IMPORTS = imports_of(MODULES)
 OURS = {name: ours for name, (ours, _) in IMPORTS.items()}
 
 
@@ -174,9 +182,10 @@ def room_of(name: str) -> str:
 
 def test_every_import_of_the_package_is_seen() -> None:
     text = "from . import ops\nfrom ._build import extension\nfrom ._version import __version__\n"
-    assert imported("sync", text)[0] == {"ops", "_build.extension", "_version"}
+    assert imported("sync", text, MODULES)[0] == {"ops", "_build.extension", "_version"}
     text = "from .. import devices\nfrom .explanation import Cost\nimport torch.nn\n"
-    assert imported("_explain.explain", text) == ({"devices", "_explain.explanation"}, {"torch"})
+    expected = ({"devices", "_explain.explanation"}, {"torch"})
+    assert imported("_explain.explain", text, MODULES) == expected
     assert OURS[""] >= {"functional", "_build.extension", "_explain.explain"}
 
 
@@ -222,6 +231,53 @@ def test_operators_know_nothing_of_what_calls_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["_build", "_explain"])
 def test_a_private_package_says_what_lives_there(name: str) -> None:
-    words = ast.get_docstring(ast.parse(MODULES[name].read_text())) or ""
+    check_page(MODULES[name])
+
+
+def check_page(init: Path) -> None:
+    """What is imported with a package takes time, and may not be there."""
+    tree = ast.parse(init.read_text())
+    words = ast.get_docstring(tree) or ""
     assert "May import:" in words and "Must not import:" in words
-    assert not OURS[name] and not IMPORTS[name][1]
+    assert not [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+# ------------------------------------------------------------------------------ the benchmark
+
+BENCH = Path(__file__).parents[1] / "bench"
+BENCH_MODULES = modules_of(BENCH)
+BENCH_IMPORTS = imports_of(BENCH_MODULES)
+SHARED = {"environment", "loading", "toolkit"}  # at the top of bench, beside the commands
+# What of bench a room may import, beside itself.
+BENCH_ROOMS: dict[str, set[str]] = {
+    "rows": set(),
+    "models": set(),
+    "pages": {"rows"},
+    "machine_code": {"loading", "toolkit"},
+    "cases": {"models", "rows"},
+    "timing": {"cases", "models", "rows", *SHARED},
+    "tuning": {"cases", "rows", "timing"},
+    "gpu": {"models", "rows", "timing", *SHARED},
+}
+BENCH_WITHOUT_TORCH = {"rows", "pages", "machine_code"}
+IN_ROOMS = [name for name in BENCH_MODULES if name.split(".")[0] in BENCH_ROOMS]
+
+
+@pytest.mark.parametrize("name", IN_ROOMS)
+def test_a_room_of_the_benchmark_imports_what_it_may(name: str) -> None:
+    room = name.split(".")[0]
+    ours, others = BENCH_IMPORTS[name]
+    assert {each.split(".")[0] for each in ours} <= {room, *BENCH_ROOMS[room]}
+    if room in BENCH_WITHOUT_TORCH:
+        assert not others & {"torch", "batchnorm_cuda"}
+
+
+@pytest.mark.parametrize("room", BENCH_ROOMS)
+def test_a_room_of_the_benchmark_says_what_lives_there(room: str) -> None:
+    check_page(BENCH / room / "__init__.py")
+
+
+def test_at_the_top_of_the_benchmark_are_its_commands() -> None:
+    own = {"", "__main__", "model", "options", "runner", "visit"}
+    top = {name for name in BENCH_MODULES if "." not in name} - own - SHARED - BENCH_ROOMS.keys()
+    assert not {name for name in top if "def main(" not in BENCH_MODULES[name].read_text()}

@@ -19,9 +19,11 @@ import torch
 from conftest import KERNELS
 from torch import Tensor
 
-from bench import instances, smoke, smoke_cases, smoke_worker
+from bench import smoke
+from bench.gpu import smoke_cases, smoke_worker
+from bench.gpu.smoke_worker import FAIL, NOT_RUN, PASS, UNREACHED
+from bench.machine_code import instances
 from bench.smoke import Group
-from bench.smoke_worker import FAIL, NOT_RUN, PASS, UNREACHED
 
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = 'import json, os, sys, time\nsay = lambda **m: print("@" + json.dumps(m), flush=True)\n'

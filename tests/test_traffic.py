@@ -23,8 +23,9 @@ import torch
 from batchnorm_cuda import devices
 from batchnorm_cuda._build.extension import load_emulated
 from batchnorm_cuda._explain.explain import explain_forced
-from bench import traffic, traffic_model
-from bench.traffic_model import Case, Traffic, count, scaled_device
+from bench import traffic
+from bench.models import traffic_model
+from bench.models.traffic_model import Case, Traffic, count, scaled_device
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTOR = 32

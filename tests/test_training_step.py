@@ -118,7 +118,7 @@ def test_without_a_gpu_there_is_nothing_to_run_on(
 
 # ------------------------------------------------------------------------------ the worker
 
-step_worker = pytest.importorskip("bench.training_step_worker", exc_type=Exception)
+step_worker = pytest.importorskip("bench.gpu.training_step_worker", exc_type=Exception)
 
 
 @dataclass

@@ -12,12 +12,14 @@ import pytest
 import torch
 from bench_cases import case, machine
 
-from bench import records, tune, tune_measure
+from bench import tune
 from bench.__main__ import main
-from bench.candidates import geometry, list_plans
-from bench.tune_measure import Limits, measure_plans
-from bench.tune_problems import problems
-from bench.tune_rows import COPY, FAILED, HOST, INACCURATE, OK, UNSUPPORTED, TuneRow
+from bench.rows import records
+from bench.tuning import measure
+from bench.tuning.candidates import geometry, list_plans
+from bench.tuning.measure import Limits, measure_plans
+from bench.tuning.problems import problems
+from bench.tuning.rows import COPY, FAILED, HOST, INACCURATE, OK, UNSUPPORTED, TuneRow
 
 LIMITS = Limits(seconds=0.001, rounds=(3, 3))
 TINY = case(sizes=(4, 16, 6, 6), layout="nhwc")
@@ -81,7 +83,7 @@ def test_each_plan_runs_as_it_is_forced(
     """Two passes launch three kernels, a team one; and nothing stays forced."""
     launches: list[tuple[str, int]] = []
     plans = plans_of(extension)
-    run = tune_measure._forced
+    run = measure._forced
 
     def forced(module: ModuleType, options: dict[str, Any], step: Any) -> Any:
         call = run(module, options, step)
@@ -95,7 +97,7 @@ def test_each_plan_runs_as_it_is_forced(
 
         return counted
 
-    monkeypatch.setattr(tune_measure, "_forced", forced)
+    monkeypatch.setattr(measure, "_forced", forced)
     outcomes = measure_plans(TINY, plans, extension, machine(), LIMITS)
     assert {each["status"] for each in outcomes.plans} == {OK}
     assert set(launches) == {("two_pass", 3), ("team", 1)}
@@ -127,7 +129,7 @@ def test_a_plan_that_fails_stops_no_other(
     extension: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans = plans_of(extension)
-    run = tune_measure._forced
+    run = measure._forced
 
     def forced(module: ModuleType, options: dict[str, Any], step: Any) -> Any:
         call = run(module, options, step)
@@ -144,7 +146,7 @@ def test_a_plan_that_fails_stops_no_other(
             else (wrong if options == plans[1]["options"] else call)
         )
 
-    monkeypatch.setattr(tune_measure, "_forced", forced)
+    monkeypatch.setattr(measure, "_forced", forced)
     outcomes = measure_plans(TINY, plans, extension, machine(), LIMITS)
     assert outcomes.plans[0] == {"status": FAILED, "note": "RuntimeError: out of luck"}
     assert outcomes.plans[1]["status"] == INACCURATE
@@ -195,7 +197,7 @@ def test_a_problem_that_fails_has_rows(
     def no_memory(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(tune_measure, "make_tensors", no_memory)
+    monkeypatch.setattr(measure, "make_tensors", no_memory)
     assert tune.main([f"--out={tmp_path}", "--problems=1"]) == 1
     (path,) = tmp_path.glob("*-tune.csv")
     rows = records.read(path, TuneRow)

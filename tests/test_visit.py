@@ -22,7 +22,7 @@ import pytest
 from bench_cases import case, machine, row
 
 from bench import fusions
-from bench.results import read_csv, write_csv
+from bench.rows.results import read_csv, write_csv
 from bench.visit import command, figures, folder, plans, save_build, table, test_log, timings
 from bench.visit.log import Log
 from bench.visit.parts import FAIL, MISSING, NO_GPU, NO_TIME, PASS, SKIPPED, Outcome, Part, Site

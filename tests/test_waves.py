@@ -11,7 +11,7 @@ import pytest
 from plan_walk import DTYPE_BYTES, stretches
 
 from batchnorm_cuda import devices
-from bench.shapes import README_SHAPES, SETS
+from bench.cases.shapes import README_SHAPES, SETS
 
 LARGE = 8 << 20  # bytes of a tensor
 STAGE_THREADS, WARP_SIZE, WARPS = 256, 32, 16

@@ -17,7 +17,7 @@ import torch
 from packaging.utils import parse_wheel_filename
 from packaging.version import Version
 
-from bench import instances
+from bench.machine_code import instances
 from bench.toolkit import ToolkitError, find_tool
 from tools import wheel, wheel_check
 

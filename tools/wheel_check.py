@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from bench import instances
 from bench.loading import ROOT
+from bench.machine_code import instances
 from bench.toolkit import ToolkitError
 from bench.visit.rehearse import without_network
 

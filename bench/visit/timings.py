@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from .. import environment, model
-from ..byte_model import OPS
-from ..case import DTYPE_NAMES, BenchCase, cases
-from ..machine import Machine, gpu
-from ..measure import CheckCache, rows
+from ..cases.case import DTYPE_NAMES, BenchCase, cases
+from ..cases.shapes import SETS
+from ..gpu.worker import listen, say
+from ..models.byte_model import OPS
 from ..options import part_parser
-from ..providers import COPY
-from ..results import FAILED, INACCURATE, ResultsError, Row, append_row, read_csv, write_json
-from ..shapes import SETS
-from ..worker import listen, say
+from ..rows.results import FAILED, INACCURATE, ResultsError, Row, append_row, read_csv, write_json
+from ..timing.machine import Machine, gpu
+from ..timing.measure import CheckCache, rows
+from ..timing.providers import COPY
 
 PROVIDERS = ("ours", "cudnn", "native", COPY)
 LAYOUTS = ("nchw", "nhwc")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .toolkit import ToolkitError, resolve
+from ..toolkit import ToolkitError, resolve
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 DURATION = "gpu__time_duration.sum"

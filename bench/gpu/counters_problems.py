@@ -1,6 +1,6 @@
 """What `bench.counters` has counted: large problems, and kernels launched so that rows find theirs.
 
-    python3 -m bench.counters_problems FIRST COUNT     (under ncu: bench.counters starts it)
+    python3 -m bench.gpu.counters_problems FIRST COUNT     (under ncu: bench.counters starts it)
 
 Before each problem a tiny kernel runs that no problem has, sum_ranks_kernel: in ncu's list, which
 is in the order of launches, whatever follows it belongs to the problem.
@@ -19,7 +19,7 @@ import torch
 from batchnorm_cuda import explain
 from batchnorm_cuda._build.extension import load_cuda
 
-from .traffic_model import Case, operation
+from ..models.traffic_model import Case, operation
 from .worker import say
 
 MARKER = "sum_ranks_kernel"

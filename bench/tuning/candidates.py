@@ -6,8 +6,8 @@ import math
 from types import ModuleType
 from typing import Any
 
-from .case import BenchCase
-from .tune_rows import forced_by
+from ..cases.case import BenchCase
+from .rows import forced_by
 
 Candidate = dict[str, Any]  # as `_C.plan_candidates` gives them
 

@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from ..rows.results import FAILED, INACCURATE, MODEL, UNSUPPORTED, Row
 from .markdown import MEASURED_NOTE, MODEL_NOTE, Table, tables
 from .plots import inline_svg
-from .results import FAILED, INACCURATE, MODEL, UNSUPPORTED, Row
 
 _PLOTS = {
     "bytes": (

@@ -237,4 +237,4 @@ def _kind(name: str) -> str:
     for kind, names in _KINDS.items():
         if name in names:
             return kind
-    raise KeyError(f"bench/traffic_model.py does not know the buffer {name!r} of csrc/*params.h")
+    raise KeyError(f"{__name__} does not know the buffer {name!r} of csrc/*params.h")

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cases.case import BenchCase
+from ..timing.clock import CACHES, Call, Clock, interleave, rotation, rounds_for
+from ..timing.machine import Machine
+from ..timing.providers import EPS, MOMENTUM, Tensors
+from ..timing.samples import spread
+from ..timing.steps import copy_of, make_copy, make_tensors
 from .candidates import Candidate
-from .case import BenchCase
-from .machine import Machine
-from .providers import EPS, MOMENTUM, Tensors
-from .samples import spread
-from .steps import copy_of, make_copy, make_tensors
-from .timing import CACHES, Call, Clock, interleave, rotation, rounds_for
-from .tune_rows import FAILED, INACCURATE, OK, UNSUPPORTED
+from .rows import FAILED, INACCURATE, OK, UNSUPPORTED
 
 # Activations of a set, and as many again that a graph keeps.
 _TENSORS_PER_SET = 4

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import byte_model
-from .case import BenchCase
+from ..cases.case import BenchCase
+from ..models import byte_model
+from ..rows.results import FAILED, INACCURATE, UNSUPPORTED, Row
 from .check import MOST_ELEMENTS, Expected, error, expect
+from .clock import CACHES, Call, measure, rotation
 from .machine import Machine
 from .providers import COPY, Tensors, make, missing
-from .results import FAILED, INACCURATE, UNSUPPORTED, Row
 from .samples import Spread
 from .steps import copy_of, make_call, make_copy, make_tensors, own_statistics, run_once
-from .timing import CACHES, Call, measure, rotation
 
 # x, dy, output and gradient of each set, and as much again that providers keep.
 _TENSORS_PER_SET = 8

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .loading import load
+from ..loading import load
 from .providers import EPS, MOMENTUM, Tensors
 
 MOST_ELEMENTS = 2**22  # of float64 on the CPU: a fraction of a second

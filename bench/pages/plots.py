@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from .results import MODEL, Row
+from ..rows.results import MODEL, Row
 from .style import LOOKS
 
 # Takes the place of text colour where the SVG is put into a page that is light or dark.

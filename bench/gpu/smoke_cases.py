@@ -17,8 +17,8 @@ import torch
 
 from batchnorm_cuda._explain.explain import OPS as PLANNED
 
-from .loading import load
-from .traffic_model import DTYPES
+from ..loading import load
+from ..models.traffic_model import DTYPES
 
 cases = load("tests", "cases")
 

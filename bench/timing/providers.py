@@ -19,7 +19,7 @@ from torch import Tensor
 import batchnorm_cuda
 from batchnorm_cuda import explain, ops
 
-from .case import BenchCase
+from ..cases.case import BenchCase
 
 EPS, MOMENTUM = 1e-5, 0.1
 COPY = "copy"

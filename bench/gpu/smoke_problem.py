@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import check
+from ..timing import check
 from .smoke_cases import DTYPES, FORMS, Case, cases
 
 reference = check.reference

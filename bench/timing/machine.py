@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .timing import Call, Clock, CudaClock, HostClock, capture
+from .clock import Call, Clock, CudaClock, HostClock, capture
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain, zip_longest
 
-from .case import BenchCase
-from .shapes import SETS, Shape
+from ..cases.case import BenchCase
+from ..cases.shapes import SETS, Shape
 
 OPS = ("forward", "backward")
 

@@ -1,8 +1,8 @@
 """Runs one group of `bench.smoke`'s cases in a process of its own: `bench.smoke` starts it.
 
-    python3 -m bench.smoke_worker fp16 [--first 0] [--all]
+    python3 -m bench.gpu.smoke_worker fp16 [--first 0] [--all]
 
-Answers (bench/worker.py) come as soon as there is one: {"cases", "libraries", "device"}, then
+Answers (bench/gpu/worker.py) come as soon as there is one: {"cases", "libraries", "device"}, then
 {"start"} and {"row"} of every case, {"ran"} with names of kernels, and {"end"}. Whatever stops the
 process, the one that reads knows at which case. Ends with status 3 after an error that leaves the
 CUDA context without use: the next cases need another process.
@@ -25,7 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from batchnorm_cuda._build.extension import build_kernels, load_cuda, load_emulated
 
-from . import check, smoke_cases
+from ..timing import check
+from . import smoke_cases
 from .smoke_problem import Problem
 from .worker import say
 
@@ -117,7 +118,7 @@ def run_cases(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python3 -m bench.smoke_worker")
+    parser = argparse.ArgumentParser(prog="python3 -m bench.gpu.smoke_worker")
     parser.add_argument("dtype", choices=smoke_cases.DTYPES)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="all cases on the host model, too")

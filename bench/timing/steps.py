@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .case import BenchCase
+from ..cases.case import BenchCase
 from .providers import Provider, Run, Tensors
 
 _GRADIENTS = ("grad_input", "grad_weight", "grad_bias")

@@ -1,9 +1,9 @@
 """Times training steps of one model in a process of its own: `bench.training_step` starts it.
 
-    python3 -m bench.training_step_worker bf16 nhwc torch ours
+    python3 -m bench.gpu.training_step_worker bf16 nhwc torch ours
 
 Variants of one process take turns, a step each, so that a clock that drifts drifts for all. Each
-answers with a row (bench/worker.py) as soon as all of its own is known.
+answers with a row (bench/gpu/worker.py) as soon as all of its own is known.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import batchnorm_cuda
 
-from .samples import spread
+from ..timing.samples import spread
 from .worker import say
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,7 +192,7 @@ def run(setting: Setting, names: list[str], tell: Callable[[dict[str, Any]], Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python3 -m bench.training_step_worker")
+    parser = argparse.ArgumentParser(prog="python3 -m bench.gpu.training_step_worker")
     parser.add_argument("dtype", choices=DTYPES)
     parser.add_argument("layout", choices=LAYOUTS)
     parser.add_argument("variants", nargs="+", choices=VARIANTS)

@@ -9,8 +9,8 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .machine_code.kernels import demangle, shorten
-from .toolkit import ToolkitError, find_tool, resolve
+from ..toolkit import ToolkitError, find_tool, resolve
+from .kernels import demangle, shorten
 
 _KERNEL = re.compile(r"^\w+_kernel(<|$)")
 _SECONDS = 120

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .results import INACCURATE, MODEL, OK, Row
+from ..rows.results import INACCURATE, MODEL, OK, Row
 
 MODEL_NOTE = (
     "**Model.** No figure below is measured: bytes are predicted by the plan for a described "
     "device, counted on a CPU model of CUDA for a problem cut to a part of that device, or taken "
-    "from the peers' byte models (bench/byte_model.py). There is no byte model of cuDNN, whose "
-    "source is closed, nor of torch.compile."
+    "from the peers' byte models (bench/models/byte_model.py). There is no byte model of cuDNN, "
+    "whose source is closed, nor of torch.compile."
 )
 MEASURED_NOTE = (
     "Median and 20th to 80th percentile, cold L2 cache, providers in turns. GB/s are compulsory "

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import byte_model
-from .results import MEASURED, OK, Row
+from ..models import byte_model
+from ..models.traffic_model import DTYPES
+from ..rows.results import MEASURED, OK, Row
 from .shapes import Shape
-from .traffic_model import DTYPES
 
 # Of float64 the tolerance and the kernels are tested elsewhere; nobody trains in it for speed.
 DTYPE_NAMES = ("fp16", "bf16", "fp32")
