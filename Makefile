@@ -94,14 +94,14 @@ docs: venv
 cuda: venv
 	$(BIN)/python batchnorm_cuda/_build/toolkit.py || $(PIP) -e ".[nvcc]" "$(TORCH)"
 	$(BIN)/python batchnorm_cuda/_build/toolkit.py
-	$(BIN)/python -m pytest -m nvcc tests/test_install.py tests/test_standalone.py
-	$(BIN)/python -m pytest -m nvcc -k "9.0 or 10.0" tests/test_sass.py tests/test_issue_budget.py
+	$(BIN)/python -m pytest -m nvcc tests/package/test_install.py tests/benchmark/test_standalone.py
+	$(BIN)/python -m pytest -m nvcc -k "9.0 or 10.0" tests/benchmark/test_sass.py tests/benchmark/test_issue_budget.py
 
 # What the compiler made of the kernels, for every architecture; and that it holds the rules.
 sass: venv
 	$(BIN)/python -m bench.sass
 	$(BIN)/python -m bench.sass --budget
-	$(BIN)/python -m pytest -m "nvcc or not nvcc" tests/test_sass.py tests/test_issue_budget.py
+	$(BIN)/python -m pytest -m "nvcc or not nvcc" tests/benchmark/test_sass.py tests/benchmark/test_issue_budget.py
 
 # A wheel of the compiled package for this torch and Python, checked where nothing can be compiled:
 # dist/batchnorm_cuda-<version>+torch<version>.cu<version>-<python>-<platform>.whl

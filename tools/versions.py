@@ -125,13 +125,19 @@ def facts(python: Path) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
+def test_files() -> list[Path]:
+    """The files of TESTS, in whatever folder of tests/ each is."""
+    found = {path.stem: path for path in (ROOT / "tests").rglob("test_*.py")}
+    return [found[f"test_{name}"] for name in TESTS]
+
+
 def run_tests(python: Path, folder: Path, log: Path) -> dict[str, Any]:
     """Builds the emulated extension, so that no test is charged for it, and runs TESTS."""
     load = "from batchnorm_cuda._build import extension; extension.load_emulated()"
     if run(log, python, "-c", load) != 0:
         return {"failure": f"the emulated kernels do not build; see {log.relative_to(ROOT)}"}
     report = folder / "tests.xml"
-    files = [ROOT / "tests" / f"test_{name}.py" for name in TESTS]
+    files = test_files()
     began = time.monotonic()
     options = ("-q", "--durations=10", f"--junitxml={report}", "-p", "no:cacheprovider")
     status = run(log, python, "-m", "pytest", *options, *files, seconds=TEST_SECONDS)

@@ -1,5 +1,5 @@
-// Included ahead of the kernels in which ../../test_exchange_faults.py has planted faults: which of
-// them is switched on, and what a fault may put in the place of a right access.
+// Included ahead of the kernels in which kernels/test_exchange_faults.py has planted faults: which
+// of them is switched on, and what a fault may put in the place of a right access.
 #pragma once
 
 #include "simt.h"

@@ -27,7 +27,7 @@ from bench import traffic
 from bench.models import traffic_model
 from bench.models.traffic_model import Case, Traffic, count, scaled_device
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SECTOR = 32
 # What a count may exceed the plan by: sectors that two teams read at different times.
 MARGIN = 1.02

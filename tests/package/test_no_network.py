@@ -45,7 +45,7 @@ def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "watch"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(WATCH.format(log=str(log)))
-    paths = [str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(folder), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     return log
 

@@ -244,7 +244,7 @@ def check_page(init: Path) -> None:
 
 # ------------------------------------------------------------------------------ the benchmark
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 BENCH_MODULES = modules_of(BENCH)
 BENCH_IMPORTS = imports_of(BENCH_MODULES)
 SHARED = {"environment", "loading", "toolkit"}  # at the top of bench, beside the commands

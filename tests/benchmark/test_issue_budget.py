@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # bench/ is not installed
 
 from bench.machine_code.budget import budgets, slots_per_window
 from bench.machine_code.budget_table import (

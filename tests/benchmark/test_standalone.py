@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # bench/ is not installed
 
 from bench.loading import ROOT
 from bench.toolkit import ToolkitError, resolve, visible_gpus

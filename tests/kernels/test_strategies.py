@@ -66,7 +66,7 @@ Run = Callable[[str, torch.dtype, str], dict[str, Tensor]]
 
 
 def fill(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """KINDS of inputs of tests/test_numerics.py, one a channel in turn."""
+    """KINDS of inputs of tests/kernels/test_numerics.py, one a channel in turn."""
     x = torch.randn(shape, dtype=torch.float64)
     channel = torch.arange(shape[1], dtype=torch.float64).view(-1, 1, 1)
     x[:, 0::KINDS] += 0.7

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # bench/ is not installed
 
 from bench.machine_code.compile import Job, architectures, texts_of
 from bench.machine_code.kernels import (

@@ -2,7 +2,7 @@
 
 Every element is held by exactly one thread of one team, no limit of the device is exceeded, and
 where a channel group fits the device at all, some team moves each activation once. Whether it is
-chosen is a matter of cost (tests/test_candidates.py): what can be held is asked of the candidates.
+chosen is a matter of cost (test_candidates.py): what can be held is asked of the candidates.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FAQ = ROOT / "docs" / "faq.md"
 PYTHON = [ROOT / "setup.py", *sorted((ROOT / "batchnorm_cuda").rglob("*.py"))]
 CPP = sorted((ROOT / "csrc").rglob("*.cpp"))

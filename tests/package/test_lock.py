@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from tools import sbom
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CI = ROOT / ".ci"
 PINNED = ("requirements.txt", "visit.txt", "runtime.txt")
 pytestmark = pytest.mark.skipif(not CI.is_dir(), reason="needs the source tree")

@@ -21,7 +21,7 @@ from bench.machine_code import instances
 from bench.toolkit import ToolkitError, find_tool
 from tools import wheel, wheel_check
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
     not (ROOT / "pyproject.toml").exists(), reason="needs the source tree"
 )

@@ -23,7 +23,7 @@ from batchnorm_cuda._build import sources
 from batchnorm_cuda._build.toolkit import Toolkit, resolve_toolkit
 from bench.machine_code.instances import find_cuobjdump
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
     not (ROOT / "setup.py").exists(), reason="needs the source tree that the tests came from"
 )

@@ -13,7 +13,7 @@ import pytest
 
 import batchnorm_cuda
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -45,7 +45,7 @@ def printed_by(sources: list[str], folder: Path) -> list[str]:
 
 
 def test_readme(tmp_path: Path) -> None:
-    """On a CPU, and without the block that compiles csrc/ by itself (tests/test_install.py)."""
+    """On a CPU, and without the block that compiles csrc/ by itself (test_install.py)."""
     sources = [source for source, _ in blocks(ROOT / "README.md") if "cpp_extension" not in source]
     assert len(sources) > 1
     printed_by([s.replace(".cuda()", "").replace('"cuda"', '"cpu"') for s in sources], tmp_path)

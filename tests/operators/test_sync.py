@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import batchnorm_cuda
 from batchnorm_cuda import SyncBatchNorm, ops, sync_ops
 
-WORKER = Path(__file__).with_name("sync_worker.py")
+WORKER = Path(__file__).parents[1] / "sync_worker.py"
 DEADLINE = 120.0  # seconds that a launch may take: a hang is an error
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}  # of float64
 every_backend = pytest.mark.parametrize("name", BACKENDS)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ATEN, KERNELS, Backend
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
 LAUNCHER = ("-m", "torch.distributed.run", "--nproc-per-node=2")
