@@ -1,6 +1,6 @@
-"""The autograd Function over the kernels: save, call, return.
+"""The autograd Function that training goes through: save, call, return.
 
-The one that plain training goes through; derivatives.py has those for everything beyond.
+`_ops.derivatives` has the Functions for everything beyond.
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from . import ops
-from .derivatives import BatchNormBackward, is_recorded
+from ._ops import passes
+from ._ops.calls import Backward, Forward
+from ._ops.choice import is_recorded
+from ._ops.derivatives import backward_in_parts
+
+_RESIDUAL = Forward._fields.index("residual")
+_UP_TO_RESIDUAL = (None,) * (_RESIDUAL - 3)
+_AFTER_RESIDUAL = (None,) * (len(Forward._fields) - _RESIDUAL - 1)
 
 
 class BatchNormFunction(Function):
-    """Batch normalisation by the CUDA kernels. Twice differentiable.
+    """Batch normalisation by the CUDA kernels, over one rank or several. Twice differentiable.
 
     `apply` takes (input, weight, bias, running_mean, running_var, num_batches_tracked, training,
     momentum, eps) and returns the output. Shapes and dtypes are those of `batch_norm`, which is the
@@ -30,52 +36,38 @@ class BatchNormFunction(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-    ) -> Tensor:
-        output, save_mean, save_invstd = ops.kernels_for(input).forward(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        call = Forward(*arguments)
+        if call.relu:
+            call = call._replace(need_mask=any(ctx.needs_input_grad))
+        results = passes.forward(call)
+        ctx.save_for_backward(
+            call.input, call.weight, results.mean, results.invstd, results.count, results.mask
         )
-        ctx.save_for_backward(input, weight, save_mean, save_invstd)
         # Only the dtype of bias takes part in the backward, so it is not saved: an in-place update
         # of bias between forward and backward is no error.
-        ctx.bias = bias
-        ctx.training = training
-        return output
+        ctx.bias = call.bias
+        ctx.training, ctx.ranks, ctx.group_name = call.training, call.ranks, call.group_name
+        return results.output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, save_mean, save_invstd = ctx.saved_tensors
-        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-        call = BatchNormBackward.apply if is_recorded() else ops.backward
-        grad_input, grad_weight, grad_bias = call(
+        input, weight, mean, invstd, count, mask = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        call = Backward(
             grad_output,
             input,
             weight,
             ctx.bias,
-            save_mean,
-            save_invstd,
+            mean,
+            invstd,
             ctx.training,
-            need_input,
-            need_weight,
-            need_bias,
+            *needed[:3],
+            mask,
+            len(needed) > _RESIDUAL and needed[_RESIDUAL],
+            ctx.ranks,
+            ctx.group_name,
+            count,
         )
-        not_differentiable = (None,) * 6  # the running statistics and the settings after them
-        return grad_input, grad_weight, grad_bias, *not_differentiable
+        *grads, grad_residual = (backward_in_parts if is_recorded() else passes.backward)(call)
+        return (*grads, *_UP_TO_RESIDUAL, grad_residual, *_AFTER_RESIDUAL)[: len(needed)]

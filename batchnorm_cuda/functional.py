@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import _composite, ops
 from ._build.extension import has_kernels
-from ._transforms import check_update
+from ._ops import composite, passes, rules  # noqa: F401 - rules registers itself
+from ._ops.calls import Forward
+from ._ops.checks import check_residual
+from ._ops.choice import is_compiling, is_tracing, transforms_active, way_of
+from ._ops.derivatives import forward_in_parts
+from ._ops.transforms import check_update
 from .autograd import BatchNormFunction
-from .derivatives import (
-    TransformableBatchNorm,
-    is_grad_enabled,
-    transforms_active,
-)
-from .fused_autograd import FusedBatchNormFunction, unfused_forward
-from .fused_ops import fused_forward
-from .ops import is_compiling, is_tracing
 
 Activation = Literal["relu"]
 Backend = Literal["cuda", "emulated", "aten"]
@@ -104,18 +100,9 @@ def batch_norm(
         return handle_torch_function(batch_norm, relevant, *tensors, *settings, **extras)
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a number, got None")
+    parameters = (weight, bias, running_mean, running_var, None)
     return normalize(
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        None,
-        training,
-        momentum,
-        eps,
-        residual,
-        activation,
+        Forward(input, *parameters, training, momentum, eps, residual, is_relu(activation))
     )
 
 
@@ -139,71 +126,36 @@ def backend_for(tensor: Tensor) -> Backend:
     return "cuda" if tensor.is_cuda else "emulated"
 
 
-def normalize(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    residual: Tensor | None = None,
-    activation: Activation | None = None,
-) -> Tensor:
+def normalize(call: Forward) -> Tensor:
     """`batch_norm` as the modules call it: in training mode num_batches_tracked counts the batch.
 
     momentum=None averages over all batches that it has counted, this one included.
     The backends check dtypes, shapes and devices. What is left is what torch checks in Python, too.
     """
-    fused = residual is not None or activation is not None
-    relu = fused and is_relu(activation)
     try:
-        if input.dim() == 1 and input.numel() == 0:
-            _composite.check_residual(residual, input)
-            return input.clone()  # the one shape of fewer than two dimensions that torch takes
+        if call.input.dim() == 1 and call.input.numel() == 0:
+            check_residual(call.residual, call.input)
+            return call.input.clone()  # the one shape of fewer than two dimensions that torch takes
         compiling = is_compiling()
-        traced = not compiling and is_tracing()  # by torch.jit: sizes are tensors
-        if training and not traced:
-            _check_count(input.shape)
-        arguments = (
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            training,
-            momentum,
-            eps,
-        )
-        transformed = not compiling and transforms_active()
-        if transformed and training and running_mean is not None:
-            check_update(input, running_mean)
-        if not has_kernels(input):
-            return _composite.batch_norm(*arguments, residual, relu)
-        in_parts = transformed or (not compiling and forward_ad._current_level >= 0)
-        # What torch.jit traces would hold the Function beside the operator.
-        recorded = is_grad_enabled() and not traced
-        if fused:
-            return _fused(arguments, residual, relu, in_parts, recorded)
-        if in_parts:
-            return TransformableBatchNorm.apply(*arguments)[0]
-        if recorded:
-            return BatchNormFunction.apply(*arguments)
-        return ops.forward(*arguments)[0]
+        if call.training:
+            if call.ranks == 1 and (compiling or not is_tracing()):  # whose sizes are tensors
+                _check_count(call.input.shape)
+            if call.running_mean is not None and not compiling and transforms_active():
+                check_update(call.input, call.running_mean)
+        return _WAYS[way_of(call)](call)
     except (AttributeError, TypeError):
         # Types are looked at only once something has failed, to keep them off the usual path.
-        tensors = {
-            "weight": weight,
-            "bias": bias,
-            "running_mean": running_mean,
-            "running_var": running_var,
-            "residual": residual,
-        }
-        _check_types(input, tensors, momentum, eps)
+        _check_types(call)
         raise
+
+
+# What `way_of` names.
+_WAYS: dict[str, Callable[[Forward], Tensor]] = {
+    "composite": composite.batch_norm,
+    "in parts": lambda call: forward_in_parts(call).output,
+    "recorded": lambda call: BatchNormFunction.apply(*call),
+    "direct": lambda call: passes.forward(call).output,
+}
 
 
 def is_relu(activation: Activation | None) -> bool:
@@ -215,18 +167,6 @@ def is_relu(activation: Activation | None) -> bool:
     raise ValueError(f'batch_norm: expected activation to be None or "relu", got {activation!r}')
 
 
-def _fused(
-    arguments: tuple, residual: Tensor | None, relu: bool, in_parts: bool, recorded: bool
-) -> Tensor:
-    *tensors, training, momentum, eps = arguments
-    settings = (training, momentum, eps)
-    if in_parts:
-        return unfused_forward(*tensors, residual, relu, False, *settings)[0]
-    if recorded:
-        return FusedBatchNormFunction.apply(*tensors, residual, relu, *settings)
-    return fused_forward(*tensors, residual, relu, False, *settings)[0]
-
-
 def _check_count(shape: torch.Size) -> None:
     if len(shape) >= 2 and shape[0] == 1 and math.prod(shape[2:]) == 1:
         raise ValueError(
@@ -234,16 +174,17 @@ def _check_count(shape: torch.Size) -> None:
         )
 
 
-def _check_types(input: object, tensors: dict[str, object], momentum: object, eps: object) -> None:
-    if not isinstance(input, Tensor):
-        raise _wrong_type("input", "a torch.Tensor", input) from None
-    for name, value in tensors.items():
+def _check_types(call: Forward) -> None:
+    if not isinstance(call.input, Tensor):
+        raise _wrong_type("input", "a torch.Tensor", call.input) from None
+    for name in ("weight", "bias", "running_mean", "running_var", "residual"):
+        value = getattr(call, name)
         if value is not None and not isinstance(value, Tensor):
             raise _wrong_type(name, "a torch.Tensor or None", value) from None
-    if momentum is not None and not isinstance(momentum, Real):
-        raise _wrong_type("momentum", "a number", momentum) from None
-    if not isinstance(eps, Real):
-        raise _wrong_type("eps", "a number", eps) from None
+    if call.momentum is not None and not isinstance(call.momentum, Real):
+        raise _wrong_type("momentum", "a number", call.momentum) from None
+    if not isinstance(call.eps, Real):
+        raise _wrong_type("eps", "a number", call.eps) from None
 
 
 def _wrong_type(name: str, expected: str, value: object) -> TypeError:

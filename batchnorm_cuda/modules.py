@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from ._ops.calls import Forward
 from .functional import Activation, is_relu, normalize
 
 
@@ -62,18 +63,10 @@ class _KernelForward:
             raise ValueError(f"batch_norm eps must be positive during training, but got {self.eps}")
         if momentum is None and counter is None:
             momentum = 0.0  # as in torch: nothing to average over
+        relu = self.activation is not None and is_relu(self.activation)
+        parameters = (weight, bias, running_mean, running_var, counter)
         return self._normalize(
-            input,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            counter,
-            training,
-            momentum,
-            self.eps,
-            residual,
-            self.activation,
+            Forward(input, *parameters, training, momentum, self.eps, residual, relu)
         )
 
     _normalize = staticmethod(normalize)

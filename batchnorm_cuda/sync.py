@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import sync_autograd
-from .functional import Activation, is_relu, normalize
+from ._ops.calls import Forward
+from .functional import normalize
 from .modules import _constructor, _KernelForward
-from .sync_autograd import SyncBatchNormFunction
 
 
 class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
@@ -69,37 +68,12 @@ class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
 
     __init__ = _constructor(torch.nn.SyncBatchNorm)
 
-    def _normalize(
-        self,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        residual: Tensor | None = None,
-        activation: Activation | None = None,
-    ) -> Tensor:
-        self._check_non_zero_input_channels(input)
-        batch = (input, weight, bias, running_mean, running_var, num_batches_tracked)
-        group = self._group() if self.training and dist.is_available() else None
-        if group is None:
-            return normalize(*batch, training, momentum, eps, residual, activation)
-        extras = (residual, is_relu(activation))
-        if torch.is_grad_enabled():
-            return SyncBatchNormFunction.apply(*batch, *extras, momentum, eps, *group)
-        return sync_autograd.forward(*batch, *extras, False, momentum, eps, group)[0]
-
-    def _group(self) -> sync_autograd.Group | None:
-        """The group to share statistics with, if there is another rank in it."""
-        if not dist.is_initialized():
-            return None
-        group = self.process_group or dist.group.WORLD
-        ranks = dist.get_world_size(group)
-        return sync_autograd.Group(ranks, group.group_name) if ranks > 1 else None
+    def _normalize(self, call: Forward) -> Tensor:
+        self._check_non_zero_input_channels(call.input)
+        if self.training and dist.is_available() and dist.is_initialized():
+            group = self.process_group or dist.group.WORLD
+            call = call._replace(ranks=dist.get_world_size(group), group_name=group.group_name)
+        return normalize(call)
 
     @classmethod
     def convert_sync_batchnorm(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 
+import pytest
 import reference
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from conftest import Backend
 from tolerances import assert_no_worse_than_torch, assert_unbiased, assert_within
 from torch import Tensor
 
-from batchnorm_cuda import batch_norm, ops
+from batchnorm_cuda import batch_norm
+from batchnorm_cuda._ops import operators as ops
 
 MOMENTUM = 0.3
 EPS = 1e-5
@@ -33,6 +35,19 @@ def forward(backend: Backend, x: Tensor, p: Parameters, training: bool) -> dict[
     if training and p.running_mean is not None:
         results |= {"running_mean": p.running_mean, "running_var": p.running_var}
     return results
+
+
+def watch(
+    monkeypatch: pytest.MonkeyPatch, operator: ops.Operator, look: Callable[..., None]
+) -> None:
+    """`look` is called with the operator's arguments before it runs, for the rest of the test."""
+    run = operator.run
+
+    def watched(call: tuple) -> object:
+        look(*(getattr(call, field) for field in operator.fields))
+        return run(call)
+
+    monkeypatch.setattr(operator, "run", watched)
 
 
 def torch_forward(x: Tensor, p: Parameters, training: bool) -> dict[str, Tensor]:

@@ -33,8 +33,8 @@ HOST_SOURCES = (
     "torch/checks.cpp",
     "torch/double_backward.cpp",
     "torch/forward.cpp",
+    "torch/ranks.cpp",
     "torch/refusals.cpp",
-    "torch/sync_batch_norm.cpp",
     "torch/tensors.cpp",
 )
 DEVICE_CONTEXT = "torch/device_context.cpp"

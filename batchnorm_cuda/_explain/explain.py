@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import devices, ops
+from .. import devices
 from .._build import extension
+from .._ops.layout import as_dense
 from ..functional import backend_for
 from .explanation import Cost, Explanation
 from .plan_kernels import WINDOW_BYTES, capability, kernels_of, pattern_of, team_of
@@ -191,7 +192,7 @@ def _as_meta(
     if model.dtype not in _DTYPES:
         names = ", ".join(str(known) for known in _DTYPES)
         raise TypeError(f"explain: expected dtype to be one of {names}, got {model.dtype}")
-    return ops.as_dense(model)
+    return as_dense(model)
 
 
 def _planner(

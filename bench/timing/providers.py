@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import batchnorm_cuda
-from batchnorm_cuda import explain, ops
+from batchnorm_cuda import explain
+from batchnorm_cuda._ops.choice import implementation
 
 from ..cases.case import BenchCase
 
@@ -102,7 +103,7 @@ class Ours(Provider):
     @contextmanager
     def context(self, case: BenchCase) -> Iterator[None]:
         """The options hold for the process: others' calls must not see them."""
-        extension = ops.extension_for(torch.empty(0, device=self.device))
+        extension = implementation(torch.empty(0, device=self.device))
         extension.set_plan_options({"strategy": self.strategy})
         try:
             yield

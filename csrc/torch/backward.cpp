@@ -17,7 +17,7 @@ LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) 
   const Workspace workspace = allocate_workspace(plan, b.input);
   TeamBackwardParams<scalar_t> params{};
   params.team = plan.team;
-  params.training = b.training();
+  params.training = b.statistics();
   params.count = b.problem.n * b.problem.s;
   params.grad_output = pointer_to<scalar_t>(b.grad_output);
   params.input = pointer_to<scalar_t>(b.input);
@@ -34,7 +34,7 @@ LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) 
 }
 
 template <typename scalar_t>
-void run(const Backward& b) {
+void run(Backward& b) {
   const c10::Device device = b.input.device();
   const cudaStream_t stream = current_stream(device);
   const Plan* plan = &cached_plan(b.problem, device_info(device), plan_options());
@@ -43,69 +43,95 @@ void run(const Backward& b) {
     if (!is_refused(status)) return check_launch(status, "team_kernel");
     plan = &plan_after_refusal(b.problem, device, plan->team, status);
   }
-  Sums sums;
-  if (b.training() && b.grad_input) sums = {channel_vector(b.input), channel_vector(b.input)};
-  if (plan->has_reduce) run_reduce<scalar_t>(b, *plan, sums, stream);
-  if (plan->has_elementwise) run_elementwise<scalar_t>(b, *plan, sums, stream);
+  if (b.statistics() && b.grad_input) b.sums = sums_of(b.input);
+  if (plan->has_reduce) run_reduce<scalar_t>(b, *plan, stream);
+  if (plan->has_elementwise) run_elementwise<scalar_t>(b, *plan, stream);
 }
 
-// What a caller wants of the pass.
-struct Wanted {
-  bool input, weight, bias, residual = false;
-};
+// The elementwise part alone: the sums are there.
+template <typename scalar_t>
+void run_with_sums(const Backward& b) {
+  run_elementwise<scalar_t>(b, plan_parts(b.problem, b.input), current_stream(b.input.device()));
+}
 
-// The pass over arguments that are checked.
-Backward run_checked(const at::Tensor& grad_output, const at::Tensor& input,
-                     const OptionalTensor& weight, const OptionalTensor& bias,
-                     const at::Tensor& save_mean, const at::Tensor& save_invstd,
-                     const OptionalTensor& mask, bool training, const Wanted& need) {
-  const c10::DeviceGuard guard(input.device());
-  Backward b;
-  b.read(grad_output, input, mask);
-  if (need.input) b.grad_input = allocate_like(b.input);
-  if (need.residual) b.grad_residual = allocate_like(b.input);
-  if (need.weight) b.grad_weight = allocate({input.size(1)}, weight->options());
-  if (need.bias) b.grad_bias = allocate({input.size(1)}, bias->options());
-  if (input.numel() == 0) {
-    if (need.weight) b.grad_weight->zero_();
-    if (need.bias) b.grad_bias->zero_();
-    return b;
-  }
-  b.weight = packed(weight);
-  b.save_mean = save_mean.contiguous();
-  b.save_invstd = save_invstd.contiguous();
-  // What the statistics depend on is nothing to the other gradients: a ReLU's alone are as in eval.
-  const bool statistics = training && (need.input || !mask);
-  b.problem = describe(statistics ? Op::kBackwardTraining : Op::kBackwardEval, b.input);
+// What is read, as kernels take it. Beside a mask on the boundaries that fused.cuh asks for.
+Backward prepare(const BackwardCall& call, Op op) {
+  Backward b{call};
+  b.mask = packed(call.mask);
+  b.input = dense(call.input);
+  if (b.mask) b.input = on_boundary(b.input);
+  b.grad_output = dense_like(call.grad_output, b.input);
+  if (b.mask) b.grad_output = on_boundary(b.grad_output);
+  b.weight = packed(call.weight);
+  b.save_mean = call.save_mean.contiguous();
+  b.save_invstd = call.save_invstd.contiguous();
+  if (call.sums) b.sums = call.sums->contiguous();
+  b.problem = describe(op, b.input);
   b.problem.grad_output_shift = shift_of(b.grad_output);
-  b.problem.need_sums = need.weight || need.bias;
-  b.describe_outputs();
-  dispatch_dtype(b.problem.dtype, [&](auto tag) { run<typename decltype(tag)::type>(b); });
+  b.problem.fused = b.problem.mask = b.mask.has_value();
+  b.problem.outputs = 0;
   return b;
+}
+
+void allocate_like_input(Backward& b, bool needed, OptionalTensor& result) {
+  if (!needed) return;
+  result = allocate_like(b.input);
+  const int shift = shift_of(*result);
+  TORCH_INTERNAL_ASSERT(b.problem.outputs == 0 || shift == b.problem.output_shift,
+                        "the allocator aligned two tensors of one size differently");
+  TORCH_INTERNAL_ASSERT(shift == 0 || !b.mask, "an output is on no 16-byte boundary");
+  b.problem.output_shift = shift;
+  b.problem.outputs += 1;
+}
+
+void allocate_of_parameters(Backward& b) {
+  const int64_t c = b.input.size(1);
+  if (b.need_weight) b.grad_weight = allocate({c}, b.weight->options());
+  if (b.need_bias) b.grad_bias = allocate({c}, b.bias->options());
+  if (b.input.numel() > 0) return;
+  if (b.need_weight) b.grad_weight->zero_();
+  if (b.need_bias) b.grad_bias->zero_();
+}
+
+// What the statistics depend on is nothing to the other gradients: a ReLU's alone are as in eval.
+Op op_of(const BackwardCall& call) {
+  const bool statistics = call.training && (call.need_input || !call.mask);
+  return statistics ? Op::kBackwardTraining : Op::kBackwardEval;
 }
 
 }  // namespace
 
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
-    const OptionalTensor& bias, const at::Tensor& save_mean, const at::Tensor& save_invstd,
-    bool training, bool need_input, bool need_weight, bool need_bias) {
-  check_backward(grad_output, input, weight, bias, save_mean, save_invstd, need_weight, need_bias);
-  const Backward b = run_checked(grad_output, input, weight, bias, save_mean, save_invstd,
-                                 std::nullopt, training, {need_input, need_weight, need_bias});
-  return {b.grad_input, b.grad_weight, b.grad_bias};
+Gradients backward(const BackwardCall& call) {
+  check(call);
+  const c10::DeviceGuard guard(call.input.device());
+  Backward b = prepare(call, op_of(call));
+  allocate_like_input(b, b.need_input, b.grad_input);
+  allocate_like_input(b, b.need_residual, b.grad_residual);
+  allocate_of_parameters(b);
+  b.problem.need_sums = b.need_weight || b.need_bias;
+  if (call.input.numel() == 0 || (call.sums && b.problem.outputs == 0)) return b;
+  dispatch_dtype(b.problem.dtype, [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    call.sums ? run_with_sums<scalar_t>(b) : run<scalar_t>(b);
+  });
+  return b;
 }
 
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> fused_backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
-    const OptionalTensor& bias, const at::Tensor& save_mean, const at::Tensor& save_invstd,
-    const at::Tensor& mask, bool training, bool need_input, bool need_weight, bool need_bias,
-    bool need_residual) {
-  check_backward(grad_output, input, weight, bias, save_mean, save_invstd, need_weight, need_bias);
-  check_mask(mask, input);
-  const Backward b = run_checked(grad_output, input, weight, bias, save_mean, save_invstd, mask,
-                                 training, {need_input, need_weight, need_bias, need_residual});
-  return {b.grad_input, b.grad_weight, b.grad_bias, b.grad_residual};
+OwnGradients reduce_gradients(const BackwardCall& call) {
+  check(call);
+  const c10::DeviceGuard guard(call.input.device());
+  Backward b = prepare(call, Op::kBackwardTraining);
+  allocate_of_parameters(b);
+  b.sums = sums_of(b.input);
+  if (call.input.numel() == 0) {
+    b.sums->zero_();
+  } else {
+    dispatch_dtype(b.problem.dtype, [&](auto tag) {
+      run_reduce<typename decltype(tag)::type>(b, plan_parts(b.problem, b.input),
+                                               current_stream(b.input.device()));
+    });
+  }
+  return {*b.sums, b.grad_weight, b.grad_bias};
 }
 
 }  // namespace batchnorm_cuda

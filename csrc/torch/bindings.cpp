@@ -6,7 +6,7 @@
 #include "../plan/plan_dict.h"
 #include "build_bindings.h"
 #include "device_context.h"
-#include "ops.h"
+#include "operator_bindings.h"
 
 namespace py = pybind11;
 namespace bn = batchnorm_cuda;
@@ -50,53 +50,6 @@ bn::NamedValues from_python(const py::dict& dict) {
   return result;
 }
 
-void bind_sync(py::module_& m) {
-  const py::call_guard<py::gil_scoped_release> release;
-  m.def("sync_statistics", &bn::sync_statistics, release, py::arg("input"),
-        "This rank's row: count, mean [C] and M2 [C]");
-  m.def("sync_forward", &bn::sync_forward, release, py::arg("input"), py::arg("weight"),
-        py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
-        py::arg("num_batches_tracked"), py::arg("gathered"), py::arg("momentum"), py::arg("eps"),
-        "(output, mean, invstd, count); updates the running statistics and counts the batch");
-  m.def("sync_backward_reduce", &bn::sync_backward_reduce, release, py::arg("grad_output"),
-        py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("mean"), py::arg("invstd"),
-        py::arg("need_weight"), py::arg("need_bias"),
-        "(sums, grad_weight, grad_bias) of this rank, gradients None where not needed");
-  m.def("sync_sum", &bn::sync_sum, release, py::arg("gathered"),
-        "Sums over the first dimension, to the same bits in any order");
-  m.def("sync_backward_elementwise", &bn::sync_backward_elementwise, release,
-        py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("mean"),
-        py::arg("invstd"), py::arg("sums"), py::arg("count"), "grad_input of this rank's part");
-}
-
-void bind_fused(py::module_& m) {
-  const py::call_guard<py::gil_scoped_release> release;
-  m.def("fused_forward", &bn::fused_forward, release, py::arg("input"), py::arg("weight"),
-        py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
-        py::arg("num_batches_tracked"), py::arg("residual"), py::arg("relu"), py::arg("need_mask"),
-        py::arg("training"), py::arg("momentum"), py::arg("eps"),
-        "(output, save_mean, save_invstd, mask) of relu(bn(input) + residual)");
-  m.def("fused_backward", &bn::fused_backward, release, py::arg("grad_output"), py::arg("input"),
-        py::arg("weight"), py::arg("bias"), py::arg("save_mean"), py::arg("save_invstd"),
-        py::arg("mask"), py::arg("training"), py::arg("need_input"), py::arg("need_weight"),
-        py::arg("need_bias"), py::arg("need_residual"),
-        "(grad_input, grad_weight, grad_bias, grad_residual), None where not needed");
-  m.def("sync_fused_forward", &bn::sync_fused_forward, release, py::arg("input"), py::arg("weight"),
-        py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
-        py::arg("num_batches_tracked"), py::arg("gathered"), py::arg("residual"), py::arg("relu"),
-        py::arg("need_mask"), py::arg("momentum"), py::arg("eps"),
-        "(output, mean, invstd, count, mask): sync_forward of relu(bn(input) + residual)");
-  m.def("sync_fused_backward_reduce", &bn::sync_fused_backward_reduce, release,
-        py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("bias"),
-        py::arg("mean"), py::arg("invstd"), py::arg("mask"), py::arg("need_weight"),
-        py::arg("need_bias"), "(sums, grad_weight, grad_bias) of this rank");
-  m.def("sync_fused_backward_elementwise", &bn::sync_fused_backward_elementwise, release,
-        py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("mean"),
-        py::arg("invstd"), py::arg("sums"), py::arg("count"), py::arg("mask"),
-        py::arg("need_input"), py::arg("need_residual"),
-        "(grad_input, grad_residual) of this rank's part, None where not needed");
-}
-
 void bind_plan(py::module_& m) {
   m.def(
       "make_plan",
@@ -133,23 +86,7 @@ void bind_plan(py::module_& m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Batch normalisation kernels; see batchnorm_cuda.batch_norm for the public function.";
-  m.def("forward", &bn::forward, py::call_guard<py::gil_scoped_release>(), py::arg("input"),
-        py::arg("weight"), py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
-        py::arg("num_batches_tracked"), py::arg("training"), py::arg("momentum"), py::arg("eps"),
-        "(output, save_mean, save_invstd); training updates the running statistics and counts the "
-        "batch");
-  m.def("backward", &bn::backward, py::call_guard<py::gil_scoped_release>(), py::arg("grad_output"),
-        py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("save_mean"),
-        py::arg("save_invstd"), py::arg("training"), py::arg("need_input"), py::arg("need_weight"),
-        py::arg("need_bias"), "(grad_input, grad_weight, grad_bias), None where not needed");
-  m.def("double_backward", &bn::double_backward, py::call_guard<py::gil_scoped_release>(),
-        py::arg("grad_grad_input"), py::arg("grad_grad_weight"), py::arg("grad_grad_bias"),
-        py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("save_mean"),
-        py::arg("save_invstd"), py::arg("training"), py::arg("need_grad_output"),
-        py::arg("need_input"), py::arg("need_weight"),
-        "(grad_grad_output, grad_input, grad_weight), None where not needed");
-  bind_sync(m);
-  bind_fused(m);
+  bn::bind_operators(m);
   bind_plan(m);
   m.def(
       "device_info",

@@ -165,37 +165,27 @@ void check_saved(const at::Tensor& tensor, const char* name, const at::Tensor& i
   check_shape(tensor, name, {input.size(1)});
 }
 
-}  // namespace
-
-void check_forward(const at::Tensor& input, const OptionalTensor& weight,
-                   const OptionalTensor& bias, const OptionalTensor& running_mean,
-                   const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                   bool training, std::optional<double> momentum, double eps) {
-  check_input(input);
-  check_param(weight, "weight", input);
-  check_param(bias, "bias", input);
-  check_running(input, running_mean, running_var, training);
-  TORCH_CHECK_VALUE(std::isfinite(eps) && eps >= 0,
-                    "batch_norm: expected eps to be finite and not negative, got ", text(eps));
-  if (num_batches_tracked) {
-    check_strided(*num_batches_tracked, "num_batches_tracked");
-    check_same_device(*num_batches_tracked, "num_batches_tracked", input);
-    TORCH_CHECK_TYPE(num_batches_tracked->scalar_type() == at::kLong,
-                     "batch_norm: expected num_batches_tracked to have dtype torch.int64, got ",
-                     dtype_name(num_batches_tracked->scalar_type()));
-    TORCH_CHECK_VALUE(num_batches_tracked->numel() == 1,
-                      "batch_norm: expected num_batches_tracked to have one element, got shape ",
-                      text(num_batches_tracked->sizes()));
-  }
-  TORCH_CHECK_VALUE(momentum || !training || !running_mean || num_batches_tracked,
-                    "batch_norm: expected momentum to be a number where num_batches_tracked is not "
-                    "given, got None");
+void check_counter(const OptionalTensor& counter, const at::Tensor& input) {
+  if (!counter) return;
+  check_strided(*counter, "num_batches_tracked");
+  check_same_device(*counter, "num_batches_tracked", input);
+  TORCH_CHECK_TYPE(counter->scalar_type() == at::kLong,
+                   "batch_norm: expected num_batches_tracked to have dtype torch.int64, got ",
+                   dtype_name(counter->scalar_type()));
+  TORCH_CHECK_VALUE(counter->numel() == 1,
+                    "batch_norm: expected num_batches_tracked to have one element, got shape ",
+                    text(counter->sizes()));
 }
 
-void check_residual(const OptionalTensor& residual, const at::Tensor& input) {
-  if (residual) check_activation(*residual, "residual", input);
+void check_gathered(const at::Tensor& gathered, const at::Tensor& input) {
+  check_accumulated(gathered, "gathered", input);
+  const int64_t values = moments_values(input);
+  TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.size(0) > 0 && gathered.size(1) == values,
+                    "batch_norm: expected gathered to hold one row of ", std::to_string(values),
+                    " values a rank, got shape ", text(gathered.sizes()));
 }
 
+// The mask of a ReLU that a fused forward pass of the input wrote.
 void check_mask(const at::Tensor& mask, const at::Tensor& input) {
   check_strided(mask, "mask");
   check_same_device(mask, "mask", input);
@@ -205,60 +195,75 @@ void check_mask(const at::Tensor& mask, const at::Tensor& input) {
   check_shape(mask, "mask", {mask_bytes_of(input)});
 }
 
-void check_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                    const OptionalTensor& weight, const OptionalTensor& bias,
-                    const at::Tensor& save_mean, const at::Tensor& save_invstd, bool need_weight,
-                    bool need_bias) {
-  check_input(input);
-  check_activation(grad_output, "grad_output", input);
-  check_param(weight, "weight", input);
-  check_param(bias, "bias", input);
-  check_saved(save_mean, "save_mean", input);
-  check_saved(save_invstd, "save_invstd", input);
-  TORCH_CHECK_VALUE(
-      weight || !need_weight,
-      "batch_norm: expected weight to be given where its gradient is wanted, got None");
-  TORCH_CHECK_VALUE(bias || !need_bias,
-                    "batch_norm: expected bias to be given where its gradient is wanted, got None");
+// Of all ranks.
+void check_totals(const at::Tensor& sums, const OptionalTensor& count, const at::Tensor& input) {
+  check_accumulated(sums, "sums", input);
+  check_shape(sums, "sums", {2, input.size(1)});
+  TORCH_CHECK_VALUE(count, "batch_norm: expected count to be given with sums, got None");
+  check_strided(*count, "count");
+  check_same_device(*count, "count", input);
+  TORCH_CHECK_TYPE(count->scalar_type() == at::kLong,
+                   "batch_norm: expected count to have dtype torch.int64, got ",
+                   dtype_name(count->scalar_type()));
+  check_shape(*count, "count", {1});
 }
 
-void check_double_backward(const OptionalTensor& grad_grad_input,
-                           const OptionalTensor& grad_grad_weight,
-                           const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_output,
-                           const at::Tensor& input, const OptionalTensor& weight,
-                           const at::Tensor& save_mean, const at::Tensor& save_invstd,
-                           bool need_input, bool need_weight) {
+// The gradient of a parameter has its dtype.
+void check_there(const OptionalTensor& param, const char* name, bool needed) {
+  TORCH_CHECK_VALUE(param || !needed, "batch_norm: expected ", name,
+                    " to be given where its gradient is wanted, got None");
+}
+
+}  // namespace
+
+void check(const ForwardCall& call) {
+  const at::Tensor& input = call.input;
   check_input(input);
-  if (grad_grad_input) check_activation(*grad_grad_input, "grad_grad_input", input);
-  check_param(grad_grad_weight, "grad_grad_weight", input);
-  check_param(grad_grad_bias, "grad_grad_bias", input);
-  if (grad_output) check_activation(*grad_output, "grad_output", input);
-  check_param(weight, "weight", input);
-  check_saved(save_mean, "save_mean", input);
-  check_saved(save_invstd, "save_invstd", input);
-  TORCH_CHECK_VALUE(grad_output || !(need_input || need_weight),
+  check_param(call.weight, "weight", input);
+  check_param(call.bias, "bias", input);
+  check_running(input, call.running_mean, call.running_var, call.training);
+  TORCH_CHECK_VALUE(std::isfinite(call.eps) && call.eps >= 0,
+                    "batch_norm: expected eps to be finite and not negative, got ", text(call.eps));
+  check_counter(call.num_batches_tracked, input);
+  TORCH_CHECK_VALUE(
+      call.momentum || !call.training || !call.running_mean || call.num_batches_tracked,
+      "batch_norm: expected momentum to be a number where num_batches_tracked is not "
+      "given, got None");
+  if (call.gathered) check_gathered(*call.gathered, input);
+  if (call.residual) check_activation(*call.residual, "residual", input);
+}
+
+void check(const BackwardCall& call) {
+  const at::Tensor& input = call.input;
+  check_input(input);
+  check_activation(call.grad_output, "grad_output", input);
+  check_param(call.weight, "weight", input);
+  check_param(call.bias, "bias", input);
+  check_saved(call.save_mean, "save_mean", input);
+  check_saved(call.save_invstd, "save_invstd", input);
+  check_there(call.weight, "weight", call.need_weight);
+  check_there(call.bias, "bias", call.need_bias);
+  if (call.sums) check_totals(*call.sums, call.count, input);
+  if (call.mask) check_mask(*call.mask, input);
+}
+
+void check(const DoubleBackwardCall& call) {
+  const at::Tensor& input = call.input;
+  check_input(input);
+  if (call.grad_grad_input) check_activation(*call.grad_grad_input, "grad_grad_input", input);
+  check_param(call.grad_grad_weight, "grad_grad_weight", input);
+  check_param(call.grad_grad_bias, "grad_grad_bias", input);
+  if (call.grad_output) check_activation(*call.grad_output, "grad_output", input);
+  check_param(call.weight, "weight", input);
+  check_saved(call.save_mean, "save_mean", input);
+  check_saved(call.save_invstd, "save_invstd", input);
+  TORCH_CHECK_VALUE(call.grad_output || !(call.need_input || call.need_weight),
                     "batch_norm: expected grad_output to be given where the gradient of input or "
                     "weight is wanted, got None");
-  TORCH_CHECK_VALUE(
-      weight || !need_weight,
-      "batch_norm: expected weight to be given where its gradient is wanted, got None");
+  check_there(call.weight, "weight", call.need_weight);
 }
 
-void check_sync_statistics(const at::Tensor& input) { check_input(input); }
-
-void check_sync_forward(const at::Tensor& input, const OptionalTensor& weight,
-                        const OptionalTensor& bias, const OptionalTensor& running_mean,
-                        const OptionalTensor& running_var,
-                        const OptionalTensor& num_batches_tracked, const at::Tensor& gathered,
-                        std::optional<double> momentum, double eps) {
-  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, true, momentum,
-                eps);
-  check_accumulated(gathered, "gathered", input);
-  const int64_t values = moments_values(input);
-  TORCH_CHECK_VALUE(gathered.dim() == 2 && gathered.size(0) > 0 && gathered.size(1) == values,
-                    "batch_norm: expected gathered to hold one row of ", std::to_string(values),
-                    " values a rank, got shape ", text(gathered.sizes()));
-}
+void check_statistics(const at::Tensor& input) { check_input(input); }
 
 void check_sum_ranks(const at::Tensor& gathered) {
   check_strided(gathered, "gathered");
@@ -271,21 +276,6 @@ void check_sum_ranks(const at::Tensor& gathered) {
                     "batch_norm: expected gathered to have the ranks as its first dimension, got "
                     "shape ",
                     text(gathered.sizes()));
-}
-
-void check_sync_backward_elementwise(const at::Tensor& grad_output, const at::Tensor& input,
-                                     const OptionalTensor& weight, const at::Tensor& mean,
-                                     const at::Tensor& invstd, const at::Tensor& sums,
-                                     const at::Tensor& count) {
-  check_backward(grad_output, input, weight, std::nullopt, mean, invstd, false, false);
-  check_accumulated(sums, "sums", input);
-  check_shape(sums, "sums", {2, input.size(1)});
-  check_strided(count, "count");
-  check_same_device(count, "count", input);
-  TORCH_CHECK_TYPE(count.scalar_type() == at::kLong,
-                   "batch_norm: expected count to have dtype torch.int64, got ",
-                   dtype_name(count.scalar_type()));
-  check_shape(count, "count", {1});
 }
 
 }  // namespace batchnorm_cuda

@@ -10,14 +10,9 @@
 namespace batchnorm_cuda {
 namespace {
 
-// Everything one call works on.
-struct DoubleBackward {
-  OptionalTensor grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, weight;
-  at::Tensor input, save_mean, save_invstd;
-  OptionalTensor grad_grad_output, grad_input, grad_weight;  // results, where wanted
+// A call at work.
+struct DoubleBackward : DoubleBackwardCall, DoubleGradients {
   Problem problem;
-
-  bool training() const { return problem.op == Op::kDoubleBackwardTraining; }
 };
 
 template <typename scalar_t>
@@ -33,7 +28,7 @@ scalar_t* written(const OptionalTensor& tensor) {
 // Are any sums over the channel wanted? In eval mode only grad_weight is one; in training mode the
 // gradient of grad_input sends sums into all results, and dy sends its own into grad_input.
 bool needs_sums(const DoubleBackward& b) {
-  if (!b.training()) return b.grad_weight && b.grad_grad_input;
+  if (!b.training) return b.grad_weight && b.grad_grad_input;
   return b.grad_grad_input || b.grad_input;
 }
 
@@ -49,7 +44,7 @@ at::Tensor run_reduce(const DoubleBackward& b, const Plan& plan, cudaStream_t st
   params.grad_grad_input_aligned = b.problem.grad_grad_input_shift == b.problem.input_shift;
   params.grad_output = read_if<scalar_t>(b.grad_input || b.grad_weight, b.grad_output);
   params.grad_grad_input = read_if<scalar_t>(true, b.grad_grad_input);
-  params.input = read_if<scalar_t>(b.training(), b.input);
+  params.input = read_if<scalar_t>(b.training, b.input);
   params.mean = pointer_to<acc_t>(b.save_mean);
   params.invstd = pointer_to<acc_t>(b.save_invstd);
   params.partials = {workspace.data<acc_t>(), plan.merge.rows, plan.reduce.c};
@@ -60,10 +55,10 @@ at::Tensor run_reduce(const DoubleBackward& b, const Plan& plan, cudaStream_t st
   MergeDoubleGradientsParams<acc_t> merge{};
   merge.partials = params.partials;
   merge.shift = merge_shift(plan);
-  merge.training = b.training();
+  merge.training = b.training;
   merge.count = b.problem.n * b.problem.s;
   merge.invstd = params.invstd;
-  if (b.training() && plan.has_elementwise) {
+  if (b.training && plan.has_elementwise) {
     sums = allocate({5, plan.reduce.c}, b.save_mean.options());
     merge.sums = {static_cast<acc_t*>(sums.data_ptr()), 1, plan.reduce.c};
   }
@@ -77,7 +72,7 @@ void run_elementwise(const DoubleBackward& b, const Plan& plan, const at::Tensor
                      cudaStream_t stream) {
   using acc_t = acc_type<scalar_t>;
   const Problem& problem = b.problem;
-  const bool training = b.training();
+  const bool training = b.training;
   DoubleBackwardElementwiseParams<scalar_t> params{};
   params.traversal = plan.elementwise;
   params.grad_output_aligned = problem.grad_output_shift == problem.output_shift;
@@ -110,8 +105,8 @@ void run(const DoubleBackward& b) {
   if (plan.has_elementwise) run_elementwise<scalar_t>(b, plan, sums, stream);
 }
 
-void describe_tensors(DoubleBackward& b, bool training) {
-  b.problem = describe(training ? Op::kDoubleBackwardTraining : Op::kDoubleBackwardEval, b.input);
+void describe_tensors(DoubleBackward& b) {
+  b.problem = describe(b.training ? Op::kDoubleBackwardTraining : Op::kDoubleBackwardEval, b.input);
   if (b.grad_output) b.problem.grad_output_shift = shift_of(*b.grad_output);
   if (b.grad_grad_input) b.problem.grad_grad_input_shift = shift_of(*b.grad_grad_input);
   b.problem.outputs = 0;
@@ -126,39 +121,36 @@ void describe_tensors(DoubleBackward& b, bool training) {
   b.problem.need_sums = needs_sums(b);
 }
 
+// Without a gradient of grad_input no kernel writes grad_weight: it is then zero.
+void allocate_results(DoubleBackward& b) {
+  if (b.need_grad_output) b.grad_grad_output = allocate_like(b.input);
+  if (b.need_input) b.grad_input = allocate_like(b.input);
+  if (!b.need_weight) return;
+  const bool zero = !b.grad_grad_input || b.input.numel() == 0;
+  b.grad_weight = zero ? allocate_zeros({b.input.size(1)}, b.weight->options())
+                       : allocate({b.input.size(1)}, b.weight->options());
+}
+
 }  // namespace
 
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> double_backward(
-    const OptionalTensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
-    const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_output,
-    const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& save_mean,
-    const at::Tensor& save_invstd, bool training, bool need_grad_output, bool need_input,
-    bool need_weight) {
-  check_double_backward(grad_grad_input, grad_grad_weight, grad_grad_bias, grad_output, input,
-                        weight, save_mean, save_invstd, need_input, need_weight);
-  const c10::DeviceGuard guard(input.device());
-  DoubleBackward b;
-  b.input = dense(input);
-  if (need_grad_output) b.grad_grad_output = allocate_like(b.input);
-  if (need_input) b.grad_input = allocate_like(b.input);
-  if (need_weight) {
-    // Without a gradient of grad_input no kernel writes it: grad_weight is then zero.
-    const bool zero = !grad_grad_input || input.numel() == 0;
-    b.grad_weight = zero ? allocate_zeros({input.size(1)}, weight->options())
-                         : allocate({input.size(1)}, weight->options());
-  }
-  if (input.numel() > 0 && (need_grad_output || need_input || need_weight)) {
-    if (grad_output) b.grad_output = dense_like(*grad_output, b.input);
-    if (grad_grad_input) b.grad_grad_input = dense_like(*grad_grad_input, b.input);
-    b.weight = packed(weight);
-    b.grad_grad_weight = packed(grad_grad_weight);
-    b.grad_grad_bias = packed(grad_grad_bias);
-    b.save_mean = save_mean.contiguous();
-    b.save_invstd = save_invstd.contiguous();
-    describe_tensors(b, training);
-    dispatch_dtype(b.problem.dtype, [&](auto tag) { run<typename decltype(tag)::type>(b); });
-  }
-  return {b.grad_grad_output, b.grad_input, b.grad_weight};
+DoubleGradients double_backward(const DoubleBackwardCall& call) {
+  check(call);
+  const c10::DeviceGuard guard(call.input.device());
+  DoubleBackward b{call};
+  b.input = dense(call.input);
+  allocate_results(b);
+  const bool wanted = b.need_grad_output || b.need_input || b.need_weight;
+  if (call.input.numel() == 0 || !wanted) return b;
+  if (b.grad_output) b.grad_output = dense_like(*b.grad_output, b.input);
+  if (b.grad_grad_input) b.grad_grad_input = dense_like(*b.grad_grad_input, b.input);
+  b.weight = packed(call.weight);
+  b.grad_grad_weight = packed(call.grad_grad_weight);
+  b.grad_grad_bias = packed(call.grad_grad_bias);
+  b.save_mean = call.save_mean.contiguous();
+  b.save_invstd = call.save_invstd.contiguous();
+  describe_tensors(b);
+  dispatch_dtype(b.problem.dtype, [&](auto tag) { run<typename decltype(tag)::type>(b); });
+  return b;
 }
 
 }  // namespace batchnorm_cuda

@@ -1,6 +1,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "../plan/plan_cache.h"
+#include "../plan/rank_merge.h"
 #include "checks.h"
 #include "device_context.h"
 #include "dispatch.h"
@@ -54,71 +55,91 @@ void run(const Forward& f) {
   run_normalize<scalar_t>(f, *plan, stream);
 }
 
-// The pass over arguments that are checked.
-Forward run_checked(const at::Tensor& input, const OptionalTensor& weight,
-                    const OptionalTensor& bias, const OptionalTensor& running_mean,
-                    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-                    const Fusion& fusion, bool training, std::optional<double> momentum,
-                    double eps) {
-  const c10::DeviceGuard guard(input.device());
-  Forward f;
-  f.input = dense(input);
+template <typename scalar_t>
+void run_merge_ranks(const Forward& f, const Plan& plan, cudaStream_t stream) {
+  using acc_t = acc_type<scalar_t>;
+  MergeRanksParams<acc_t> params{};
+  params.ranks = static_cast<int>(f.gathered->size(0));
+  params.gathered = static_cast<acc_t*>(f.gathered->data_ptr());
+  params.count = static_cast<int64_t*>(f.count->data_ptr());
+  params.statistics = statistics_output<acc_t>(f);
+  const RankMergeGeometry geometry = plan_rank_merge(f.problem.c, device_info(f.input.device()));
+  check_launch(merges<acc_t>().ranks(geometry, params, stream), "merge_ranks_kernel");
+}
+
+template <typename scalar_t>
+void run_of_ranks(const Forward& f) {
+  const cudaStream_t stream = current_stream(f.input.device());
+  const Plan& plan = plan_parts(f.problem, f.input);
+  run_merge_ranks<scalar_t>(f, plan, stream);
+  if (f.input.numel() > 0) run_normalize<scalar_t>(f, plan, stream);
+}
+
+void allocate_mask(Forward& f) {
+  const int64_t bytes = mask_bytes_of(f.input);
+  f.mask = allocate({whole_words(bytes)}, f.input.options().dtype(at::kByte));
+  if (f.mask->numel() != bytes) f.mask = f.mask->narrow(0, 0, bytes);
+}
+
+// The record as kernels take it, and its results, uninitialised.
+Forward prepare(const ForwardCall& call) {
+  Forward f{call};
+  f.input = dense(call.input);
   f.output = allocate_like(f.input);
-  f.save_mean = channel_vector(input);
-  f.save_invstd = channel_vector(input);
-  if (input.numel() == 0) {
-    f.fuse(fusion);
-    if (training && num_batches_tracked) num_batches_tracked->add_(1);
-    f.save_mean.zero_();
-    f.save_invstd.zero_();
+  f.mean = channel_vector(f.input);
+  f.invstd = channel_vector(f.input);
+  if (f.gathered) {
+    f.gathered = f.gathered->contiguous();
+    f.count = allocate({1}, f.input.options().dtype(at::kLong));
+  }
+  f.weight = packed(call.weight);
+  f.bias = packed(call.bias);
+  f.problem = describe(f.training ? Op::kForwardTraining : Op::kForwardEval, f.input);
+  f.problem.output_shift = shift_of(f.output);
+  if (f.relu && f.need_mask) allocate_mask(f);
+  if (f.input.numel() == 0) f.residual.reset();
+  if (f.residual) {
+    f.residual = dense_like(*f.residual, f.input);
+    f.problem.residual_shift = shift_of(*f.residual);
+  }
+  f.problem.fused = f.relu || f.residual;
+  f.problem.mask = f.mask.has_value();
+  return f;
+}
+
+// Without a channel, or a value that anybody could normalise by.
+void fill_empty(const Forward& f) {
+  if (f.training && f.num_batches_tracked) f.num_batches_tracked->add_(1);
+  f.mean.zero_();
+  f.invstd.zero_();
+  if (f.count) f.count->zero_();
+}
+
+}  // namespace
+
+Normalized forward(const ForwardCall& call) {
+  check(call);
+  const c10::DeviceGuard guard(call.input.device());
+  Forward f = prepare(call);
+  if (f.problem.c == 0 || (call.input.numel() == 0 && !f.gathered)) {
+    fill_empty(f);
     return f;
   }
-  const UpdatedInPlace mean(running_mean), var(running_var), counter(num_batches_tracked);
-  f.weight = packed(weight);
-  f.bias = packed(bias);
+  const UpdatedInPlace mean(call.running_mean), var(call.running_var);
+  const UpdatedInPlace counter(call.num_batches_tracked);
   f.running_mean = mean.dense;
   f.running_var = var.dense;
   f.num_batches_tracked = counter.dense;
-  f.training = training;
-  f.momentum = momentum;
-  f.eps = eps;
-  f.problem = describe(training ? Op::kForwardTraining : Op::kForwardEval, f.input);
-  f.problem.output_shift = shift_of(f.output);
-  f.fuse(fusion);
-  dispatch_dtype(f.problem.dtype, [&](auto tag) { run<typename decltype(tag)::type>(f); });
-  if (training) {
+  dispatch_dtype(f.problem.dtype, [&](auto tag) {
+    using scalar_t = typename decltype(tag)::type;
+    f.gathered ? run_of_ranks<scalar_t>(f) : run<scalar_t>(f);
+  });
+  if (f.training) {
     mean.finish();
     var.finish();
     counter.finish();
   }
   return f;
-}
-
-}  // namespace
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
-    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& num_batches_tracked, bool training, std::optional<double> momentum,
-    double eps) {
-  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                momentum, eps);
-  const Forward f = run_checked(input, weight, bias, running_mean, running_var, num_batches_tracked,
-                                {}, training, momentum, eps);
-  return {f.output, f.save_mean, f.save_invstd};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, OptionalTensor> fused_forward(
-    const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& num_batches_tracked, const OptionalTensor& residual, bool relu,
-    bool need_mask, bool training, std::optional<double> momentum, double eps) {
-  check_forward(input, weight, bias, running_mean, running_var, num_batches_tracked, training,
-                momentum, eps);
-  check_residual(residual, input);
-  const Forward f = run_checked(input, weight, bias, running_mean, running_var, num_batches_tracked,
-                                {residual, relu, need_mask}, training, momentum, eps);
-  return {f.output, f.save_mean, f.save_invstd, f.mask};
 }
 
 }  // namespace batchnorm_cuda

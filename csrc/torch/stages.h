@@ -20,6 +20,9 @@ inline int merge_shift(const Plan& plan) {
   return plan.pattern == Pattern::kAlongC ? plan.reduce.shift : 0;
 }
 
+// The stages alone: a team kernel cannot stop for the other ranks.
+const Plan& plan_parts(const Problem& problem, const at::Tensor& input);
+
 // ---------------------------------------------------------------------------- forward
 
 // A running statistic, or the count of batches, as the kernel updates it; copied back where its own
@@ -38,38 +41,9 @@ struct UpdatedInPlace {
   OptionalTensor dense;
 };
 
-// What is fused to a forward call: y = act(bn(x) + residual).
-struct Fusion {
-  OptionalTensor residual;
-  bool relu = false, need_mask = false;
-};
-
-// Everything one forward call works on.
-struct Forward {
-  at::Tensor input, output, save_mean, save_invstd;
-  OptionalTensor weight, bias, running_mean, running_var, num_batches_tracked;
-  OptionalTensor residual, mask;
-  bool relu = false;
-  bool training;
-  std::optional<double> momentum;
-  double eps;
+// A forward call at work: its tensors as kernels take them, its results and its geometry.
+struct Forward : ForwardCall, Normalized {
   Problem problem;
-
-  // To be called when input and problem are there.
-  void fuse(const Fusion& fusion) {
-    relu = fusion.relu;
-    if (relu && fusion.need_mask) {
-      const int64_t bytes = mask_bytes_of(input);
-      mask = allocate({whole_words(bytes)}, input.options().dtype(at::kByte));
-      if (mask->numel() != bytes) mask = mask->narrow(0, 0, bytes);
-    }
-    if (fusion.residual && input.numel() > 0) {
-      residual = dense_like(*fusion.residual, input);
-      problem.residual_shift = shift_of(*residual);
-    }
-    problem.fused = relu || residual;
-    problem.mask = mask.has_value();
-  }
 };
 
 // What the kernel of the traversal takes. Enqueues the clearing of the mask where it needs that.
@@ -102,8 +76,8 @@ StatisticsOutput<acc_t> statistics_output(const Forward& f) {
     result.num_batches_tracked = f.num_batches_tracked->mutable_data_ptr<int64_t>();
     if (!f.momentum && f.running_mean) result.arrival_shift = arrival_shift_for(f.problem.c);
   }
-  result.save_mean = static_cast<acc_t*>(f.save_mean.data_ptr());
-  result.save_invstd = static_cast<acc_t*>(f.save_invstd.data_ptr());
+  result.save_mean = static_cast<acc_t*>(f.mean.data_ptr());
+  result.save_invstd = static_cast<acc_t*>(f.invstd.data_ptr());
   result.running_mean = param_pointer(f.running_mean);
   result.running_var = param_pointer(f.running_var);
   return result;
@@ -138,8 +112,8 @@ void run_normalize(const Forward& f, const Plan& plan, cudaStream_t stream) {
     params.running_mean = param_pointer(f.running_mean);
     params.running_var = param_pointer(f.running_var);
   }
-  params.mean = static_cast<acc_t*>(f.save_mean.data_ptr());
-  params.invstd = static_cast<acc_t*>(f.save_invstd.data_ptr());
+  params.mean = static_cast<acc_t*>(f.mean.data_ptr());
+  params.invstd = static_cast<acc_t*>(f.invstd.data_ptr());
   const Pattern pattern = plan.elementwise.pattern;
   const KernelTable<scalar_t>& table = kernels<scalar_t>();
   const LaunchStatus status =
@@ -152,41 +126,12 @@ void run_normalize(const Forward& f, const Plan& plan, cudaStream_t stream) {
 
 // ---------------------------------------------------------------------------- backward
 
-// Everything one backward call works on.
-struct Backward {
-  at::Tensor grad_output, input, save_mean, save_invstd;
-  OptionalTensor weight, grad_input, grad_weight, grad_bias;
-  OptionalTensor total_count;          // [1]: over several ranks
-  OptionalTensor mask, grad_residual;  // grad_output is that of a fused ReLU
+// A backward call at work.
+struct Backward : BackwardCall, Gradients {
   Problem problem;
 
-  bool training() const { return problem.op == Op::kBackwardTraining; }
-
-  // Sets what is read, where `relu` is the mask on the boundaries that fused.cuh asks for.
-  void read(const at::Tensor& grad_y, const at::Tensor& x, const OptionalTensor& relu) {
-    mask = packed(relu);
-    input = dense(x);
-    if (mask) input = on_boundary(input);
-    grad_output = dense_like(grad_y, input);
-    if (mask) grad_output = on_boundary(grad_output);
-  }
-
-  // The outputs, which are aligned alike, for the plan. To be called when they and problem are
-  // there.
-  void describe_outputs() {
-    problem.fused = problem.mask = mask.has_value();
-    problem.output_shift = -1;
-    problem.outputs = 0;
-    for (const OptionalTensor* output : {&grad_input, &grad_residual}) {
-      if (!*output) continue;
-      const int shift = shift_of(**output);
-      TORCH_INTERNAL_ASSERT(problem.outputs == 0 || shift == problem.output_shift,
-                            "the allocator aligned two tensors of one size differently");
-      TORCH_INTERNAL_ASSERT(shift == 0 || !mask, "an output is on no 16-byte boundary");
-      problem.output_shift = shift;
-      problem.outputs += 1;
-    }
-  }
+  // Do the statistics depend on the input? Else they are constants, as in eval mode.
+  bool statistics() const { return problem.op == Op::kBackwardTraining; }
 };
 
 // What a kernel that only reads takes, and one that writes the residual's gradient too.
@@ -204,13 +149,9 @@ FusedBackward<scalar_t> fused_params(const Backward& b) {
   return params;
 }
 
-// The two sums of every channel, undefined where only grad_weight and grad_bias are wanted.
-struct Sums {
-  at::Tensor dy, dy_xhat;
-};
-
+// Leaves the sums [2, C] of every channel where `b.sums` is there to take them.
 template <typename scalar_t>
-void run_reduce(const Backward& b, const Plan& plan, const Sums& sums, cudaStream_t stream) {
+void run_reduce(const Backward& b, const Plan& plan, cudaStream_t stream) {
   using acc_t = acc_type<scalar_t>;
   const Workspace workspace = allocate_workspace(plan, b.input);
   BackwardReduceParams<scalar_t> params{};
@@ -231,9 +172,9 @@ void run_reduce(const Backward& b, const Plan& plan, const Sums& sums, cudaStrea
   MergeGradientsParams<acc_t> merge{};
   merge.partials = params.partials;
   merge.shift = merge_shift(plan);
-  if (sums.dy.defined()) {
-    merge.sum_dy = static_cast<acc_t*>(sums.dy.data_ptr());
-    merge.sum_dy_xhat = static_cast<acc_t*>(sums.dy_xhat.data_ptr());
+  if (b.sums) {
+    merge.sum_dy = static_cast<acc_t*>(b.sums->data_ptr());
+    merge.sum_dy_xhat = merge.sum_dy + b.problem.c;
   }
   merge.grad_weight = param_pointer(b.grad_weight);
   merge.grad_bias = param_pointer(b.grad_bias);
@@ -241,23 +182,23 @@ void run_reduce(const Backward& b, const Plan& plan, const Sums& sums, cudaStrea
 }
 
 template <typename scalar_t>
-void run_elementwise(const Backward& b, const Plan& plan, const Sums& sums, cudaStream_t stream) {
+void run_elementwise(const Backward& b, const Plan& plan, cudaStream_t stream) {
   using acc_t = acc_type<scalar_t>;
   BackwardElementwiseParams<scalar_t> params{};
   params.traversal = plan.elementwise;
   params.grad_output_aligned = b.problem.grad_output_shift == b.problem.output_shift;
   params.input_aligned = b.problem.input_shift == b.problem.output_shift;
   params.count = b.problem.n * b.problem.s;
-  if (b.total_count) params.total_count = pointer_to<int64_t>(*b.total_count);
+  if (b.count) params.total_count = pointer_to<int64_t>(*b.count);
   params.grad_output = pointer_to<scalar_t>(b.grad_output);
   if (b.grad_input) params.grad_input = static_cast<scalar_t*>(b.grad_input->data_ptr());
   params.weight = param_pointer(b.weight);
   params.mean = pointer_to<acc_t>(b.save_mean);
   params.invstd = pointer_to<acc_t>(b.save_invstd);
-  if (b.training()) {
+  if (b.statistics()) {
     params.input = pointer_to<scalar_t>(b.input);
-    params.sum_dy = pointer_to<acc_t>(sums.dy);
-    params.sum_dy_xhat = pointer_to<acc_t>(sums.dy_xhat);
+    params.sum_dy = pointer_to<acc_t>(*b.sums);
+    params.sum_dy_xhat = params.sum_dy + b.problem.c;
   }
   const Pattern pattern = plan.elementwise.pattern;
   const KernelTable<scalar_t>& table = kernels<scalar_t>();

@@ -67,10 +67,11 @@ Problem describe(Op op, const at::Tensor& input) {
   problem.op = op;
   problem.dtype = to_dtype(input.scalar_type());
   problem.c = input.size(1);
+  problem.output_shift = -1;
+  if (input.numel() == 0) return problem;
   problem.s = problem.c == 1 ? input.numel() : input.stride(1);
   problem.n = input.numel() / (problem.c * problem.s);
   problem.input_shift = shift_of(input);
-  problem.output_shift = -1;
   return problem;
 }
 
@@ -91,6 +92,10 @@ int64_t mask_bytes_of(const at::Tensor& input) {
 
 at::Tensor channel_vector(const at::Tensor& input) {
   return allocate({input.size(1)}, statistics_options(input));
+}
+
+at::Tensor sums_of(const at::Tensor& input) {
+  return allocate({2, input.size(1)}, statistics_options(input));
 }
 
 OptionalTensor packed(const OptionalTensor& tensor) {

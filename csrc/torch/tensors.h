@@ -33,7 +33,8 @@ at::Tensor on_boundary(const at::Tensor& tensor);
 // Elements by which the tensor lies past a 16-byte boundary.
 int shift_of(const at::Tensor& tensor);
 
-// The geometry of a dense input, with its shift; the other tensors take no part yet.
+// The geometry of a dense input, with its shift; the other tensors take no part yet. Of an empty
+// one only the channels count.
 Problem describe(Op op, const at::Tensor& input);
 
 // The statistics' dtype, on the input's device.
@@ -45,8 +46,9 @@ int64_t moments_values(const at::Tensor& input);
 // Bytes of the mask of a ReLU over a tensor like the input.
 int64_t mask_bytes_of(const at::Tensor& input);
 
-// An uninitialised [C] vector of statistics.
+// An uninitialised [C] vector of statistics, and the two sums [2, C] of a backward pass.
 at::Tensor channel_vector(const at::Tensor& input);
+at::Tensor sums_of(const at::Tensor& input);
 
 // Read-only parameters of any stride, packed: [C] values are cheap to copy.
 OptionalTensor packed(const OptionalTensor& tensor);

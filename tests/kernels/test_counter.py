@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import batchnorm_cuda
-from batchnorm_cuda import ops, sync_ops
+from batchnorm_cuda._ops import operators as ops
 
 C = 24
 # A channel, or a slab of channels, is work for three blocks, and not too much for one.
@@ -142,10 +142,10 @@ def test_autograd_sees_the_count(backend: Backend) -> None:
 def test_counted_over_ranks(backend: Backend, momentum: float | None, values: int) -> None:
     """Also where all ranks together have too few values to learn from."""
     x = torch.full((values, 3), 7.0, device=backend.device)
-    gathered = torch.stack([sync_ops.sync_statistics(x)])
+    gathered = torch.stack([ops.sync_statistics(x)])
     mean, var = torch.ones(2, 3, device=backend.device).unbind()
     mean, var, counter = mean.clone(), var.clone(), torch.tensor(3, device=backend.device)
-    sync_ops.sync_forward(x, None, None, mean, var, counter, gathered, momentum, 1e-5)
+    ops.sync_forward(x, None, None, mean, var, counter, gathered, momentum, 1e-5)
     assert int(counter) == 4
     factor = 0.25 if momentum is None else momentum
     learnt = 1 + 6 * factor if values > 1 else 1.0
@@ -154,9 +154,9 @@ def test_counted_over_ranks(backend: Backend, momentum: float | None, values: in
 
 def test_counted_over_no_channels(kernels: Backend) -> None:
     x, nothing = (torch.empty(n, device=kernels.device) for n in ((4, 0), (0,)))
-    gathered = torch.stack([sync_ops.sync_statistics(x)])
+    gathered = torch.stack([ops.sync_statistics(x)])
     counter = torch.tensor(3, device=kernels.device)
-    sync_ops.sync_forward(x, None, None, nothing, nothing, counter, gathered, None, 1e-5)
+    ops.sync_forward(x, None, None, nothing, nothing, counter, gathered, None, 1e-5)
     assert int(counter) == 4
 
 
@@ -183,8 +183,8 @@ def test_bad_counter(backend: Backend, momentum: float | None, bad: tuple, sync:
     with pytest.raises(error) as raised:
         if sync:
             buffers = module.running_mean, module.running_var, counter
-            gathered = torch.stack([sync_ops.sync_statistics(x)])
-            sync_ops.sync_forward(x, None, None, *buffers, gathered, momentum, 1e-5)
+            gathered = torch.stack([ops.sync_statistics(x)])
+            ops.sync_forward(x, None, None, *buffers, gathered, momentum, 1e-5)
         else:
             module(x)
     expected = f"batch_norm: expected num_batches_tracked {message.format(device=x.device)}"

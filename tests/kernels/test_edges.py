@@ -20,7 +20,7 @@ from strategies import launched
 from tolerances import assert_within
 from torch import Tensor
 
-from batchnorm_cuda import ops
+from batchnorm_cuda._ops import operators as ops
 
 CHANNELS = 5
 GRADIENTS = ["grad_input", "grad_weight", "grad_bias"]

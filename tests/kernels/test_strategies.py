@@ -41,7 +41,7 @@ from strategies import FORCED, TEAMS, expected, force, launched, walk_of
 from tolerances import bound
 from torch import Tensor
 
-from batchnorm_cuda import ops
+from batchnorm_cuda._ops import operators as ops
 
 # (shape, layout) by access pattern. A channel is more than 512 windows of any dtype along S, which
 # is what several blocks share.

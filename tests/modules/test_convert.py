@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 import batchnorm_cuda
 from batchnorm_cuda import SyncBatchNorm, convert, modules, revert
+from batchnorm_cuda._ops.calls import Forward
 
 PAIRS = [
     (getattr(nn, name), getattr(batchnorm_cuda, name))
@@ -41,9 +42,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     seen = []
     normalize = modules.normalize
 
-    def record(input: Tensor, *rest: object) -> Tensor:
-        seen.append(input.shape)
-        return normalize(input, *rest)
+    def record(call: Forward) -> Tensor:
+        seen.append(call.input.shape)
+        return normalize(call)
 
     monkeypatch.setattr(modules._KernelForward, "_normalize", staticmethod(record))
     return seen

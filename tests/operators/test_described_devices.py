@@ -38,7 +38,8 @@ from sync_cases import EPS, MOMENTUM, SyncCase
 from test_double_backward import fill_grad_grads
 from test_sync import assert_parts_match
 
-from batchnorm_cuda import batch_norm, devices, ops, sync_ops
+from batchnorm_cuda import batch_norm, devices
+from batchnorm_cuda._ops import operators as ops
 from bench.models.traffic_model import scaled_device
 
 HALF, FLOAT = torch.float16, torch.float32
@@ -197,24 +198,24 @@ def test_ranks_on_an_h100(use_device: UseDevice, plan_options: Callable) -> None
     use_device(devices.planner_properties(scaled_device("h100")))
     plan_options({"splits": 176})
     parts = [tuple(t.to(KERNELS.device) for t in part) for part in case.parts()]
-    gathered = torch.stack([sync_ops.sync_statistics(x) for x, _ in parts])
+    gathered = torch.stack([ops.sync_statistics(x) for x, _ in parts])
     results, sums, saved = [], [], []
     for x, dy in parts:
         weight, bias, mean, var = (t.to(KERNELS.device) for t in case.parameters())
-        output, *statistics = sync_ops.sync_forward(
+        output, *statistics = ops.sync_forward(
             x, weight, bias, mean, var, None, gathered, MOMENTUM, EPS
         )
-        own, *of_parameters = sync_ops.sync_backward_reduce(
+        own, *of_parameters = ops.sync_backward_reduce(
             dy, x, weight, bias, *statistics[:2], True, True
         )
         names = ("output", "running_mean", "running_var", "grad_weight", "grad_bias")
         results.append(dict(zip(names, (output, mean, var, *of_parameters), strict=True)))
         sums.append(own)
         saved.append((weight, *statistics))
-    total = sync_ops.sync_sum(torch.stack(sums))
+    total = ops.sync_sum(torch.stack(sums))
     for (x, dy), result, (weight, mean, invstd, count) in zip(parts, results, saved, strict=True):
         arguments = (dy, x, weight, mean, invstd, total, count)
-        result["grad_input"] = sync_ops.sync_backward_elementwise(*arguments)
+        result["grad_input"] = ops.sync_backward_elementwise(*arguments)
     assert_parts_match(case, parts, results)
 
 

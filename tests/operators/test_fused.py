@@ -31,7 +31,9 @@ from fused import FORMS, both_modes, every_form, extras
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from batchnorm_cuda import batch_norm, fused_ops, ops, sync_ops
+from batchnorm_cuda import batch_norm
+from batchnorm_cuda._ops import layout
+from batchnorm_cuda._ops import operators as ops
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.id)
@@ -52,7 +54,7 @@ def assert_matches_reference(
     forward = {k: v for k, v in results.items() if not k.startswith("grad_")}
     expected = fused.reference_forward(x, p, training, form, residual)
     harness.assert_matches(forward, expected, x, torchs)
-    strides = ops.as_dense(x).stride()
+    strides = layout.as_dense(x).stride()
     assert results["output"].stride() == results["grad_input"].stride() == strides
 
     g = fused.through_relu(dy, results["output"], form)
@@ -161,9 +163,9 @@ def test_mask_of_a_rank_that_is_not_finite(backend: Backend) -> None:
     x = torch.randn(3, 4, 5).to(backend.device)
     residual = torch.full_like(x, -10)
     residual[0, 0, 1] = torch.nan
-    rows = sync_ops.sync_statistics(x).unsqueeze(0)
+    rows = ops.sync_statistics(x).unsqueeze(0)
     arguments = (x, None, None, None, None, None, rows, residual, True, True, 0.1, 1e-5)
-    *_, mask = sync_ops.sync_fused_forward(*arguments)
+    *_, mask = ops.sync_fused_forward(*arguments)
     assert mask.tolist() == [2, *[0] * 14]
 
 
@@ -270,7 +272,7 @@ def test_residual_of_other_strides(backend: Backend, of_input, of_residual, trai
     ]
     for name, got in results[0].items():
         assert torch.equal(got, results[1][name]), name
-    assert results[0]["output"].stride() == ops.as_dense(x).stride()
+    assert results[0]["output"].stride() == layout.as_dense(x).stride()
 
 
 @pytest.mark.parametrize("shape", [(4, 10, 6, 6), (33, 10), (2, 32, 49)], ids=str)
@@ -300,7 +302,7 @@ def expected_bits(output: Tensor) -> list[int]:
 def test_mask_of_the_kernels(kernels: Backend, case: Case, dtype: torch.dtype) -> None:
     """A bit an element, in the memory order of the output."""
     x, residual = (fill(case, dtype, kernels.device) for _ in range(2))
-    output, _, _, mask = fused_ops.fused_forward(
+    output, _, _, mask = ops.fused_forward(
         x, None, None, None, None, None, residual, True, True, True, 0.1, 1e-5
     )
     window = 16 // dtype.itemsize
@@ -327,8 +329,8 @@ def forwards(kernels: Backend, monkeypatch: pytest.MonkeyPatch) -> list[Tensor |
             masks.append(results[3])
             return results
 
-    real = ops.kernels_for
-    monkeypatch.setattr(ops, "kernels_for", lambda *tensors: Recording(real(*tensors)))
+    real = ops.computes
+    monkeypatch.setattr(ops, "computes", lambda *tensors: Recording(real(*tensors)))
     return masks
 
 
@@ -479,4 +481,4 @@ def test_bad_argument_of_backward(kernels: Backend, bad: str) -> None:
     arguments |= {name: value.to(kernels.device) for name, value in changes.items()}
     needed = dict.fromkeys(("need_input", "need_weight", "need_bias", "need_residual"), True)
     with pytest.raises(error, match=re.escape(f"batch_norm: expected {message}")):
-        fused_ops.fused_backward(**arguments, **needed, training=True)
+        ops.fused_backward(**arguments, **needed, training=True)

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.func import vmap
 
-from batchnorm_cuda import batch_norm, fused_ops, sync_ops
+from batchnorm_cuda import batch_norm
+from batchnorm_cuda._ops import operators as ops
 
 operators = torch.ops.batchnorm_cuda
 
@@ -74,7 +75,7 @@ def test_opcheck_forward_with_gradients(form: str, training: bool) -> None:
 def backward_arguments(layout: Callable, dtype: torch.dtype, training: bool) -> tuple:
     arguments = forward_arguments(layout, dtype, "residual and relu", training, True)
     x, weight, bias, *_ = arguments
-    _, mean, invstd, mask = fused_ops.fused_forward(*arguments)
+    _, mean, invstd, mask = ops.fused_forward(*arguments)
     return torch.randn_like(x), x, weight, bias, mean, invstd, mask, training
 
 
@@ -103,11 +104,11 @@ def test_dispatcher_and_direct_call_agree(training: bool) -> None:
     for direct in (True, False):
         torch.manual_seed(3)
         arguments = forward_arguments(contiguous, torch.float32, "relu", training, True)
-        call = fused_ops.fused_forward if direct else operators.fused_forward
+        call = ops.fused_forward if direct else operators.fused_forward
         forward = call(*arguments)
         torch.manual_seed(4)
         backward = backward_arguments(channels_last, torch.float32, training)
-        call = fused_ops.fused_backward if direct else operators.fused_backward
+        call = ops.fused_backward if direct else operators.fused_backward
         results.append([*forward[:3], *arguments[3:5], *call(*backward, *(True,) * 4)])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
@@ -118,11 +119,11 @@ def test_opcheck_synchronised(backend: Backend, operator: str) -> None:
     x = torch.randn(3, 4, 5, 2).to(memory_format=torch.channels_last).to(backend.device)
     w, b, mean, var = torch.rand(4, 4).to(backend.device).unbind()
     running = mean.clone(), var.clone()
-    row = sync_ops.sync_statistics(x)
+    row = ops.sync_statistics(x)
     rows, sums = torch.stack([row, row]), torch.randn(2, 4).to(backend.device)
     count = torch.tensor([60]).to(backend.device)
     before = (x, w, b, *running, None, rows, x.clone())
-    *_, mask = sync_ops.sync_fused_forward(*before, True, True, 0.1, 1e-5)
+    *_, mask = ops.sync_fused_forward(*before, True, True, 0.1, 1e-5)
     elementwise = (x.contiguous(), x, w, mean, var, sums, count, mask)
     calls = {
         "forward": [

@@ -13,7 +13,9 @@ from sync_worker import fused_data
 from test_sync import launch, rows
 from tolerances import assert_within
 
-from batchnorm_cuda import _mask, _sync_composite, ops
+from batchnorm_cuda._ops import layout
+from batchnorm_cuda._ops import mask as _mask
+from batchnorm_cuda._ops import operators as ops
 
 every_backend = pytest.mark.parametrize("name", BACKENDS)
 CASES_OF_TWO = [case for case in CASES if case.ranks == 2]
@@ -59,7 +61,7 @@ def test_matches_one_process(two: dict, name: str, form: str, case: SyncCase) ->
         total = sum(result[key] for result in results)
         assert_within(key, total, getattr(backward, key), backward.scales[key], case.dtype)
     for part, result in zip(data, results, strict=True):
-        strides = ops.as_dense(part[0]).stride()
+        strides = layout.as_dense(part[0]).stride()
         kept = ["output", "grad_input", *(["grad_residual"] if all(FORMS[form]) else [])]
         assert [result[key].stride() for key in kept] == [strides] * len(kept)
 
@@ -108,7 +110,7 @@ def test_composite_lays_every_gradient_out_as_the_input() -> None:
     mask = torch.full((_mask.mask_bytes(x.numel(), x.dtype),), 255, dtype=torch.uint8)
     stats, sums, count = torch.ones(5), torch.zeros(2, 5), torch.tensor([24])
     for dy in (torch.randn(2, 5, 4, 3), torch.randn(3, 4, 5, 2).permute(3, 2, 1, 0)):
-        grads = _sync_composite.sync_fused_backward_elementwise(
+        grads = ops.sync_fused_backward_elementwise(
             dy, x, None, stats, stats, sums, count, mask, True, True
         )
         assert [grad.stride() for grad in grads] == [x.stride()] * 2

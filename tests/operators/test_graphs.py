@@ -18,7 +18,8 @@ from harness import with_pickled
 from torch import Tensor, nn
 
 import batchnorm_cuda
-from batchnorm_cuda import convert, ops
+from batchnorm_cuda import convert
+from batchnorm_cuda._ops import operators as ops
 
 C = 5
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])

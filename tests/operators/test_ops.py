@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import batchnorm_cuda
-from batchnorm_cuda import ops
+from batchnorm_cuda._ops import operators as ops
 
 LAYOUTS = [contiguous, channels_last, permuted, spatial_slice, expanded]
 DTYPES = [torch.bfloat16, torch.float64]

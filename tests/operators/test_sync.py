@@ -22,7 +22,9 @@ from tolerances import assert_within
 from torch import Tensor, nn
 
 import batchnorm_cuda
-from batchnorm_cuda import SyncBatchNorm, ops, sync_ops
+from batchnorm_cuda import SyncBatchNorm
+from batchnorm_cuda._ops import layout
+from batchnorm_cuda._ops import operators as ops
 
 WORKER = Path(__file__).parents[1] / "sync_worker.py"
 DEADLINE = 120.0  # seconds that a launch may take: a hang is an error
@@ -143,7 +145,7 @@ def test_matches_one_process(by_case: dict, name: str, case: SyncCase) -> None:
     results = by_case[name, case.name, tuple(range(case.ranks))]
     assert_parts_match(case, case.parts(), results)
     for (x, _), result in zip(case.parts(), results, strict=True):
-        kept = ops.as_dense(x).stride()
+        kept = layout.as_dense(x).stride()
         assert result["output"].stride() == result["grad_input"].stride() == kept
         assert result["output"].dtype == result["grad_input"].dtype == case.dtype
 
@@ -309,11 +311,11 @@ def test_sum_in_any_order(backend: Backend, dtype: torch.dtype) -> None:
     if special is not None:
         terms = torch.cat([terms, special.to(dtype)], 1)
     terms = terms.to(backend.device)
-    total = sync_ops.sync_sum(terms)
+    total = ops.sync_sum(terms)
     bits = torch.int32 if dtype == torch.float32 else torch.int64
     for _ in range(10):
         shuffled = terms[torch.randperm(7)]
-        assert torch.equal(sync_ops.sync_sum(shuffled).view(bits), total.view(bits))
+        assert torch.equal(ops.sync_sum(shuffled).view(bits), total.view(bits))
     for column, got in zip(terms.T.tolist(), total.tolist(), strict=True):
         if all(map(math.isfinite, column)):
             want, limits = math.fsum(column), torch.finfo(dtype)
@@ -331,7 +333,7 @@ def test_sum_over_many_ranks(backend: Backend) -> None:
     terms = torch.full((1000, 3), 2.0 - 2.0**-20, dtype=torch.float64).to(backend.device)
     terms[:, 1] *= -1
     expected = terms.sum(0)
-    torch.testing.assert_close(sync_ops.sync_sum(terms), expected, rtol=2.0**-40, atol=0)
+    torch.testing.assert_close(ops.sync_sum(terms), expected, rtol=2.0**-40, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float", "double"])
@@ -344,12 +346,12 @@ def test_merge_in_any_order(backend: Backend, dtype: torch.dtype) -> None:
     ]
     parts[2][0, 4], parts[4][1, 5] = math.inf, math.nan
     parts = [part.to(backend.device) for part in parts]
-    gathered = torch.stack([sync_ops.sync_statistics(part) for part in parts])
+    gathered = torch.stack([ops.sync_statistics(part) for part in parts])
     results = []
     for _ in range(10):
         merged = gathered[torch.randperm(9).to(backend.device)]
         running = [torch.zeros(6, dtype=dtype).to(backend.device) for _ in range(2)]
-        _, mean, invstd, count = sync_ops.sync_forward(
+        _, mean, invstd, count = ops.sync_forward(
             parts[0], None, None, *running, None, merged, 1.0, EPS
         )
         results.append(torch.stack([mean, invstd, *running]))
@@ -371,9 +373,9 @@ def test_nothing_to_learn_from(backend: Backend, values: int) -> None:
         torch.full((values, 3), 7.0).to(backend.device),
         torch.zeros(0, 3).to(backend.device),
     )
-    gathered = torch.stack([sync_ops.sync_statistics(part), sync_ops.sync_statistics(empty)])
+    gathered = torch.stack([ops.sync_statistics(part), ops.sync_statistics(empty)])
     running = [torch.full((3,), 2.0).to(backend.device) for _ in range(2)]
-    output, mean, invstd, count = sync_ops.sync_forward(
+    output, mean, invstd, count = ops.sync_forward(
         part, None, None, *running, None, gathered, 0.1, EPS
     )
     assert count.item() == values
@@ -386,10 +388,10 @@ def test_nothing_to_learn_from(backend: Backend, values: int) -> None:
 def test_counts_beyond_float32(backend: Backend) -> None:
     """A count goes to the other ranks as an integer, not rounded to 24 bits."""
     part = torch.zeros(1, 2).to(backend.device)
-    row = sync_ops.sync_statistics(part)
+    row = ops.sync_statistics(part)
     large = row.clone()
     large[:2] = torch.tensor([2**24 + 1]).view(torch.float32)
-    *_, count = sync_ops.sync_forward(
+    *_, count = ops.sync_forward(
         part, None, None, None, None, None, torch.stack([row, large]), 0.1, EPS
     )
     assert count.item() == 2**24 + 2
@@ -398,10 +400,10 @@ def test_counts_beyond_float32(backend: Backend) -> None:
 @pytest.mark.parametrize("wrong", ["row", "dtype", "rank"])
 def test_refused_gathering(backend: Backend, wrong: str) -> None:
     x = torch.randn(4, 3).to(backend.device)
-    gathered = torch.stack([sync_ops.sync_statistics(x)] * 2)
+    gathered = torch.stack([ops.sync_statistics(x)] * 2)
     bad = {"row": gathered[:, 1:], "dtype": gathered.double(), "rank": gathered[0]}[wrong]
     with pytest.raises((TypeError, ValueError), match="batch_norm: expected gathered to h"):
-        sync_ops.sync_forward(x, None, None, None, None, None, bad, 0.1, EPS)
+        ops.sync_forward(x, None, None, None, None, None, bad, 0.1, EPS)
 
 
 @pytest.mark.parametrize(
@@ -412,7 +414,7 @@ def test_operators(backend: Backend, operator: str) -> None:
     x = torch.randn(3, 4, 5, 2).to(memory_format=torch.channels_last).to(backend.device)
     w, b, mean, var = torch.rand(4, 4).to(backend.device).unbind()
     mean, var = mean.clone(), var.clone()
-    row = sync_ops.sync_statistics(x)
+    row = ops.sync_statistics(x)
     sums, count = torch.randn(2, 4).to(backend.device), torch.tensor([60]).to(backend.device)
     one = torch.tensor(1).to(backend.device)
     calls = {

@@ -14,7 +14,8 @@ from cases import fill_parameters
 from conftest import Backend
 from torch import Tensor
 
-from batchnorm_cuda import batch_norm, ops
+from batchnorm_cuda import batch_norm
+from batchnorm_cuda._ops import operators as ops
 
 N, C, L = 4, 8, 3
 DTYPES = "torch.float16, torch.bfloat16, torch.float32 or torch.float64"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import ops
+from .layout import dense_strides
 
 _WINDOW_BYTES = 16
 
@@ -57,5 +57,5 @@ def _bit_values(input: Tensor) -> Tensor:
 
 def _memory_order(input: Tensor) -> list[int]:
     """The dimensions of the input made dense, from the outermost in memory to the innermost."""
-    strides = ops.dense_strides(input)
+    strides = dense_strides(input)
     return sorted(range(input.dim()), key=lambda dim: strides[dim], reverse=True)

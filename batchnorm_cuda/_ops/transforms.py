@@ -8,18 +8,21 @@ and statistics that are batched or shared alike.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from .calls import Forward
+from .layout import batched_by_autograd
 
 _functorch = torch._C._functorch
 
 # Places among the arguments of the forward, as a Function and as an operator.
-_RUNNING_MEAN, _RUNNING_VAR, _NUM_BATCHES_TRACKED, _TRAINING, _MOMENTUM = 3, 4, 5, 6, 7
+_RUNNING_MEAN, _RUNNING_VAR, _NUM_BATCHES_TRACKED, _TRAINING, _MOMENTUM = map(
+    Forward._fields.index,
+    ("running_mean", "running_var", "num_batches_tracked", "training", "momentum"),
+)
 
 
 def check_update(input: Tensor, running: Tensor) -> None:
@@ -77,7 +80,7 @@ def over_batch_of_autograd(call: Callable, args: tuple[Any, ...]) -> list[Tensor
     """
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
-    in_dims = tuple(0 if ops.batched_by_autograd(arg) else None for arg in args)
+    in_dims = tuple(0 if batched_by_autograd(arg) else None for arg in args)
     args = tuple(
         arg if dim is None else torch._remove_batch_dim(arg, level, 1, 0)
         for arg, dim in zip(args, in_dims, strict=True)
@@ -134,20 +137,3 @@ def _fold(arg: Any, dim: int | None, size: int) -> Any:
 def _unfold(tensor: Tensor, size: int) -> Tensor:
     at = _channel_dim(tensor)
     return tensor.unflatten(at, (size, tensor.shape[at] // size))
-
-
-def _register_rule(name: str, rule: Callable) -> None:
-    operator = getattr(torch.ops.batchnorm_cuda, name)
-
-    def batched(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        return rule(operator, info.batch_size, in_dims, args)
-
-    torch.library.register_vmap(f"batchnorm_cuda::{name}", batched, lib=ops._library)
-    if rule is over_channels:
-        batch_of_autograd = partial(over_batch_of_autograd, operator)
-        ops._library.impl(name, lambda *args: batch_of_autograd(args), "Batched")
-
-
-_register_rule("forward", forward_over_channels)
-_register_rule("backward", over_channels)
-_register_rule("double_backward", over_channels)
