@@ -15,9 +15,12 @@ from ._ops.calls import Backward, Forward
 from ._ops.choice import is_recorded
 from ._ops.derivatives import backward_in_parts
 
-_RESIDUAL = Forward._fields.index("residual")
-_UP_TO_RESIDUAL = (None,) * (_RESIDUAL - 3)
-_AFTER_RESIDUAL = (None,) * (len(Forward._fields) - _RESIDUAL - 1)
+
+def recorded(call: Forward) -> Tensor:
+    """The output of the call, with a gradient."""
+    if call.residual is None:
+        return BatchNormFunction.apply(call.input, call.weight, call.bias, call)
+    return BatchNormFunction.apply(call.input, call.weight, call.bias, call, call.residual)
 
 
 class BatchNormFunction(Function):
@@ -36,24 +39,32 @@ class BatchNormFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        call = Forward(*arguments)
-        if call.relu:
-            call = call._replace(need_mask=any(ctx.needs_input_grad))
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+    ) -> Tensor:
+        # Of `recorded`: the record, and what beside these autograd has to see.
+        call = rest[0] if type(rest[0]) is Forward else Forward(input, weight, bias, *rest)
+        if call.relu and any(ctx.needs_input_grad):
+            call = call._replace(need_mask=True)
         results = passes.forward(call)
-        ctx.save_for_backward(
-            call.input, call.weight, results.mean, results.invstd, results.count, results.mask
-        )
+        ctx.save_for_backward(input, weight, *results[1:])
         # Only the dtype of bias takes part in the backward, so it is not saved: an in-place update
         # of bias between forward and backward is no error.
-        ctx.bias = call.bias
-        ctx.training, ctx.ranks, ctx.group_name = call.training, call.ranks, call.group_name
-        return results.output
+        ctx.bias = bias
+        ctx.training = call.training
+        if len(results) > 3:
+            ctx.group = call.group
+        return results[0]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, invstd, count, mask = ctx.saved_tensors
         needed = ctx.needs_input_grad
+        saved = ctx.saved_tensors
+        input, weight, mean, invstd = saved[:4]
+        fused = ()
+        if len(saved) > 4:
+            count, mask = saved[4:]
+            fused = mask, len(needed) == 5 and needed[4], ctx.group, count
         call = Backward(
             grad_output,
             input,
@@ -62,12 +73,12 @@ class BatchNormFunction(Function):
             mean,
             invstd,
             ctx.training,
-            *needed[:3],
-            mask,
-            len(needed) > _RESIDUAL and needed[_RESIDUAL],
-            ctx.ranks,
-            ctx.group_name,
-            count,
+            needed[0],
+            needed[1],
+            needed[2],
+            *fused,
         )
-        *grads, grad_residual = (backward_in_parts if is_recorded() else passes.backward)(call)
-        return (*grads, *_UP_TO_RESIDUAL, grad_residual, *_AFTER_RESIDUAL)[: len(needed)]
+        grads = (backward_in_parts if is_recorded() else passes.backward)(call)
+        if len(needed) == 5:
+            return *grads[:3], None, grads[3]
+        return *grads[:3], *(None,) * (len(needed) - 3)

@@ -18,7 +18,7 @@ from ._ops.checks import check_residual
 from ._ops.choice import is_compiling, is_tracing, transforms_active, way_of
 from ._ops.derivatives import forward_in_parts
 from ._ops.transforms import check_update
-from .autograd import BatchNormFunction
+from .autograd import recorded
 
 Activation = Literal["relu"]
 Backend = Literal["cuda", "emulated", "aten"]
@@ -133,15 +133,19 @@ def normalize(call: Forward) -> Tensor:
     The backends check dtypes, shapes and devices. What is left is what torch checks in Python, too.
     """
     try:
-        if call.input.dim() == 1 and call.input.numel() == 0:
-            check_residual(call.residual, call.input)
-            return call.input.clone()  # the one shape of fewer than two dimensions that torch takes
-        compiling = is_compiling()
+        input = call.input
+        dims = input.dim()
+        if dims == 1 and input.numel() == 0:
+            check_residual(call.residual, input)
+            return input.clone()  # the one shape of fewer than two dimensions that torch takes
         if call.training:
-            if call.ranks == 1 and (compiling or not is_tracing()):  # whose sizes are tensors
-                _check_count(call.input.shape)
-            if call.running_mean is not None and not compiling and transforms_active():
-                check_update(call.input, call.running_mean)
+            compiling = is_compiling()
+            # torch.jit's sizes are tensors.
+            sized = compiling or not is_tracing()
+            if sized and dims > 1 and input.size(0) == 1 and call.group is None:
+                _check_count(input.shape)
+            if not compiling and transforms_active() and call.running_mean is not None:
+                check_update(input, call.running_mean)
         return _WAYS[way_of(call)](call)
     except (AttributeError, TypeError):
         # Types are looked at only once something has failed, to keep them off the usual path.
@@ -153,8 +157,8 @@ def normalize(call: Forward) -> Tensor:
 _WAYS: dict[str, Callable[[Forward], Tensor]] = {
     "composite": composite.batch_norm,
     "in parts": lambda call: forward_in_parts(call).output,
-    "recorded": lambda call: BatchNormFunction.apply(*call),
-    "direct": lambda call: passes.forward(call).output,
+    "recorded": recorded,
+    "direct": lambda call: passes.forward(call)[0],
 }
 
 
@@ -168,7 +172,8 @@ def is_relu(activation: Activation | None) -> bool:
 
 
 def _check_count(shape: torch.Size) -> None:
-    if len(shape) >= 2 and shape[0] == 1 and math.prod(shape[2:]) == 1:
+    """Of a single sample."""
+    if math.prod(shape[2:]) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {shape}"
         )

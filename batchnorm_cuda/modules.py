@@ -64,9 +64,20 @@ class _KernelForward:
         if momentum is None and counter is None:
             momentum = 0.0  # as in torch: nothing to average over
         relu = self.activation is not None and is_relu(self.activation)
-        parameters = (weight, bias, running_mean, running_var, counter)
         return self._normalize(
-            Forward(input, *parameters, training, momentum, self.eps, residual, relu)
+            Forward(
+                input,
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                counter,
+                training,
+                momentum,
+                self.eps,
+                residual,
+                relu,
+            )
         )
 
     _normalize = staticmethod(normalize)

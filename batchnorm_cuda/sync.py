@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._ops.calls import Forward
+from ._ops.calls import Forward, Group
 from .functional import normalize
 from .modules import _constructor, _KernelForward
 
@@ -72,7 +72,9 @@ class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
         self._check_non_zero_input_channels(call.input)
         if self.training and dist.is_available() and dist.is_initialized():
             group = self.process_group or dist.group.WORLD
-            call = call._replace(ranks=dist.get_world_size(group), group_name=group.group_name)
+            ranks = dist.get_world_size(group)
+            if ranks > 1:
+                call = call._replace(group=Group(ranks, group.group_name))
         return normalize(call)
 
     @classmethod

@@ -51,6 +51,11 @@ def has_kernels(tensor: torch.Tensor) -> bool:
         return tensor.is_cuda
     if is_dynamo_compiling():  # which would guard every variable of _environment
         return os.environ.get(_EMULATE) == "1"
+    return emulates()
+
+
+def emulates() -> bool:
+    """Whether emulation is asked for: `has_kernels` of a CPU tensor, where no compiler looks."""
     return _environment.get(_EMULATE_ENCODED) == _ON
 
 

@@ -16,6 +16,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class Group(NamedTuple):
+    """A process group of more than one rank, as collectives take it."""
+
+    ranks: int
+    name: str
+
+
 class Forward(NamedTuple):
     """Normalise, and in training update the running statistics in place and count the batch."""
 
@@ -31,13 +38,12 @@ class Forward(NamedTuple):
     residual: Tensor | None = None  # like input; added to the result
     relu: bool = False  # applied last
     need_mask: bool = False  # of the ReLU, for the backward
-    ranks: int = 1  # over which the statistics are taken; more: a process group's, in training
-    group_name: str = ""
+    group: Group | None = None  # over whose ranks the statistics are taken, in training
     gathered: Tensor | None = None  # [ranks, row]: what `statistics` gave each of them
 
 
 class Normalized(NamedTuple):
-    """The results of `Forward`."""
+    """The results of `Forward`; a plain call has the first three alone."""
 
     output: Tensor
     mean: Tensor  # [C], acc: what was used to normalise, in either mode
@@ -61,8 +67,7 @@ class Backward(NamedTuple):
     need_bias: bool
     mask: Tensor | None = None  # of the ReLU, if there was one
     need_residual: bool = False
-    ranks: int = 1
-    group_name: str = ""
+    group: Group | None = None
     count: Tensor | None = None  # over several ranks
     sums: Tensor | None = None  # [2, C], acc: of dy and of dy * xhat, over all ranks
 
@@ -94,8 +99,7 @@ class DoubleBackward(NamedTuple):
     need_grad_output: bool
     need_input: bool
     need_weight: bool
-    ranks: int = 1
-    group_name: str = ""
+    group: Group | None = None
     count: Tensor | None = None
 
 

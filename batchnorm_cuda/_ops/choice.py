@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ is_grad_enabled = torch.is_grad_enabled
 transforms_active = torch._C._are_functorch_transforms_active  # grad, vmap, jvp, ... of torch.func
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _has_kernels = extension.has_kernels
+_emulates = extension.emulates
 
 dispatcher = torch.ops.batchnorm_cuda
 
@@ -41,7 +43,7 @@ def way_of(call: Forward) -> Way:
     "direct": nobody. Over several ranks all calls are recorded or direct: a composite could not
     gather in its backward, and no transform can in any pass.
     """
-    if call.ranks == 1:
+    if call.group is None:
         if not _has_kernels(call.input):
             return "composite"
         if not is_compiling():
@@ -52,35 +54,37 @@ def way_of(call: Forward) -> Way:
     return "recorded" if is_grad_enabled() else "direct"
 
 
-def computes(tensor: Tensor, *others: object) -> Any:
-    """Who computes a pass over these tensors, called as `computes(...).forward(...)`.
+def computes(call: Any, seen: Callable[[Any], tuple[object, ...]]) -> Any:
+    """Who computes a pass of this record, called as `computes(...).forward(...)`.
 
     ============================================================  =====================
     Dynamo, a dispatch mode or torch.jit has to see an operator,  `dispatcher`
-    or one of the tensors is of a subclass
-    no kernels take the tensor                                    `composite`
-    the tensor is on a GPU                                        the extension
-    it is on the CPU, and emulation is asked for                  the extension's twin
+    or one of the tensors that are `seen` is of a subclass
+    no kernels take them                                          `composite`
+    they are on a GPU                                             the extension
+    they are on the CPU, and emulation is asked for               the extension's twin
     ============================================================  =====================
 
     The dispatcher costs the boxing of every argument, several times the price of a direct call.
+    `seen` gives the tensors, of which the first has the device; Dynamo does not trace it.
     """
-    if is_compiling() or _dispatch_modes() or is_tracing() or type(tensor) is not Tensor:
+    if is_compiling() or _dispatch_modes() or is_tracing():
         return dispatcher
-    for other in others:
+    tensors = seen(call)
+    for tensor in tensors:
         # What is no tensor at all, the extension refuses by a TypeError.
-        if type(other) is not Tensor and isinstance(other, Tensor):
+        if type(tensor) is not Tensor and isinstance(tensor, Tensor):
             return dispatcher
-    return implementation(tensor)
+    return implementation(tensors[0])
 
 
 def implementation(tensor: Tensor) -> Any:
     """Who computes behind the dispatcher: the last three rows of `computes`."""
     if tensor.is_cuda:
         return extension._cuda or extension.load_cuda()
-    if not _has_kernels(tensor):
-        return composite
-    return extension._emulated or extension.load_emulated()
+    if _emulates() and tensor.is_cpu:
+        return extension._emulated or extension.load_emulated()
+    return composite
 
 
 def is_recorded() -> bool:

@@ -63,7 +63,7 @@ class TransformableBatchNorm(Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(passes.forward(Forward(*arguments))[:3])
+        return passes.forward(Forward(*arguments))[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -109,12 +109,12 @@ class BatchNormBackward(Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return tuple(passes.backward(Backward(*arguments))[:3])
+        return passes.backward(Backward(*arguments))[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         call = Backward(*inputs)
-        ctx.training, ctx.ranks, ctx.group_name = call.training, call.ranks, call.group_name
+        ctx.training, ctx.group = call.training, call.group
         ctx.needed = call.need_input, call.need_weight, call.need_bias
         statistics = (call.save_mean, call.save_invstd)
         # Without bias, which may be updated.
@@ -135,8 +135,7 @@ class BatchNormBackward(Function):
                 need_grad_output,
                 need_input,
                 need_weight and grad_grads[0] is not None,  # else zero
-                ctx.ranks,
-                ctx.group_name,
+                ctx.group,
                 count,
             )
         return _for_all_arguments(ctx, *grads)
@@ -181,13 +180,13 @@ class BatchNormDoubleBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         call = DoubleBackward(*inputs)
-        ctx.training, ctx.ranks = call.training, call.ranks
+        ctx.training, ctx.group = call.training, call.group
         _save(ctx, *call[:3], call.input, call.weight, call.save_mean, call.save_invstd)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *third: Tensor | None) -> tuple[Tensor | None, ...]:
         """Of the sum of grad * grad_grad_output, which is linear in grad as L is in grad_output."""
-        if ctx.ranks > 1 or any(other is not None for other in third):
+        if ctx.group is not None or any(other is not None for other in third):
             raise _not_available()
         grads, grad_input, grad_weight = (None, None, None), None, None
         if grad is not None:

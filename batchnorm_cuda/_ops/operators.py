@@ -33,9 +33,14 @@ _UPDATED = {"running_mean": "a", "running_var": "b", "num_batches_tracked": "c"}
 _GIVEN = ("gathered", "mask", "sums", "count")  # to every operator that has them
 # Arguments that have another name in the record.
 _FIELDS = {"mean": "save_mean", "invstd": "save_invstd"}
-# Results and arguments that a subclass or a batch of autograd's may stand behind.
-_LIKE_INPUT = ("input", "residual", "grad_output", "grad_grad_input", "gathered")
-_GRAD_GRADS = ("grad_grad_weight", "grad_grad_bias")
+# Beside the input, what a subclass or a batch of autograd's may stand behind.
+_LIKE_INPUT = (
+    "residual",
+    "grad_output",
+    "grad_grad_input",
+    "grad_grad_weight",
+    "grad_grad_bias",
+)
 
 
 class Operator:
@@ -61,10 +66,11 @@ class Operator:
         )
         plain = self.fields == record._fields[: len(self.fields)]
         self._values = itemgetter(slice(len(self.fields))) if plain else attrgetter(*self.fields)
-        seen = [each for each in self.fields if each in _LIKE_INPUT + _GRAD_GRADS]
-        main = "input" if "input" in seen else "gathered"
-        self._first = main
-        self._others = tuple(each for each in seen if each != main and each != "gathered")
+        self._first = "input" if "input" in self.fields else "gathered"
+        others = [each for each in self.fields if each in _LIKE_INPUT]
+        # A slice, because one attribute alone would come without a tuple.
+        one = itemgetter(slice(record._fields.index(self._first), 1))
+        self.run = self._runner(attrgetter(self._first, *others) if others else one, self._values)
         self._in_list = any(self._need(result) in self.arguments for result in self.results)
 
     def __call__(self, *values: Any, **named: Any) -> Any:
@@ -77,20 +83,27 @@ class Operator:
             given[self.fields[self.arguments.index(name)]] = value
         return self.record(**self.fixed, **given)
 
-    def run(self, call: Any) -> Any:
-        """The results, in the order of `results`: a tuple, or a tensor where there is one."""
-        others = [getattr(call, name) for name in self._others] if self._others else ()
-        who = computes(getattr(call, self._first), *others)
-        if who is dispatcher:
-            return self._dispatch(call)
-        if who is composite:
-            return self._compose(call)
-        try:
-            return getattr(who, self.name)(*self._values(call))
-        except RuntimeError:
-            if not any(map(batched_by_autograd, others)):
-                raise
-            return self._dispatch(call)
+    def _runner(self, seen: Callable, values: Callable) -> Callable[[Any], Any]:
+        """`run`: the results, in the order of `results`; a tuple, or a tensor where there is one.
+
+        A closure, whose look-ups cost less than those of a method: this is on every step's path.
+        """
+        name, dispatch = self.name, self._dispatch
+
+        def run(call: Any) -> Any:
+            who = computes(call, seen)
+            if who is dispatcher:
+                return dispatch(call)
+            if who is composite:
+                return self._compose(call)
+            try:
+                return getattr(who, name)(*values(call))
+            except RuntimeError:
+                if not any(map(batched_by_autograd, seen(call))):
+                    raise
+                return dispatch(call)
+
+        return run
 
     def _dispatch(self, call: Any) -> Any:
         values = [getattr(call, field) for field in self.fields]

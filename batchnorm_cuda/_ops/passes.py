@@ -6,47 +6,42 @@ import torch
 from torch import Tensor
 
 from . import composite, operators
-from .calls import (
-    Backward,
-    DoubleBackward,
-    DoubleGradients,
-    Forward,
-    Gradients,
-    Normalized,
-    Statistics,
-    SumRanks,
-)
+from .calls import Backward, DoubleBackward, Forward, Statistics, SumRanks
 from .layout import batched_by_autograd
 from .ranks import gather
 
 
-def forward(call: Forward) -> Normalized:
-    """Over several ranks: each tells the others its count, mean and M2, which all merge."""
+def forward(call: Forward) -> tuple[Tensor | None, ...]:
+    """As `Normalized`. Over several ranks each tells the others its count, mean and M2, which all
+    merge.
+    """
     fused = call.relu or call.residual is not None
-    if call.ranks > 1:
-        row = operators.sync_statistics.run(Statistics(call.input))
-        call = call._replace(gathered=gather(row, call.ranks, call.group_name))
+    if call.group is not None:
+        row = gather(operators.sync_statistics.run(Statistics(call.input)), *call.group)
         operator = operators.sync_fused_forward if fused else operators.sync_forward
-        return Normalized(*operator.run(call))
+        results = operator.run(call._replace(gathered=row))
+        return results if fused else (*results, None)
     if fused:
         *results, mask = operators.fused_forward.run(call)
-        return Normalized(*results, None, mask)
-    return Normalized(*operators.forward.run(call))
+        return *results, None, mask
+    return operators.forward.run(call)
 
 
-def backward(call: Backward) -> Gradients:
-    """Over several ranks: each tells the others its sums; gradients of parameters are its own."""
-    if call.ranks > 1:
+def backward(call: Backward) -> tuple[Tensor | None, ...]:
+    """As `Gradients`. Over several ranks each tells the others its sums; gradients of parameters
+    are its own.
+    """
+    if call.group is not None:
         return _backward_of_ranks(call)
     if call.mask is not None:
-        return Gradients(*operators.fused_backward.run(call))
+        return operators.fused_backward.run(call)
     grads = (None, None, None)
     if call.need_input or call.need_weight or call.need_bias:
         grads = operators.backward.run(call)
-    return Gradients(*grads, call.grad_output if call.need_residual else None)
+    return *grads, call.grad_output if call.need_residual else None
 
 
-def _backward_of_ranks(call: Backward) -> Gradients:
+def _backward_of_ranks(call: Backward) -> tuple[Tensor | None, ...]:
     _check_one_by_one(call.grad_output)
     fused = call.mask is not None
     reduce = operators.sync_fused_backward_reduce if fused else operators.sync_backward_reduce
@@ -60,20 +55,20 @@ def _backward_of_ranks(call: Backward) -> Gradients:
         grad_input, grad_residual = operators.sync_fused_backward_elementwise.run(call)
     elif call.need_input:
         grad_input = operators.sync_backward_elementwise.run(call)
-    return Gradients(grad_input, grad_weight, grad_bias, grad_residual)
+    return grad_input, grad_weight, grad_bias, grad_residual
 
 
-def double_backward(call: DoubleBackward) -> DoubleGradients:
-    """Over several ranks by torch operators: no kernel stops for the others in between."""
-    if call.ranks > 1:
+def double_backward(call: DoubleBackward) -> tuple[Tensor | None, ...]:
+    """As `DoubleGradients`. Over several ranks by torch operators: no kernel waits for others."""
+    if call.group is not None:
         _check_one_by_one(*call[:4])
         return composite.double_backward(call, lambda own: _total(own, call))
-    return DoubleGradients(*operators.double_backward.run(call))
+    return operators.double_backward.run(call)
 
 
 def _total(own: Tensor, call: Backward | DoubleBackward) -> Tensor:
     """The sums of all ranks."""
-    return operators.sync_sum.run(SumRanks(gather(own, call.ranks, call.group_name)))
+    return operators.sync_sum.run(SumRanks(gather(own, *call.group)))
 
 
 def _check_one_by_one(*grads: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import operators, passes
-from .calls import Backward, Normalized
+from .calls import Backward, Gradients, Normalized
 from .choice import dispatcher, forward_mode_active, is_recorded, transforms_active
 from .derivatives import (
     BatchNormBackward,
@@ -38,7 +38,7 @@ class _FusedOperator(Function):
         asked = operators.fused_forward.bind(*arguments)
         # The caller may not have known that there would be a backward.
         call = asked._replace(need_mask=asked.relu and any(ctx.needs_input_grad))
-        results = passes.forward(call)
+        results = Normalized(*passes.forward(call))
         ctx.save_for_backward(call.input, call.weight, results.mean, results.invstd, results.mask)
         ctx.bias, ctx.training = call.bias, call.training  # bias for its dtype alone
         returned = _returned(results if asked.need_mask else results._replace(mask=None), asked)
@@ -52,8 +52,8 @@ class _FusedOperator(Function):
         saved = (input, weight, ctx.bias, mean, invstd, ctx.training)
         need_residual = needed[_ARGUMENTS.index("residual")]
         call = Backward(grad_output, *saved, *needed[:3], mask, need_residual)
-        grads = (backward_in_parts if is_recorded() else passes.backward)(call)._asdict()
-        return tuple(grads.get(f"grad_{name}") for name in _ARGUMENTS)
+        grads = Gradients(*(backward_in_parts if is_recorded() else passes.backward)(call))
+        return tuple(getattr(grads, f"grad_{name}", None) for name in _ARGUMENTS)
 
 
 def _returned(results: Normalized, call: Any) -> tuple[Tensor, ...]:

@@ -1,5 +1,7 @@
 #include <c10/core/DeviceGuard.h>
 
+#include <utility>
+
 #include "../plan/plan_cache.h"
 #include "checks.h"
 #include "device_context.h"
@@ -55,17 +57,19 @@ void run_with_sums(const Backward& b) {
 }
 
 // What is read, as kernels take it. Beside a mask on the boundaries that fused.cuh asks for.
-Backward prepare(const BackwardCall& call, Op op) {
-  Backward b{call};
-  b.mask = packed(call.mask);
-  b.input = dense(call.input);
-  if (b.mask) b.input = on_boundary(b.input);
-  b.grad_output = dense_like(call.grad_output, b.input);
-  if (b.mask) b.grad_output = on_boundary(b.grad_output);
-  b.weight = packed(call.weight);
-  b.save_mean = call.save_mean.contiguous();
-  b.save_invstd = call.save_invstd.contiguous();
-  if (call.sums) b.sums = call.sums->contiguous();
+Backward prepare(BackwardCall&& call, Op op) {
+  Backward b{std::move(call)};
+  b.mask = packed(std::move(b.mask));
+  b.input = dense(std::move(b.input));
+  b.grad_output = dense_like(std::move(b.grad_output), b.input);
+  if (b.mask) {
+    b.input = on_boundary(std::move(b.input));
+    b.grad_output = on_boundary(std::move(b.grad_output));
+  }
+  b.weight = packed(std::move(b.weight));
+  b.save_mean = dense(std::move(b.save_mean));
+  b.save_invstd = dense(std::move(b.save_invstd));
+  b.sums = packed(std::move(b.sums));
   b.problem = describe(op, b.input);
   b.problem.grad_output_shift = shift_of(b.grad_output);
   b.problem.fused = b.problem.mask = b.mask.has_value();
@@ -101,29 +105,31 @@ Op op_of(const BackwardCall& call) {
 
 }  // namespace
 
-Gradients backward(const BackwardCall& call) {
+Gradients backward(BackwardCall call) {
   check(call);
   const c10::DeviceGuard guard(call.input.device());
-  Backward b = prepare(call, op_of(call));
+  const bool have_sums = call.sums.has_value();
+  const Op op = op_of(call);
+  Backward b = prepare(std::move(call), op);
   allocate_like_input(b, b.need_input, b.grad_input);
   allocate_like_input(b, b.need_residual, b.grad_residual);
   allocate_of_parameters(b);
   b.problem.need_sums = b.need_weight || b.need_bias;
-  if (call.input.numel() == 0 || (call.sums && b.problem.outputs == 0)) return b;
+  if (b.input.numel() == 0 || (have_sums && b.problem.outputs == 0)) return std::move(b);
   dispatch_dtype(b.problem.dtype, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
-    call.sums ? run_with_sums<scalar_t>(b) : run<scalar_t>(b);
+    have_sums ? run_with_sums<scalar_t>(b) : run<scalar_t>(b);
   });
-  return b;
+  return std::move(b);
 }
 
-OwnGradients reduce_gradients(const BackwardCall& call) {
+OwnGradients reduce_gradients(BackwardCall call) {
   check(call);
   const c10::DeviceGuard guard(call.input.device());
-  Backward b = prepare(call, Op::kBackwardTraining);
+  Backward b = prepare(std::move(call), Op::kBackwardTraining);
   allocate_of_parameters(b);
   b.sums = sums_of(b.input);
-  if (call.input.numel() == 0) {
+  if (b.input.numel() == 0) {
     b.sums->zero_();
   } else {
     dispatch_dtype(b.problem.dtype, [&](auto tag) {

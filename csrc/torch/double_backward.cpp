@@ -1,5 +1,7 @@
 #include <c10/core/DeviceGuard.h>
 
+#include <utility>
+
 #include "../plan/plan_cache.h"
 #include "checks.h"
 #include "device_context.h"
@@ -133,24 +135,24 @@ void allocate_results(DoubleBackward& b) {
 
 }  // namespace
 
-DoubleGradients double_backward(const DoubleBackwardCall& call) {
+DoubleGradients double_backward(DoubleBackwardCall call) {
   check(call);
   const c10::DeviceGuard guard(call.input.device());
-  DoubleBackward b{call};
-  b.input = dense(call.input);
+  DoubleBackward b{std::move(call)};
+  b.input = dense(std::move(b.input));
   allocate_results(b);
   const bool wanted = b.need_grad_output || b.need_input || b.need_weight;
-  if (call.input.numel() == 0 || !wanted) return b;
-  if (b.grad_output) b.grad_output = dense_like(*b.grad_output, b.input);
-  if (b.grad_grad_input) b.grad_grad_input = dense_like(*b.grad_grad_input, b.input);
-  b.weight = packed(call.weight);
-  b.grad_grad_weight = packed(call.grad_grad_weight);
-  b.grad_grad_bias = packed(call.grad_grad_bias);
-  b.save_mean = call.save_mean.contiguous();
-  b.save_invstd = call.save_invstd.contiguous();
+  if (b.input.numel() == 0 || !wanted) return std::move(b);
+  if (b.grad_output) b.grad_output = dense_like(std::move(*b.grad_output), b.input);
+  if (b.grad_grad_input) b.grad_grad_input = dense_like(std::move(*b.grad_grad_input), b.input);
+  for (OptionalTensor* vector : {&b.weight, &b.grad_grad_weight, &b.grad_grad_bias}) {
+    *vector = packed(std::move(*vector));
+  }
+  b.save_mean = dense(std::move(b.save_mean));
+  b.save_invstd = dense(std::move(b.save_invstd));
   describe_tensors(b);
   dispatch_dtype(b.problem.dtype, [&](auto tag) { run<typename decltype(tag)::type>(b); });
-  return b;
+  return std::move(b);
 }
 
 }  // namespace batchnorm_cuda

@@ -1,5 +1,7 @@
 #include <c10/core/DeviceGuard.h>
 
+#include <utility>
+
 #include "../plan/plan_cache.h"
 #include "../plan/rank_merge.h"
 #include "checks.h"
@@ -82,24 +84,25 @@ void allocate_mask(Forward& f) {
 }
 
 // The record as kernels take it, and its results, uninitialised.
-Forward prepare(const ForwardCall& call) {
-  Forward f{call};
-  f.input = dense(call.input);
+Forward prepare(ForwardCall&& call) {
+  Forward f{std::move(call)};
+  f.input = dense(std::move(f.input));
   f.output = allocate_like(f.input);
-  f.mean = channel_vector(f.input);
-  f.invstd = channel_vector(f.input);
+  const at::TensorOptions options = statistics_options(f.input);
+  f.mean = allocate({f.input.size(1)}, options);
+  f.invstd = allocate({f.input.size(1)}, options);
   if (f.gathered) {
     f.gathered = f.gathered->contiguous();
     f.count = allocate({1}, f.input.options().dtype(at::kLong));
   }
-  f.weight = packed(call.weight);
-  f.bias = packed(call.bias);
+  f.weight = packed(std::move(f.weight));
+  f.bias = packed(std::move(f.bias));
   f.problem = describe(f.training ? Op::kForwardTraining : Op::kForwardEval, f.input);
   f.problem.output_shift = shift_of(f.output);
   if (f.relu && f.need_mask) allocate_mask(f);
   if (f.input.numel() == 0) f.residual.reset();
   if (f.residual) {
-    f.residual = dense_like(*f.residual, f.input);
+    f.residual = dense_like(std::move(*f.residual), f.input);
     f.problem.residual_shift = shift_of(*f.residual);
   }
   f.problem.fused = f.relu || f.residual;
@@ -117,19 +120,15 @@ void fill_empty(const Forward& f) {
 
 }  // namespace
 
-Normalized forward(const ForwardCall& call) {
+Normalized forward(ForwardCall call) {
   check(call);
   const c10::DeviceGuard guard(call.input.device());
-  Forward f = prepare(call);
-  if (f.problem.c == 0 || (call.input.numel() == 0 && !f.gathered)) {
+  Forward f = prepare(std::move(call));
+  if (f.problem.c == 0 || (f.input.numel() == 0 && !f.gathered)) {
     fill_empty(f);
-    return f;
+    return std::move(f);
   }
-  const UpdatedInPlace mean(call.running_mean), var(call.running_var);
-  const UpdatedInPlace counter(call.num_batches_tracked);
-  f.running_mean = mean.dense;
-  f.running_var = var.dense;
-  f.num_batches_tracked = counter.dense;
+  const UpdatedInPlace mean(f.running_mean), var(f.running_var), counter(f.num_batches_tracked);
   dispatch_dtype(f.problem.dtype, [&](auto tag) {
     using scalar_t = typename decltype(tag)::type;
     f.gathered ? run_of_ranks<scalar_t>(f) : run<scalar_t>(f);
@@ -139,7 +138,7 @@ Normalized forward(const ForwardCall& call) {
     var.finish();
     counter.finish();
   }
-  return f;
+  return std::move(f);
 }
 
 }  // namespace batchnorm_cuda

@@ -29,21 +29,21 @@ struct Named {
 #define BATCHNORM_CUDA_GIVEN(record, name) \
   Named<&record::name, at::Tensor> { #name }
 
-inline const at::Tensor& given(const at::Tensor& tensor) { return tensor; }
-inline const at::Tensor& given(const OptionalTensor& tensor) { return *tensor; }
+inline at::Tensor given(at::Tensor& tensor) { return std::move(tensor); }
+inline at::Tensor given(OptionalTensor& tensor) { return std::move(*tensor); }
 
 template <auto field, typename as, typename Results>
-as result(const Results& results, const Named<field, as>&) {
+as result(Results& results, const Named<field, as>&) {
   if constexpr (std::is_same_v<as, at::Tensor>) {
     return given(results.*field);
   } else {
-    return results.*field;
+    return std::move(results.*field);
   }
 }
 
 // A tuple of the results, or the one there is.
 template <typename Results, typename... Fields>
-auto results_of(const Results& results, const Fields&... fields) {
+auto results_of(Results& results, const Fields&... fields) {
   if constexpr (sizeof...(fields) == 1) {
     return result(results, fields...);
   } else {
@@ -53,13 +53,13 @@ auto results_of(const Results& results, const Fields&... fields) {
 
 template <typename Argument, typename Results, auto... in, typename... In, typename... Out>
 void bind_operator(pybind11::module_& m, const char* name, Results (*entry)(Argument),
-                   const std::tuple<Named<in, In>...>& arguments, const std::tuple<Out...>& results,
+                   const std::tuple<Named<in, In>...>& arguments, const std::tuple<Out...>&,
                    const char* doc) {
-  const auto run = [entry, results](In... values) {
+  const auto run = [entry](In&&... values) {
     std::decay_t<Argument> call;
     ((call.*in = std::move(values)), ...);
-    const Results computed = entry(call);
-    return std::apply([&](const auto&... out) { return results_of(computed, out...); }, results);
+    Results computed = entry(std::move(call));
+    return results_of(computed, Out{}...);
   };
   std::apply(
       [&](const auto&... argument) {

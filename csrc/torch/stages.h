@@ -3,6 +3,7 @@
 #pragma once
 
 #include <limits>
+#include <utility>
 
 #include "../kernel_table.h"
 #include "ops.h"
@@ -28,17 +29,20 @@ const Plan& plan_parts(const Problem& problem, const at::Tensor& input);
 // A running statistic, or the count of batches, as the kernel updates it; copied back where its own
 // memory has gaps. Autograd must see the update: a graph that saved the old values is stale.
 struct UpdatedInPlace {
-  explicit UpdatedInPlace(const OptionalTensor& tensor) : original(tensor), dense(packed(tensor)) {}
+  explicit UpdatedInPlace(OptionalTensor& tensor) : taken(tensor) {
+    if (!taken || is_packed(*taken)) return;
+    original = taken;
+    taken = packed(std::move(taken));
+  }
   void finish() const {
-    if (!dense) return;
-    if (!dense->is_same(*original)) {
-      original->copy_(*dense);
-    } else if (!original->is_inference()) {  // those have no version
-      original->unsafeGetTensorImpl()->bump_version();
+    if (original) {
+      original->copy_(*taken);
+    } else if (taken && !taken->is_inference()) {  // those have no version
+      taken->unsafeGetTensorImpl()->bump_version();
     }
   }
-  const OptionalTensor& original;
-  OptionalTensor dense;
+  OptionalTensor& taken;    // by the kernel
+  OptionalTensor original;  // if that is another
 };
 
 // A forward call at work: its tensors as kernels take them, its results and its geometry.

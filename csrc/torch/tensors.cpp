@@ -4,6 +4,8 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
+#include <utility>
+
 #include "../rank_params.h"
 #include "device_context.h"
 #include "dispatch.h"
@@ -20,9 +22,10 @@ bool same_memory_order(const at::Tensor& a, const at::Tensor& b) {
 
 // Forward-mode AD and torch.func pass tensors that stand for zeros or for negated values without
 // holding them. Looks before it asks the dispatcher, which costs more than the look.
-at::Tensor materialized(const at::Tensor& tensor) {
+at::Tensor materialized(at::Tensor tensor) {
   if (tensor._is_zerotensor()) return allocate_zeros(tensor.sizes(), tensor.options());
-  return tensor.is_neg() ? tensor.resolve_neg() : tensor;
+  if (tensor.is_neg()) return tensor.resolve_neg();
+  return tensor;
 }
 
 }  // namespace
@@ -41,20 +44,21 @@ at::Tensor allocate_zeros(at::IntArrayRef sizes, const at::TensorOptions& option
   return at::zeros(sizes, options);
 }
 
-at::Tensor dense(const at::Tensor& tensor) {
-  const at::Tensor resolved = materialized(tensor);
-  return resolved.is_non_overlapping_and_dense()
-             ? resolved
-             : resolved.contiguous(resolved.suggest_memory_format());
+at::Tensor dense(at::Tensor tensor) {
+  tensor = materialized(std::move(tensor));
+  if (tensor.is_non_overlapping_and_dense()) return tensor;
+  return tensor.contiguous(tensor.suggest_memory_format());
 }
 
-at::Tensor dense_like(const at::Tensor& tensor, const at::Tensor& like) {
-  const at::Tensor resolved = materialized(tensor);
-  return same_memory_order(resolved, like) ? resolved : allocate_like(like).copy_(resolved);
+at::Tensor dense_like(at::Tensor tensor, const at::Tensor& like) {
+  tensor = materialized(std::move(tensor));
+  if (same_memory_order(tensor, like)) return tensor;
+  return allocate_like(like).copy_(tensor);
 }
 
-at::Tensor on_boundary(const at::Tensor& tensor) {
-  return shift_of(tensor) == 0 ? tensor : allocate_like(tensor).copy_(tensor);
+at::Tensor on_boundary(at::Tensor tensor) {
+  if (shift_of(tensor) == 0) return tensor;
+  return allocate_like(tensor).copy_(tensor);
 }
 
 int shift_of(const at::Tensor& tensor) {
@@ -90,16 +94,17 @@ int64_t mask_bytes_of(const at::Tensor& input) {
   return mask_bytes(input.numel(), kWindowBytes / input.element_size());
 }
 
-at::Tensor channel_vector(const at::Tensor& input) {
-  return allocate({input.size(1)}, statistics_options(input));
-}
-
 at::Tensor sums_of(const at::Tensor& input) {
   return allocate({2, input.size(1)}, statistics_options(input));
 }
 
-OptionalTensor packed(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(materialized(*tensor).contiguous()) : std::nullopt;
+bool is_packed(const at::Tensor& tensor) {
+  return tensor.is_contiguous() && !tensor._is_zerotensor() && !tensor.is_neg();
+}
+
+OptionalTensor packed(OptionalTensor tensor) {
+  if (!tensor || is_packed(*tensor)) return tensor;
+  return materialized(std::move(*tensor)).contiguous();
 }
 
 ParamPointer param_pointer(const at::Tensor& tensor) {

@@ -22,13 +22,13 @@ at::Tensor allocate_zeros(at::IntArrayRef sizes, const at::TensorOptions& option
 // The tensor itself where its memory has no gaps or overlaps, else a copy in the suggested format.
 // Any such tensor is [N, C, S] in memory with S the channel stride: dimensions of smaller stride
 // fill S elements, the others repeat the C*S block.
-at::Tensor dense(const at::Tensor& tensor);
+at::Tensor dense(at::Tensor tensor);
 
 // The tensor, or a copy, in the memory order of `like`.
-at::Tensor dense_like(const at::Tensor& tensor, const at::Tensor& like);
+at::Tensor dense_like(at::Tensor tensor, const at::Tensor& like);
 
 // The tensor, or a copy, on a 16-byte boundary, as what lies beside a mask must be (fused.cuh).
-at::Tensor on_boundary(const at::Tensor& tensor);
+at::Tensor on_boundary(at::Tensor tensor);
 
 // Elements by which the tensor lies past a 16-byte boundary.
 int shift_of(const at::Tensor& tensor);
@@ -46,12 +46,12 @@ int64_t moments_values(const at::Tensor& input);
 // Bytes of the mask of a ReLU over a tensor like the input.
 int64_t mask_bytes_of(const at::Tensor& input);
 
-// An uninitialised [C] vector of statistics, and the two sums [2, C] of a backward pass.
-at::Tensor channel_vector(const at::Tensor& input);
+// The two sums [2, C] of a backward pass, uninitialised.
 at::Tensor sums_of(const at::Tensor& input);
 
 // Read-only parameters of any stride, packed: [C] values are cheap to copy.
-OptionalTensor packed(const OptionalTensor& tensor);
+bool is_packed(const at::Tensor& tensor);
+OptionalTensor packed(OptionalTensor tensor);
 
 ParamPointer param_pointer(const at::Tensor& tensor);
 ParamPointer param_pointer(const OptionalTensor& tensor);

@@ -73,7 +73,7 @@ def test_a_record_holds_what_the_operator_takes(operator: Operator) -> None:
 def test_every_field_is_an_argument_somewhere(record: type) -> None:
     taken = {f for o in OPERATORS.values() if o.record is record for f in o.fields}
     # The group is Python's: the kernels see what was gathered in it.
-    own = {"ranks", "group_name"} | ({"count"} if record is DoubleBackward else set())
+    own = {"group"} | ({"count"} if record is DoubleBackward else set())
     assert taken == set(record._fields) - own
 
 

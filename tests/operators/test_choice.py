@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from batchnorm_cuda._ops import choice, composite
-from batchnorm_cuda._ops.calls import Forward
+from batchnorm_cuda._ops.calls import Forward, Group
 
 WORLDS = {
     "plain": nullcontext,
@@ -51,7 +51,8 @@ def expected(worlds: set[str], kernels: bool, ranks: int) -> str:
 @pytest.mark.parametrize("worlds", list(product(WORLDS, WORLDS)), ids=" and ".join)
 def test_way_of(backend: Backend, worlds: tuple[str, str], ranks: int) -> None:
     x = torch.zeros(2, 3, device=backend.device)
-    call = Forward(x, *(None,) * 5, True, 0.1, 1e-5, ranks=ranks)
+    group = Group(ranks, "none") if ranks > 1 else None
+    call = Forward(x, *(None,) * 5, True, 0.1, 1e-5, group=group)
     with ExitStack() as stack:
         for name in set(worlds):
             stack.enter_context(WORLDS[name]())
@@ -91,7 +92,7 @@ def test_the_dispatcher_computes_where_something_looks(backend: Backend, world: 
     context, make = SEEN[world]
     tensors = make(backend)
     with context():
-        assert choice.computes(*tensors) is choice.dispatcher
+        assert choice.computes(tensors, tuple) is choice.dispatcher
 
 
 @pytest.mark.parametrize("others", [(), (torch.zeros(1),), ("no tensor",)], ids=str)
@@ -100,7 +101,7 @@ def test_else_who_has_the_device(
 ) -> None:
     x, _ = plain(backend)
     expected = extension if backend.has_kernels else composite
-    assert choice.computes(x, *others) is expected
+    assert choice.computes((x, *others), tuple) is expected
     assert choice.implementation(x) is expected
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from batchnorm_cuda._ops import choice, passes
-from batchnorm_cuda._ops.calls import Forward
+from batchnorm_cuda._ops.calls import Forward, Group
 from batchnorm_cuda.functional import normalize
 
 FORMS = [(relu, residual) for relu in (False, True) for residual in (False, True)]
@@ -47,7 +47,7 @@ def over_ranks(call: Forward) -> Tensor:
     """Over two, of which the other has the same batch."""
     if not call.training:
         return normalize(call)
-    return normalize(call._replace(ranks=2, group_name="none"))
+    return normalize(call._replace(group=Group(2, "none")))
 
 
 def compiled(call: Forward) -> Tensor:
