@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 import batchnorm_cuda
+from tools import stub
 
 STUB = Path(batchnorm_cuda.__file__).with_name("_C.pyi")
 
@@ -62,3 +63,8 @@ def test_same_names(extension: ModuleType) -> None:
 def test_same_signature(extension: ModuleType, name: str) -> None:
     documented = getattr(extension, name).__doc__.splitlines()[0]
     assert stub_signatures()[name] == normalised(documented)
+
+
+def test_operators_are_as_generated() -> None:
+    text = STUB.read_text()
+    assert text == stub.generated(text), "run `python -m tools.stub`"
