@@ -69,6 +69,10 @@ def expanded(data: Tensor) -> Tensor:
     return data[..., :1].contiguous().expand(data.shape)
 
 
+# One of each kind of strides, for tests of something else than memory.
+LAYOUTS = [contiguous, channels_last, permuted, spatial_slice, expanded]
+
+
 @dataclass(frozen=True)
 class Case:
     shape: tuple[int, ...]

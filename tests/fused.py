@@ -20,7 +20,6 @@ CHANNELS = 5  # of small_tensors
 # Residual and ReLU: whether there is each.
 FORMS = {"residual and relu": (True, True), "relu": (False, True), "residual": (True, False)}
 every_form = pytest.mark.parametrize("form", FORMS)
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
 def extras(form: str, residual: Tensor) -> dict[str, object]:

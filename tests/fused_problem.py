@@ -10,8 +10,6 @@ import pytest
 import reference
 import torch
 from cases import (
-    DTYPE_IDS,
-    DTYPES,
     Case,
     channels_last,
     channels_last_odd_offset,
@@ -57,8 +55,6 @@ NEEDS = ("grad_input", "grad_weight", "grad_bias", "grad_residual")
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.id)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
 def lanes_of(x: Tensor) -> int:

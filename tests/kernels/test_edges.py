@@ -14,8 +14,9 @@ from types import ModuleType
 import harness
 import pytest
 import torch
-from cases import DTYPE_IDS, DTYPES, fill_gradient, fill_parameters
+from cases import fill_gradient, fill_parameters
 from conftest import KERNELS
+from parametrisations import every_dtype
 from strategies import launched
 from tolerances import assert_within
 from torch import Tensor
@@ -47,7 +48,7 @@ def check(s: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["two_pass", "team"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@every_dtype
 def test_runs_of_every_length(
     extension: ModuleType, plan_options: Callable, dtype: torch.dtype, strategy: str
 ) -> None:

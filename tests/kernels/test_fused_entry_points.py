@@ -10,22 +10,11 @@ from types import ModuleType
 import harness
 import pytest
 import torch
-from cases import (
-    EMPTY_SHAPES,
-    Case,
-)
+from cases import EMPTY_SHAPES, Case
 from conftest import KERNELS
-from fused_problem import (
-    FEW_CASES,
-    Fused,
-    both_modes,
-    every_dtype,
-    few_cases,
-    in_memory,
-    mask_bytes,
-    unpacked,
-)
+from fused_problem import FEW_CASES, Fused, few_cases, in_memory, mask_bytes, unpacked
 from harness import EPS, MOMENTUM
+from parametrisations import both_modes, every_dtype
 from strategies import FORCED
 from tolerances import assert_within
 from torch import Tensor

@@ -7,24 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from cases import (
-    Case,
-    channels_last,
-    contiguous,
-    expanded,
-    odd_offset,
-    permuted,
-    spatial_slice,
-)
-from fused_problem import (
-    Fused,
-    both_modes,
-    every_case,
-    every_dtype,
-    few_cases,
-    in_memory,
-    unpacked,
-)
+from cases import Case, channels_last, contiguous, expanded, odd_offset, permuted, spatial_slice
+from fused_problem import Fused, every_case, few_cases, in_memory, unpacked
+from parametrisations import both_modes, every_dtype
 from strategies import FORCED, expected, launched, walk_of
 from test_strategies import LAYOUTS
 

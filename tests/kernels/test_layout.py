@@ -25,6 +25,7 @@ from cases import (
     transposed,
 )
 from conftest import Backend
+from parametrisations import both_layouts, both_modes
 from torch import Tensor
 
 from batchnorm_cuda import batch_norm
@@ -33,7 +34,6 @@ DENSE = [contiguous, channels_last, odd_offset, channels_last_odd_offset, transp
 NOT_DENSE = [channel_slice, spatial_slice, channels_last_slice, expanded]
 SHAPES = [(2, 5, 4, 3), (2, 5, 2, 4, 3)]
 
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 both_ranks = pytest.mark.parametrize("shape", SHAPES, ids=["4d", "5d"])
 
 
@@ -75,7 +75,7 @@ def test_other_strides_become_the_suggested_format(
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 1, 1), (2, 1, 4, 3), (1, 5, 1, 3), (1, 1, 1, 7)], ids=str)
-@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=name_of)
+@both_layouts
 def test_ambiguous_strides(backend: Backend, layout: Callable, shape: tuple[int, ...]) -> None:
     """Dimensions of size 1 fit both formats; what is kept are the strides themselves."""
     x = fill(Case(shape, "small", layout), torch.float32, backend.device)

@@ -27,16 +27,9 @@ from types import ModuleType
 import harness
 import pytest
 import torch
-from cases import (
-    DTYPE_IDS,
-    DTYPES,
-    Parameters,
-    channels_last,
-    contiguous,
-    fill_gradient,
-    fill_parameters,
-)
+from cases import Parameters, channels_last, contiguous, fill_gradient, fill_parameters
 from conftest import KERNELS
+from parametrisations import every_dtype
 from strategies import FORCED, TEAMS, expected, force, launched, walk_of
 from tolerances import bound
 from torch import Tensor
@@ -59,7 +52,6 @@ KINDS = 6  # of values, one a channel in turn
 WORST_RATIO = 1.75
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 every_team = pytest.mark.parametrize("team", TEAMS)
 
 Run = Callable[[str, torch.dtype, str], dict[str, Tensor]]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import Backend
+from parametrisations import both_modes
 from torch import Tensor, nn
 
 import batchnorm_cuda
@@ -183,7 +184,7 @@ def test_revert_refuses_it(kind: str) -> None:
 # --- autocast -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@both_modes
 def test_autocast(backend: Backend, training: bool) -> None:
     """As the plain module: takes what the convolution gives, with float32 parameters."""
     conv = nn.Conv2d(C, C, 1).to(backend.device)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import Backend
+from parametrisations import both_modes
 from torch import Tensor, nn
 
 import batchnorm_cuda
@@ -258,7 +259,7 @@ def test_checkpoint_from_before_the_counter(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@both_modes
 def test_half_input_with_float32_parameters(
     backend: Backend, dtype: torch.dtype, training: bool
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import Backend
+from parametrisations import both_modes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -93,7 +94,7 @@ def test_autocast_and_grad_scaler(backend: Backend, dtype: torch.dtype) -> None:
     torch.testing.assert_close(*losses, rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@both_modes
 def test_autocast_inserts_no_casts(kernels: Backend, training: bool) -> None:
     module = batchnorm_cuda.BatchNorm2d(3).to(kernels.device).train(training)
     x = torch.randn(2, 3, 4, 4).to(kernels.device, torch.bfloat16).requires_grad_()

@@ -10,10 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
-    CASES,
     CHANNELLESS_SHAPES,
-    DTYPE_IDS,
-    DTYPES,
     EMPTY_SHAPES,
     FEW_CASES,
     Case,
@@ -22,14 +19,10 @@ from cases import (
     fill_parameters,
 )
 from conftest import Backend
+from parametrisations import both_modes, every_case, every_dtype, few_cases
 
 from batchnorm_cuda import batch_norm
 from batchnorm_cuda._ops import operators as ops
-
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.id)
 
 
 @every_dtype

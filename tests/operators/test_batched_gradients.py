@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import channels_last, contiguous
 from conftest import Backend
+from parametrisations import both_modes
 from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 
@@ -15,7 +16,6 @@ import batchnorm_cuda
 from batchnorm_cuda._ops import operators as ops
 
 B, C = 4, 3
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
 def leaves(backend: Backend, shape: tuple[int, ...], place: Callable = contiguous) -> list[Tensor]:

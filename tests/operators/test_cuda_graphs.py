@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import channels_last, contiguous
 from conftest import NO_GPU, Backend
+from parametrisations import both_modes
 from strategies import FORCED
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -66,7 +67,7 @@ def assert_same_state(module: nn.Module, expected: nn.Module) -> None:
 
 @every_step
 @both_momenta
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@both_modes
 def test_a_step_allocates_and_launches(
     kernels: Backend, run: Callable, momentum: float | None, training: bool
 ) -> None:
@@ -127,7 +128,7 @@ def test_replays_are_steps(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@both_modes
 def test_double_backward_replays(training: bool) -> None:
     module = make("cuda").train(training)
     x, dy = tensors("cuda")
@@ -185,7 +186,7 @@ def test_graphed_callable(momentum: float | None) -> None:
 @pytest.mark.gpu
 @every_step
 @every_strategy
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@both_modes
 def test_the_host_does_not_wait(
     plan_options: Callable, run: Callable, strategy: str, training: bool
 ) -> None:

@@ -9,32 +9,24 @@ import harness
 import pytest
 import torch
 from cases import (
-    CASES,
     CHANNELLESS_SHAPES,
-    DTYPE_IDS,
-    DTYPES,
     EMPTY_SHAPES,
     FEW_CASES,
     Case,
     Parameters,
-    channels_last,
-    contiguous,
     fill,
     fill_gradient,
     fill_parameters,
     odd_offset,
 )
 from conftest import Backend
+from parametrisations import both_layouts, both_modes, every_case, every_dtype, few_cases
 from torch import Tensor
 
 from batchnorm_cuda import batch_norm
 from batchnorm_cuda._ops import operators as ops
 
 NAMES = ("grad_grad_output", "double_grad_input", "double_grad_weight")
-
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.id)
 
 
 def fill_grad_grads(x: Tensor, p: Parameters) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -71,7 +63,7 @@ def check(backend: Backend, case: Case, dtype: torch.dtype, training: bool, **gi
     harness.assert_matches(results, expected, x)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@every_case
 def test_matches_reference(kernels: Backend, case: Case) -> None:
     check(kernels, case, torch.float32, training=True)
 
@@ -186,7 +178,7 @@ def test_autograd_asks_for_what_is_wanted(
 
 
 @both_modes
-@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
+@both_layouts
 @pytest.mark.parametrize("affine", ["weight and bias", "weight", "bias", "none"])
 def test_gradgradcheck(backend: Backend, layout: Callable, training: bool, affine: str) -> None:
     x = fill(Case((3, 2, 2, 3), "small", layout), torch.float64, backend.device).requires_grad_()
@@ -316,7 +308,7 @@ def test_errors_name_the_argument(
 
 @both_modes
 @pytest.mark.parametrize("needed", [(True, True, True), (False, True, False), (True, False, True)])
-@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
+@both_layouts
 def test_opcheck(kernels: Backend, layout: Callable, training: bool, needed: tuple) -> None:
     case = Case((2, 5, 4, 3), "small", layout)
     x, p, dy, grad_grads = problem(case, torch.bfloat16, kernels.device)

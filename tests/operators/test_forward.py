@@ -5,25 +5,11 @@ from __future__ import annotations
 import harness
 import pytest
 import torch
-from cases import (
-    CASES,
-    CHANNELLESS_SHAPES,
-    DTYPE_IDS,
-    DTYPES,
-    EMPTY_SHAPES,
-    FEW_CASES,
-    Case,
-    fill,
-    fill_parameters,
-)
+from cases import CHANNELLESS_SHAPES, EMPTY_SHAPES, FEW_CASES, Case, fill, fill_parameters
 from conftest import Backend
+from parametrisations import both_modes, every_case, every_dtype, few_cases
 
 from batchnorm_cuda import batch_norm
-
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.id)
 
 
 @every_dtype

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import harness
 import pytest
 import torch
-from cases import DTYPE_IDS, DTYPES, FEW_CASES, channels_last, contiguous
+from cases import FEW_CASES, channels_last, contiguous
 from conftest import Backend
+from parametrisations import both_modes, every_dtype
 from test_double_backward import problem
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -18,7 +19,6 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 import batchnorm_cuda
 from batchnorm_cuda import batch_norm
 
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 both_layouts = pytest.mark.parametrize("layout", [contiguous, channels_last], ids=["S", "C"])
 
 C = 2
@@ -79,7 +79,7 @@ def test_gradgradcheck_forward_over_reverse(backend: Backend, training: bool) ->
     assert torch.autograd.gradgradcheck(p.ours, arguments, check_fwd_over_rev=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+@every_dtype
 @both_modes
 def test_tangent_matches_reference(kernels: Backend, dtype: torch.dtype, training: bool) -> None:
     """The tangent is what double backward sends to grad_output (docs/math.md)."""

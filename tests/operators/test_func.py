@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Backend
+from parametrisations import both_modes
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
 
@@ -148,7 +149,7 @@ BACKWARD_DIMS = {
 
 @pytest.mark.parametrize("dims", BACKWARD_DIMS.values(), ids=BACKWARD_DIMS)
 @pytest.mark.parametrize("needed", [(True, True, True), (False, True, True), (True, False, False)])
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@both_modes
 def test_vmap_of_the_backward_operator(
     kernels: Backend, dims: tuple, needed: tuple[bool, ...], training: bool
 ) -> None:
@@ -245,7 +246,7 @@ def test_retain_graph(backend: Backend) -> None:
         torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@both_modes
 def test_saved_tensors_hooks(backend: Backend, training: bool) -> None:
     """All that the backward holds on to goes through the hooks, and what they return is used."""
     ours, _, x = twin_modules(backend)

@@ -9,25 +9,21 @@ import harness
 import pytest
 import torch
 from cases import (
-    CASES,
     CHANNELLESS_SHAPES,
-    DTYPE_IDS,
-    DTYPES,
     EMPTY_SHAPES,
-    FEW_CASES,
+    LAYOUTS,
     Case,
     channels_last,
     contiguous,
-    expanded,
     fill,
     fill_gradient,
     fill_parameters,
     odd_offset,
-    permuted,
     spatial_slice,
 )
 from conftest import Backend
-from fused import FORMS, both_modes, every_form, extras
+from fused import FORMS, every_form, extras
+from parametrisations import both_layouts, both_modes, every_case, every_dtype, few_cases
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -35,8 +31,6 @@ from batchnorm_cuda import batch_norm
 from batchnorm_cuda._ops import layout
 from batchnorm_cuda._ops import operators as ops
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
-few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.id)
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}  # of float64
 
 
@@ -67,7 +61,7 @@ def assert_matches_reference(
 
 
 @every_dtype
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@every_case
 def test_every_shape(kernels: Backend, case: Case, dtype: torch.dtype) -> None:
     """One rounding of the sum, where torch makes two, and the gradients of batch norm for g."""
     assert_matches_reference(kernels, case, dtype, True, "residual and relu")
@@ -85,7 +79,7 @@ def test_every_form(
 
 @every_form
 @both_modes
-@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
+@both_layouts
 def test_like_torchs_three_operators(backend: Backend, layout, training: bool, form: str) -> None:
     """In float64, where no value is near enough to zero for its sign to be a matter of rounding."""
     case = Case((4, 5, 6, 3), "small", layout)
@@ -196,7 +190,7 @@ def inputs_of(form: str, tensors: list[Tensor]) -> list[Tensor]:
 
 @every_form
 @both_modes
-@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
+@both_layouts
 def test_gradcheck(backend: Backend, layout, training: bool, form: str) -> None:
     """First and second derivatives, in reverse and in forward mode, one by one and batched."""
     tensors = inputs_of(form, small(backend, layout))
@@ -254,10 +248,7 @@ def test_residual_is_input(backend: Backend, activation: str | None) -> None:
     torch.testing.assert_close(*results, **TIGHT)
 
 
-LAYOUTS = [contiguous, channels_last, permuted, spatial_slice, expanded, odd_offset]
-
-
-@pytest.mark.parametrize("of_residual", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("of_residual", [*LAYOUTS, odd_offset], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("of_input", [contiguous, channels_last, spatial_slice, odd_offset])
 @both_modes
 def test_residual_of_other_strides(backend: Backend, of_input, of_residual, training: bool) -> None:
@@ -298,7 +289,7 @@ def expected_bits(output: Tensor) -> list[int]:
 
 
 @every_dtype
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@every_case
 def test_mask_of_the_kernels(kernels: Backend, case: Case, dtype: torch.dtype) -> None:
     """A bit an element, in the memory order of the output."""
     x, residual = (fill(case, dtype, kernels.device) for _ in range(2))

@@ -10,13 +10,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from cases import (
-    channels_last,
-    contiguous,
-)
+from cases import channels_last, contiguous
 from conftest import Backend
-from fused import FORMS, both_modes, every_form
+from fused import FORMS, every_form
 from harness import with_pickled
+from parametrisations import both_modes
 from torch import Tensor, nn
 
 import batchnorm_cuda

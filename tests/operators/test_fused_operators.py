@@ -7,18 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import (
-    Case,
-    channels_last,
-    contiguous,
-    expanded,
-    fill,
-    fill_parameters,
-    permuted,
-    spatial_slice,
-)
+from cases import Case, channels_last, contiguous, fill, fill_parameters
 from conftest import KERNELS, Backend
-from fused import CHANNELS, FORMS, both_modes, every_form, small_tensors
+from fused import CHANNELS, FORMS, every_form, small_tensors
+from parametrisations import both_modes, every_layout
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.func import vmap
@@ -29,8 +21,6 @@ from batchnorm_cuda._ops import operators as ops
 operators = torch.ops.batchnorm_cuda
 
 
-LAYOUTS = [contiguous, channels_last, permuted, spatial_slice, expanded]
-every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 
 

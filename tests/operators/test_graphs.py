@@ -15,6 +15,7 @@ from cases import channels_last, contiguous
 from conftest import Backend
 from functorch.compile import aot_function, aot_module, nop
 from harness import with_pickled
+from parametrisations import both_modes
 from torch import Tensor, nn
 
 import batchnorm_cuda
@@ -22,7 +23,6 @@ from batchnorm_cuda import convert
 from batchnorm_cuda._ops import operators as ops
 
 C = 5
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
 class Functional(nn.Module):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import Backend
+from parametrisations import both_modes
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -96,9 +97,6 @@ def make(request: pytest.FixtureRequest, backend: Backend) -> Callable[..., Forw
         return call_of(x, training)._replace(residual=residual, relu=relu)
 
     return call
-
-
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
 def intermediate(device: torch.device | str) -> Tensor:

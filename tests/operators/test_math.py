@@ -8,17 +8,16 @@ from __future__ import annotations
 import harness
 import pytest
 import torch
-from cases import Case, channels_last, contiguous, fill, fill_parameters
+from cases import Case, fill, fill_parameters
 from conftest import Backend
+from parametrisations import both_layouts, both_modes
 from torch import Tensor
 
 from batchnorm_cuda import batch_norm
 
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-
 
 @both_modes
-@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
+@both_layouts
 def test_gradcheck(backend: Backend, layout, training: bool) -> None:
     """All three gradients against finite differences, in float64."""
     x = fill(Case((3, 2, 2, 3), "small", layout), torch.float64, backend.device).requires_grad_()

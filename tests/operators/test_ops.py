@@ -8,17 +8,9 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    Case,
-    channels_last,
-    contiguous,
-    expanded,
-    fill,
-    fill_parameters,
-    permuted,
-    spatial_slice,
-)
+from cases import Case, contiguous, fill, fill_parameters
 from conftest import ATEN, KERNELS, Backend
+from parametrisations import both_modes, every_layout
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -26,12 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import batchnorm_cuda
 from batchnorm_cuda._ops import operators as ops
 
-LAYOUTS = [contiguous, channels_last, permuted, spatial_slice, expanded]
 DTYPES = [torch.bfloat16, torch.float64]
 
-every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["bfloat16", "double"])
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
 def forward_arguments(

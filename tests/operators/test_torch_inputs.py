@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 from conftest import Backend
+from parametrisations import both_modes
 from torch import Tensor, nn
 
 import batchnorm_cuda
@@ -41,7 +42,6 @@ ROUNDINGS = 8
 every_module = pytest.mark.parametrize("info", MODULES, ids=lambda info: info.name)
 every_operator = pytest.mark.parametrize("info", OPERATORS, ids=lambda info: info.formatted_name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 
 
 def test_there_are_inputs() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import fill_parameters
 from conftest import Backend
+from parametrisations import both_modes
 from torch import Tensor
 
 from batchnorm_cuda import batch_norm
@@ -265,7 +266,7 @@ def test_error_hides_no_cause(backend: Backend) -> None:
     assert raised.value.__suppress_context__
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@both_modes
 def test_parameters_are_checked_in_both_modes(backend: Backend, training: bool) -> None:
     x = torch.randn(N, C, L).to(backend.device)
     mean, var = torch.zeros(C, device=x.device), torch.ones(C, device=x.device)
