@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from itertools import compress
+from typing import Any, ClassVar
 
 import pytest
 import reference
@@ -48,6 +50,14 @@ def watch(
         return run(call)
 
     monkeypatch.setattr(operator, "run", watched)
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, operator: ops.Operator) -> list[tuple[bool, ...]]:
+    """What each call of a backward pass says is needed of it: grows for the rest of the test."""
+    calls = []
+    needs = [field.startswith("need_") for field in operator.fields]
+    watch(monkeypatch, operator, lambda *call: calls.append(tuple(compress(call, needs))))
+    return calls
 
 
 def torch_forward(x: Tensor, p: Parameters, training: bool) -> dict[str, Tensor]:
@@ -113,19 +123,15 @@ def reference_double_backward(
     p: Parameters,
     training: bool,
 ) -> reference.DoubleBackward:
-    return reference.double_backward(
-        grad_grads, dy, x, p.weight, p.running_mean, p.running_var, training, EPS
-    )
+    return reference.double_backward(grad_grads, dy, x, p, training, EPS)
 
 
 def reference_forward(x: Tensor, p: Parameters, training: bool) -> reference.Forward:
-    return reference.forward(
-        x, p.weight, p.bias, p.running_mean, p.running_var, training, MOMENTUM, EPS
-    )
+    return reference.forward(x, p, training, MOMENTUM, EPS)
 
 
 def reference_backward(dy: Tensor, x: Tensor, p: Parameters, training: bool) -> reference.Backward:
-    return reference.backward(dy, x, p.weight, p.running_mean, p.running_var, training, EPS)
+    return reference.backward(dy, x, p, training, EPS)
 
 
 def assert_matches(
@@ -151,3 +157,14 @@ def with_pickled(graph: torch.fx.GraphModule) -> list[torch.fx.GraphModule]:
     if torch.__version__.startswith("2.11."):
         return [graph]
     return [graph, pickle.loads(pickle.dumps(graph))]
+
+
+class Seen(Tensor):
+    """Records the functions that are called with it."""
+
+    calls: ClassVar[list[Callable]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None):
+        cls.calls.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})

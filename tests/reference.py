@@ -7,9 +7,13 @@ variance and the mean, the kernels evaluate what that collapses to.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:  # the benchmark takes this file alone
+    from cases import Parameters
 
 
 def channel_rows(x: Tensor) -> Tensor:
@@ -56,29 +60,25 @@ def statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (rows - mean).pow(2).sum(1, keepdim=True) / count
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Forward:
+def used_statistics(rows: Tensor, p: Parameters, training: bool) -> tuple[Tensor, Tensor]:
+    """What is normalised by: of the batch, or in eval mode the running ones."""
+    if training:
+        return statistics(rows)
+    c = rows.shape[0]
+    return vector(p.running_mean, c, 0), vector(p.running_var, c, 0)
+
+
+def forward(x: Tensor, p: Parameters, training: bool, momentum: float, eps: float) -> Forward:
     rows = channel_rows(x)
     c, count = rows.shape
-    w, b = vector(weight, c, 1.0), vector(bias, c, 0.0)
+    w, b = vector(p.weight, c, 1.0), vector(p.bias, c, 0.0)
+    mean, var = used_statistics(rows, p, training)
     new_mean = new_var = None
-    if training:
-        mean, var = statistics(rows)
-        if running_mean is not None:
-            unbiased = var * count / (count - 1)
-            new_mean = (1 - momentum) * vector(running_mean, c, 0) + momentum * mean
-            new_var = (1 - momentum) * vector(running_var, c, 0) + momentum * unbiased
-            new_mean, new_var = new_mean.flatten(), new_var.flatten()
-    else:
-        mean, var = vector(running_mean, c, 0), vector(running_var, c, 0)
+    if training and p.running_mean is not None:
+        unbiased = var * count / (count - 1)
+        new_mean = (1 - momentum) * vector(p.running_mean, c, 0) + momentum * mean
+        new_var = (1 - momentum) * vector(p.running_var, c, 0) + momentum * unbiased
+        new_mean, new_var = new_mean.flatten(), new_var.flatten()
     std = (var + eps).sqrt()
     xhat = (rows - mean) / std
     # In units of the accumulation dtype's roundoff: x - mean is off by the roundoff of the mean,
@@ -92,28 +92,17 @@ def forward(
         "save_invstd": 1 / std.flatten() * (1 + condition.flatten() / count**0.5),
     }
     if new_mean is not None:
-        scales["running_mean"] = rows.abs().amax(1) + vector(running_mean, c, 0).abs().flatten()
+        scales["running_mean"] = rows.abs().amax(1) + vector(p.running_mean, c, 0).abs().flatten()
         scales["running_var"] = new_var * (1 + condition.flatten() / count**0.5)
     output = restore(xhat * w + b, x.shape)
     return Forward(output, mean.flatten(), 1 / std.flatten(), new_mean, new_var, scales)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-) -> Backward:
+def backward(dy: Tensor, x: Tensor, p: Parameters, training: bool, eps: float) -> Backward:
     rows, grads = channel_rows(x), channel_rows(dy)
     c, count = rows.shape
-    w = vector(weight, c, 1.0)
-    if training:
-        mean, var = statistics(rows)
-    else:
-        mean, var = vector(running_mean, c, 0), vector(running_var, c, 0)
+    w = vector(p.weight, c, 1.0)
+    mean, var = used_statistics(rows, p, training)
     std = (var + eps).sqrt()
     centred = rows - mean
     xhat = centred / std
@@ -160,9 +149,7 @@ def double_backward(
     grad_grads: tuple[Tensor | None, Tensor | None, Tensor | None],
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    p: Parameters,
     training: bool,
     eps: float,
 ) -> DoubleBackward:
@@ -170,12 +157,9 @@ def double_backward(
     rows = channel_rows(x).requires_grad_()
     c = rows.shape[0]
     grads = channel_rows(dy).requires_grad_()
-    w = vector(weight, c, 1.0).requires_grad_()
+    w = vector(p.weight, c, 1.0).requires_grad_()
     shift = torch.zeros(c, 1, dtype=torch.float64, requires_grad=True)
-    if training:
-        mean, var = statistics(rows)
-    else:
-        mean, var = vector(running_mean, c, 0), vector(running_var, c, 0)
+    mean, var = used_statistics(rows, p, training)
     xhat = (rows - mean) / (var + eps).sqrt()
     first = torch.autograd.grad(xhat * w + shift, (rows, w, shift), grads, create_graph=True)
     v = torch.zeros_like(rows) if grad_grads[0] is None else channel_rows(grad_grads[0])

@@ -46,9 +46,7 @@ class Problem:
     # ------------------------------------------------------------------ the reference
 
     def _reference_forward(self) -> reference.Forward:
-        p = self.before
-        arguments = (self.x, p.weight, p.bias, p.running_mean, p.running_var)
-        result = reference.forward(*arguments, self.training, MOMENTUM, EPS)
+        result = reference.forward(self.x, self.before, self.training, MOMENTUM, EPS)
         if self.residual_form:
             added = self.residual.cpu().double()
             result.output = result.output + added
@@ -68,9 +66,7 @@ class Problem:
     def _reference_backward(self, output: Tensor) -> tuple[Tensor, reference.Backward]:
         """The gradient that the ReLU lets through, and batch norm's gradients of it."""
         passed = torch.where(output > 0, self.dy, 0) if self.relu else self.dy
-        p = self.before
-        arguments = (passed, self.x, p.weight, p.running_mean, p.running_var)
-        return passed, reference.backward(*arguments, self.training, EPS)
+        return passed, reference.backward(passed, self.x, self.before, self.training, EPS)
 
     def _saved(self, forward: reference.Forward) -> tuple[Tensor, Tensor]:
         """Statistics as a forward pass would have left them, whatever it did."""
@@ -122,9 +118,7 @@ class Problem:
     def _double_backward(self) -> tuple[dict[str, Tensor], check.Expected]:
         v, p = self.residual, self.before  # any tensor like x will do
         a, b = torch.randn(2, self.x.shape[1]).to(self.x.device, self.exact)
-        want = reference.double_backward(
-            (v, a, b), self.dy, self.x, p.weight, p.running_mean, p.running_var, self.training, EPS
-        )
+        want = reference.double_backward((v, a, b), self.dy, self.x, p, self.training, EPS)
         saved = self._saved(self._reference_forward())
         results = self.extension.double_backward(
             v, a, b, self.dy, self.x, p.weight, *saved, self.training, True, True, True

@@ -23,6 +23,7 @@ from .providers import EPS, MOMENTUM, Tensors
 MOST_ELEMENTS = 2**22  # of float64 on the CPU: a fraction of a second
 
 
+cases = load("tests", "cases")
 reference = load("tests", "reference")
 tolerances = load("tests", "tolerances")
 
@@ -57,10 +58,10 @@ def expect(t: Tensors, most: int = MOST_ELEMENTS) -> Expected:
     def some(tensor: Tensor, dim: int = 0) -> Tensor:
         return _select(tensor, channels, dim).cpu()
 
-    x, dy, weight = some(t.x, 1), some(t.dy, 1), some(t.weight)
-    mean, var = some(t.running_mean), some(t.running_var)
-    forward = reference.forward(x, weight, some(t.bias), mean, var, True, MOMENTUM, EPS)
-    backward = reference.backward(dy, x, weight, mean, var, True, EPS)
+    x, dy = some(t.x, 1), some(t.dy, 1)
+    p = cases.Parameters(*map(some, (t.weight, t.bias, t.running_mean, t.running_var)))
+    forward = reference.forward(x, p, True, MOMENTUM, EPS)
+    backward = reference.backward(dy, x, p, True, EPS)
     values = {name: getattr(forward, name) for name in ("output", "running_mean", "running_var")}
     values |= {name: getattr(backward, name) for name in ("grad_input", "grad_weight", "grad_bias")}
     return Expected(channels, c, values, forward.scales | backward.scales, t.x.dtype)

@@ -113,10 +113,8 @@ def assert_parts_match(
     p = Parameters(*case.parameters())
     if not case.affine:
         p.weight = p.bias = None
-    forward = reference.forward(
-        x, p.weight, p.bias, p.running_mean, p.running_var, True, MOMENTUM, EPS
-    )
-    backward = reference.backward(dy, x, p.weight, None, None, True, EPS)
+    forward = reference.forward(x, p, True, MOMENTUM, EPS)
+    backward = reference.backward(dy, x, p, True, EPS)
     for name, expected in (("output", forward), ("grad_input", backward)):
         got = torch.cat([rows(result[name]) for result in results])
         assert_within(name, got, getattr(expected, name), expected.scales[name], case.dtype)
@@ -359,7 +357,7 @@ def test_merge_in_any_order(backend: Backend, dtype: torch.dtype) -> None:
     bits = torch.int32 if dtype == torch.float32 else torch.int64
     assert all(torch.equal(r.view(bits), results[0].view(bits)) for r in results)
     whole = torch.cat(parts)[:, :4]
-    expected = reference.forward(whole, None, None, *torch.zeros(2, 4), True, 1.0, EPS)
+    expected = reference.forward(whole, Parameters(None, None, *torch.zeros(2, 4)), True, 1.0, EPS)
     for name, got in zip(
         ("save_mean", "save_invstd", "running_mean", "running_var"), results[0], strict=True
     ):
