@@ -1,4 +1,4 @@
-"""What the benchmark's tests share: rows without a GPU, and a machine whose clock they set."""
+"""What the benchmark's tests share: rows and kernels made up, a machine whose clock they set."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not in
 
 from bench.cases.case import BenchCase
 from bench.cases.shapes import Shape
+from bench.machine_code.kernels import Kernel, MainLoop
+from bench.machine_code.listing import LaunchBounds, Resources
 from bench.rows.results import MEASURED, MODEL, OK, Row
 from bench.timing.clock import Call
 from bench.timing.machine import Machine
@@ -46,6 +48,25 @@ def row(**values: Any) -> Row:
         fixed |= {"ms": 2.0, "ms_p20": 1.9, "ms_p80": 2.1, "samples": 9, "gb_s": 500.0}
         fixed |= {"copy_percent": 80.0, "error": 0.5, "peak_bytes": 4000, "backend": "team"}
     return Row(**{**fixed, **values})
+
+
+def kernel(**values: Any) -> Kernel:
+    """A kernel without fault, as the compiler might have made it."""
+    fixed: dict[str, Any] = {
+        "name": "transform_input_kernel<AlongS<__half, int>>",
+        "arch": "8.0",
+        "source": "stages_half.cu",
+        "bounds": LaunchBounds(256, 2),
+        "resources": Resources(128, 0, 0),
+        "instructions": 100,
+        "loads": {128: 4, 16: 2},
+        "stores": {128: 4},
+        "local_accesses": 0,
+        "generic_accesses": 0,
+        "bulk_copies": 0,
+        "main_loop": MainLoop(0x100, 80, {128: 4}, {128: 4}, 0),
+    }
+    return Kernel(**{**fixed, **values})
 
 
 class FakeClock:

@@ -69,7 +69,10 @@ def expanded(data: Tensor) -> Tensor:
     return data[..., :1].contiguous().expand(data.shape)
 
 
-# One of each kind of strides, for tests of something else than memory.
+# Whose strides results keep, and those whose gaps, or shared elements, they do not.
+DENSE = [contiguous, channels_last, odd_offset, channels_last_odd_offset, transposed, permuted]
+NOT_DENSE = [channel_slice, spatial_slice, channels_last_slice, expanded]
+# One of each kind, for tests of something else than memory.
 LAYOUTS = [contiguous, channels_last, permuted, spatial_slice, expanded]
 
 

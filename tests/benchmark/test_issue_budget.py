@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench_cases import kernel
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # bench/ is not installed
 
@@ -19,7 +20,7 @@ from bench.machine_code.budget_table import (
     short_name,
 )
 from bench.machine_code.kernels import Kernel, MainLoop
-from bench.machine_code.listing import Instruction, LaunchBounds, Resources
+from bench.machine_code.listing import Instruction, Resources
 from bench.sass import kernels_for
 from bench.toolkit import ToolkitError, devices, find_tool, resolve
 
@@ -41,18 +42,9 @@ def loop(
     return MainLoop(0, sum(kinds.values()), *accesses, nested, kinds, **shared)
 
 
-STAGE = Kernel(
-    name="transform_input_kernel<AlongS<__half, int>>",
-    arch="8.0",
-    source="stages_half.cu",
-    bounds=LaunchBounds(256, 2),
+STAGE = kernel(
     resources=Resources(64, 0, 0),
-    instructions=100,
     loads={128: 4},
-    stores={128: 4},
-    local_accesses=0,
-    generic_accesses=0,
-    bulk_copies=0,
     main_loop=loop({"float": 48, "memory": 8, "integer": 16}, 4, 4),
 )
 

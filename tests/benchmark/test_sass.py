@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench_cases import kernel
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # bench/ is not installed
 
 from bench.machine_code.compile import Job, architectures, texts_of
 from bench.machine_code.kernels import (
-    Kernel,
     MainLoop,
     choose_main_loop,
     describe,
@@ -235,20 +235,7 @@ def test_resident_blocks(registers: int, threads: int, arch: str, blocks: int) -
 
 # ------------------------------------------------------------------------------- rules
 
-CLEAN = Kernel(
-    name="transform_input_kernel<AlongS<__half, int>>",
-    arch="8.0",
-    source="stages_half.cu",
-    bounds=LaunchBounds(256, 2),
-    resources=Resources(128, 0, 0),
-    instructions=100,
-    loads={128: 4, 16: 2},
-    stores={128: 4},
-    local_accesses=0,
-    generic_accesses=0,
-    bulk_copies=0,
-    main_loop=MainLoop(0x100, 80, {128: 4}, {128: 4}, 0),
-)
+CLEAN = kernel()
 TEAM = replace(
     CLEAN,
     name="team_kernel<AlongC<__half, int, true>, TeamBackward, 12, Identity<float>>",

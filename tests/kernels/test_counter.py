@@ -24,6 +24,16 @@ every_strategy = pytest.mark.parametrize("strategy", FORCED)
 both_momenta = pytest.mark.parametrize("momentum", [0.25, None])
 
 
+@pytest.fixture
+def forced(
+    strategy: str,
+    extension: ModuleType,
+    plan_options: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    force(strategy, extension, plan_options, monkeypatch)
+
+
 def batch(backend: Backend, place: Callable = contiguous) -> Tensor:
     return place(torch.randn(SHAPES[place])).to(backend.device)
 
@@ -39,15 +49,12 @@ def module_at(count: int, backend: Backend, momentum: float | None) -> nn.Module
 @pytest.mark.parametrize("place", [contiguous, channels_last], ids=["contiguous", "channels last"])
 def test_every_strategy_counts(
     kernels: Backend,
-    extension: ModuleType,
-    plan_options: Callable,
+    forced: None,
     monkeypatch: pytest.MonkeyPatch,
-    strategy: str,
     momentum: float | None,
     place: Callable,
 ) -> None:
     """Whichever channel's thread comes first or last, in blocks of any order."""
-    force(strategy, extension, plan_options, monkeypatch)
     module, expected = module_at(2, kernels, momentum), nn.BatchNorm2d(C, momentum=momentum)
     expected.num_batches_tracked.fill_(2)
     for seed in ("1", "7"):
@@ -61,15 +68,9 @@ def test_every_strategy_counts(
 @every_strategy
 @both_momenta
 def test_counting_costs_no_launch(
-    kernels: Backend,
-    extension: ModuleType,
-    plan_options: Callable,
-    monkeypatch: pytest.MonkeyPatch,
-    strategy: str,
-    momentum: float | None,
+    kernels: Backend, forced: None, extension: ModuleType, momentum: float | None
 ) -> None:
     """The kernels are those of a module without a counter, and torch launches none beside them."""
-    force(strategy, extension, plan_options, monkeypatch)
     x = batch(kernels)
     module, uncounted = module_at(0, kernels, momentum), module_at(0, kernels, 0.25)
     uncounted.num_batches_tracked = None

@@ -4,34 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import cases
 import harness
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import (
-    Case,
-    channel_slice,
-    channels_last,
-    channels_last_odd_offset,
-    channels_last_slice,
-    contiguous,
-    expanded,
-    fill,
-    fill_gradient,
-    fill_parameters,
-    odd_offset,
-    permuted,
-    spatial_slice,
-    transposed,
-)
+from cases import DENSE, NOT_DENSE, Case, fill, fill_gradient, fill_parameters
 from conftest import Backend
 from parametrisations import both_layouts, both_modes
 from torch import Tensor
 
 from batchnorm_cuda import batch_norm
 
-DENSE = [contiguous, channels_last, odd_offset, channels_last_odd_offset, transposed, permuted]
-NOT_DENSE = [channel_slice, spatial_slice, channels_last_slice, expanded]
 SHAPES = [(2, 5, 4, 3), (2, 5, 2, 4, 3)]
 
 both_ranks = pytest.mark.parametrize("shape", SHAPES, ids=["4d", "5d"])
@@ -91,13 +75,15 @@ def test_ambiguous_strides(backend: Backend, layout: Callable, shape: tuple[int,
 
 def test_stride_of_a_single_sample_says_nothing(backend: Backend) -> None:
     """One sample cut out of every second is dense, whatever the distance to the next."""
-    x = transposed(torch.randn(4, 5, 3).to(backend.device))[::2][:1]
+    x = cases.transposed(torch.randn(4, 5, 3).to(backend.device))[::2][:1]
     assert x.stride() == (30, 1, 5)
     got = results(x, torch.randn(x.shape).to(x.device))
     assert got["output"].stride()[1:] == got["grad_input"].stride()[1:] == (1, 5)
 
 
-@pytest.mark.parametrize("layout", [contiguous, channels_last, transposed], ids=name_of)
+@pytest.mark.parametrize(
+    "layout", [cases.contiguous, cases.channels_last, cases.transposed], ids=name_of
+)
 @pytest.mark.parametrize("gradient_layout", DENSE + NOT_DENSE, ids=name_of)
 def test_gradient_of_another_layout(
     backend: Backend, layout: Callable, gradient_layout: Callable
@@ -147,7 +133,7 @@ COPYING = {"aten::copy_", "aten::clone", "aten::_to_copy", "aten::contiguous"}
 
 
 @both_modes
-@pytest.mark.parametrize("layout", [*DENSE[:4], permuted], ids=name_of)
+@pytest.mark.parametrize("layout", [*DENSE[:4], cases.permuted], ids=name_of)
 def test_dense_tensors_are_not_copied(kernels: Backend, layout: Callable, training: bool) -> None:
     x = fill(Case((2, 8, 4, 4), "small", layout), torch.float32, kernels.device)
     dy = torch.empty_like(x).normal_()
@@ -164,7 +150,7 @@ def test_dense_tensors_are_not_copied(kernels: Backend, layout: Callable, traini
 
 def test_other_tensors_are_copied_once(kernels: Backend) -> None:
     """The counter-check: a sliced input is copied by the forward and by the backward."""
-    x = fill(Case((2, 8, 4, 4), "small", spatial_slice), torch.float32, kernels.device)
+    x = fill(Case((2, 8, 4, 4), "small", cases.spatial_slice), torch.float32, kernels.device)
     parameters = fill_parameters(8, x.dtype, kernels.device)
     with torch.no_grad():
         forward = copies(lambda: harness.call(batch_norm, x, parameters, True))

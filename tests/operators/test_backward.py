@@ -110,12 +110,7 @@ def test_only_wanted_gradients_are_computed(
     kernels: Backend, wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """autograd drops what nobody wants; the kernels are not to spend time on it."""
-    asked = []
-
-    def look(*arguments: object) -> None:
-        asked.append(arguments[-3:])
-
-    harness.watch(monkeypatch, ops.backward, look)
+    asked = harness.asked(monkeypatch, ops.backward)
     x = fill(FEW_CASES[0], torch.float32, kernels.device)
     parameters = fill_parameters(x.shape[1], x.dtype, kernels.device)
     for tensor, flag in zip([x, parameters.weight, parameters.bias], wanted, strict=True):

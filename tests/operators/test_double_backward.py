@@ -157,12 +157,7 @@ def test_grad_output_is_not_read_for_its_own_gradient(kernels: Backend, training
 def test_autograd_asks_for_what_is_wanted(
     kernels: Backend, wanted: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-
-    def look(*arguments: object) -> None:
-        asked.append(arguments[-3:])
-
-    harness.watch(monkeypatch, ops.double_backward, look)
+    asked = harness.asked(monkeypatch, ops.double_backward)
     x, p, dy, _ = problem(FEW_CASES[0], torch.float32, kernels.device)
     leaves = [dy, x, p.weight]
     for leaf, flag in zip(leaves, wanted, strict=True):

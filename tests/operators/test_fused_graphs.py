@@ -6,14 +6,13 @@ import copy
 import io
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
 
 import pytest
 import torch
 from cases import channels_last, contiguous
 from conftest import Backend
 from fused import FORMS, every_form
-from harness import with_pickled
+from harness import Seen, with_pickled
 from parametrisations import both_modes
 from torch import Tensor, nn
 
@@ -198,17 +197,6 @@ def test_fx_keeps_the_function(backend: Backend, form: str) -> None:
     assert batch_norm in [n.target for n in traced.graph.nodes if n.op == "call_function"]
     inputs = data(backend, 3)
     torch.testing.assert_close(step(traced, traced, *inputs), step(net, net, *inputs))
-
-
-class Seen(Tensor):
-    """Records the functions that are called with it."""
-
-    calls: ClassVar[list[Callable]] = []
-
-    @classmethod
-    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None):
-        cls.calls.append(func)
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 @pytest.mark.parametrize("place", ["input", "residual"])

@@ -6,7 +6,7 @@ import copy
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from cases import channels_last, contiguous
 from conftest import Backend
 from functorch.compile import aot_function, aot_module, nop
-from harness import with_pickled
+from harness import Seen, with_pickled
 from parametrisations import both_modes
 from torch import Tensor, nn
 
@@ -71,6 +71,14 @@ def make(kind: str, arguments: dict[str, Any], backend: Backend, training: bool)
     return KINDS[kind][0](C, **arguments).to(backend.device).train(training)
 
 
+def twins(
+    kind: str, arguments: dict[str, Any], backend: Backend, training: bool
+) -> tuple[nn.Module, nn.Module]:
+    """Two modules of the same state: one to record, one to compare with."""
+    module = make(kind, arguments, backend, training)
+    return module, copy.deepcopy(module)
+
+
 def inputs(kind: str, backend: Backend, sizes: tuple[int, ...]) -> Iterator[Tensor]:
     _, rest, place = KINDS[kind]
     for size in sizes:
@@ -110,8 +118,7 @@ def test_one_graph_for_every_batch_size(
     backend: Backend, kind: str, arguments: dict[str, Any], training: bool
 ) -> None:
     """The second size makes the batch a symbol; from then on nothing is compiled again."""
-    eager = make(kind, arguments, backend, training)
-    module = copy.deepcopy(eager)
+    module, eager = twins(kind, arguments, backend, training)
     graph = torch.compile(module, fullgraph=True, backend="aot_eager")
     sizes = inputs(kind, backend, (2, 3, 4, 7, 33))
     for x in (next(sizes), next(sizes)):
@@ -124,8 +131,7 @@ def test_one_graph_for_every_batch_size(
 @both_modes
 @pytest.mark.parametrize("place", [contiguous, channels_last], ids=["contiguous", "channels last"])
 def test_every_size_a_symbol(backend: Backend, place: Callable, training: bool) -> None:
-    eager = make("2d", {}, backend, training)
-    module = copy.deepcopy(eager)
+    module, eager = twins("2d", {}, backend, training)
     graph = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
     for index, shape in enumerate([(2, C, 4, 3), (3, C, 6, 5), (7, C, 9, 8)]):
         with torch._dynamo.config.patch(error_on_recompile=index > 0):
@@ -215,8 +221,7 @@ def test_exported_program_trains(
 @every_variant
 @both_modes
 def test_aot_module(backend: Backend, kind: str, arguments: dict[str, Any], training: bool) -> None:
-    eager = make(kind, arguments, backend, training)
-    module = copy.deepcopy(eager)
+    module, eager = twins(kind, arguments, backend, training)
     graph = aot_module(module, fw_compiler=nop, bw_compiler=nop)
     (x,) = inputs(kind, backend, (2,))
     for _ in range(2):
@@ -371,17 +376,6 @@ def test_symbolic_trace_of_the_function(backend: Backend, training: bool) -> Non
     for graph in with_pickled(traced):
         twin = copy.deepcopy(module)
         torch.testing.assert_close(step(graph, graph, x), step(twin, twin, x))
-
-
-class Seen(Tensor):
-    """Records the functions that are called with it."""
-
-    calls: ClassVar[list[Callable]] = []
-
-    @classmethod
-    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: Any = None):
-        cls.calls.append(func)
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 @pytest.mark.parametrize("place", ["input", "weight"])

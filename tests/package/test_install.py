@@ -65,6 +65,13 @@ def pip(*arguments: str | Path, environment: dict[str, str], cwd: Path) -> str:
     return done.stdout + done.stderr
 
 
+def python(
+    script: str, *arguments: Path, cwd: Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, env=environment, cwd=cwd, text=True, capture_output=True)
+
+
 @needs_setuptools
 def test_plain_wheel_needs_no_torch_and_ships_every_source(tree: Path, tmp_path: Path) -> None:
     environment = fake_torch(tmp_path / "no-torch", "raise ImportError('torch is not here')")
@@ -99,9 +106,7 @@ def test_installed_package_finds_its_own_sources(tree: Path, tmp_path: Path) -> 
         "paths = [*recipe.sources, *recipe.kernels.sources, *recipe.include_dirs]\n"
         "print(all(path.exists() for path in paths), sources.csrc_dir(), sources.simt_dir())\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True
-    )
+    done = python(script, cwd=tmp_path)
     package = target / "batchnorm_cuda"
     expected = f"True {package / 'csrc'} {package / 'simt'}"
     assert done.stdout.strip() == expected, done.stderr + output
@@ -148,13 +153,7 @@ def test_users_own_load_of_the_sources(toolkit: Toolkit, tmp_path: Path) -> None
     environment = {**os.environ, "CUDA_HOME": str(toolkit.home), "TORCH_CUDA_ARCH_LIST": "8.0"}
     if int(toolkit.major) >= 13:  # what the kernels' code is like matters elsewhere
         environment["NVCC_APPEND_FLAGS"] = "--Ofast-compile=max"
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, sources.cuda_sources())],
-        cwd=tmp_path,
-        env=environment,
-        text=True,
-        capture_output=True,
-    )
+    done = python(script, *sources.cuda_sources(), cwd=tmp_path, environment=environment)
     assert done.stdout.strip().endswith("mine True True"), done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -181,9 +180,7 @@ def test_ahead_of_time_install(toolkit: Toolkit, tree: Path, tmp_path: Path) -> 
         "extension.load_cuda()\n"
         "print(json.dumps(extension.build_info()['loaded']['cuda']))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True
-    )
+    done = python(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     info = json.loads(done.stdout)
     assert info["origin"] == "ahead of time" and info["path"] == str(modules[0])
