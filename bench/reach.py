@@ -33,6 +33,19 @@ VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 FORWARD, BACKWARD = ("forward_training", "forward_eval"), ("backward_training", "backward_eval")
 DOUBLE_BACKWARD = ("double_backward_training", "double_backward_eval")
 
+# The kernel of a stage, by the direction.
+STAGES = {
+    "reduce": {
+        "forward": "collect_statistics_kernel<{cursor}>",
+        "backward": "backward_reduce_kernel<{cursor}, {epilogue}>",
+        "double_backward": "double_backward_reduce_kernel<{cursor}>",
+    },
+    "elementwise": {
+        "forward": "transform_input_kernel<{cursor}, {epilogue}>",
+        "backward": "backward_elementwise_kernel<{cursor}, {epilogue}>",
+        "double_backward": "double_backward_elementwise_kernel<{cursor}>",
+    },
+}
 # The kernels that no plan chooses between: of ranks, and of the query for clusters.
 _OF_RANKS = itertools.product(("merge_ranks_kernel", "sum_ranks_kernel"), ("float", "double"))
 FIXED = {"probe_kernel", *(f"{kernel}<{acc}>" for kernel, acc in _OF_RANKS)}
@@ -47,6 +60,10 @@ class Problem:
     sizes: tuple[int, int, int]  # [N, C, S] in memory
     dtype: str
     facts: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def direction(self) -> str:
+        return self.op.removesuffix("_training").removesuffix("_eval")
 
     @property
     def nbytes(self) -> int:
@@ -73,19 +90,11 @@ def launched(plan: Mapping[str, Any], problem: Problem) -> set[str]:
         return {f"team_kernel<{cursor}, Team{pass_name}, {held}, {epilogue}>"}
     found = set()
     if "reduce" in plan:
-        found |= {_reduce(problem, _cursor(plan["reduce"], scalar), epilogue)}
         found |= _merges(problem, acc)
-    if "elementwise" in plan:
-        found |= {_elementwise(problem, _cursor(plan["elementwise"], scalar), epilogue)}
+    for stage in STAGES.keys() & plan.keys():
+        kernel = STAGES[stage][problem.direction]
+        found |= {kernel.format(cursor=_cursor(plan[stage], scalar), epilogue=epilogue)}
     return found
-
-
-def _reduce(problem: Problem, cursor: str, epilogue: str) -> str:
-    if problem.op in FORWARD:
-        return f"collect_statistics_kernel<{cursor}>"
-    if problem.op in DOUBLE_BACKWARD:
-        return f"double_backward_reduce_kernel<{cursor}>"
-    return f"backward_reduce_kernel<{cursor}, {epilogue}>"
 
 
 def _merges(problem: Problem, acc: str) -> set[str]:
@@ -97,14 +106,6 @@ def _merges(problem: Problem, acc: str) -> set[str]:
     if dict(problem.facts).get("output_shift") == -1:  # a rank's part
         found = {f"merge_kernel<Welford<{acc}>, MergeMomentsParams<{acc}>>"}
     return found
-
-
-def _elementwise(problem: Problem, cursor: str, epilogue: str) -> str:
-    if problem.op in FORWARD:
-        return f"transform_input_kernel<{cursor}, {epilogue}>"
-    if problem.op in DOUBLE_BACKWARD:
-        return f"double_backward_elementwise_kernel<{cursor}>"
-    return f"backward_elementwise_kernel<{cursor}, {epilogue}>"
 
 
 def _cursor(t: Mapping[str, Any], scalar: str) -> str:

@@ -25,10 +25,10 @@ FAILED = "failed"  # an error, in the note
 
 
 @dataclass(frozen=True)
-class Row:
-    """One operation on one shape by one provider. None is what does not apply."""
+class Workload:
+    """What a row is about: one operation on one shape, and where its figures come from."""
 
-    kind: str  # MEASURED or MODEL
+    kind: str  # MEASURED, or what else the kind of row may be
     device: str
     set: str
     shape: str  # 32x64x56x56
@@ -36,6 +36,12 @@ class Row:
     dtype: str
     op: str
     count: int  # batch norms of this shape in the network
+
+
+@dataclass(frozen=True)
+class Row(Workload):
+    """A workload by one provider, of kind MEASURED or MODEL. None is what does not apply."""
+
     provider: str
     status: str
     compulsory_bytes: int

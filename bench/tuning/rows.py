@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..rows.results import Workload
+
 MEASURED = "measured"  # on a GPU
 HOST = "host"  # on the model of CUDA, by the host's clock: tells nothing of a GPU
 SYNTHETIC = "synthetic"  # made from a known cost model
@@ -29,15 +31,7 @@ OPTIONS: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True)
-class TuneRow:
-    kind: str
-    device: str
-    set: str
-    shape: str  # 32x64x56x56
-    layout: str
-    dtype: str
-    op: str
-    count: int  # batch norms of this shape in the network
+class TuneRow(Workload):
     n: int  # [n, c, s] as the planner sees it
     c: int
     s: int
