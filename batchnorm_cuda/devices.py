@@ -46,93 +46,63 @@ def _device(
     name: str,
     capability: tuple[int, int],
     *,
-    sm_count: int,
-    l2_bytes: int,
-    bandwidth_gb_s: float,
-    boost_mhz: int,
+    sms: int,
+    l2_mib: float,
+    gb_s: float,
+    mhz: int,
     gpcs: Sequence[int] = (),
 ) -> dict[str, Any]:
-    assert sum(gpcs) == (sm_count if capability >= _FIRST_WITH_CLUSTERS else 0)
+    assert sum(gpcs) == (sms if capability >= _FIRST_WITH_CLUSTERS else 0)
     threads, shared_sm, shared_block = _LIMITS[capability]
     return {
         "name": name,
         "compute_major": capability[0],
         "compute_minor": capability[1],
-        "sm_count": sm_count,
+        "sm_count": sms,
         "max_threads_per_sm": threads,
         "registers_per_sm": 64 * KIB,
         "shared_bytes_per_sm": shared_sm,
         "shared_bytes_per_block": 48 * KIB,
         "shared_bytes_per_block_optin": shared_block,
-        "l2_bytes": l2_bytes,
+        "l2_bytes": int(l2_mib * MIB),
         "max_grid": 2**31 - 1,
         "cooperative": True,
         "max_cluster": _PORTABLE_CLUSTER if capability >= _FIRST_WITH_CLUSTERS else 0,
-        **{f"clusters_of_{size}": sum(sms // size for sms in gpcs) for size in (2, 4, 8)},
-        "bandwidth_gb_s": bandwidth_gb_s,
-        "boost_mhz": boost_mhz,
+        **{f"clusters_of_{size}": sum(gpc // size for gpc in gpcs) for size in (2, 4, 8)},
+        "bandwidth_gb_s": gb_s,
+        "boost_mhz": mhz,
     }
 
 
 DEVICES: Mapping[str, Mapping[str, Any]] = {
     # Turing white paper and T4 data sheet: TU104 with 40 SMs, 256-bit GDDR6 at 10 Gb/s.
-    "t4": _device(
-        "Tesla T4", (7, 5), sm_count=40, l2_bytes=4 * MIB, bandwidth_gb_s=320, boost_mhz=1590
-    ),
+    "t4": _device("Tesla T4", (7, 5), sms=40, l2_mib=4, gb_s=320, mhz=1590),
     # A100 white paper, A100 40 GB SXM; the 80 GB version differs in bandwidth only (2039 GB/s).
-    "a100": _device(
-        "A100-SXM4-40GB",
-        (8, 0),
-        sm_count=108,
-        l2_bytes=40 * MIB,
-        bandwidth_gb_s=1555,
-        boost_mhz=1410,
-    ),
+    "a100": _device("A100-SXM4-40GB", (8, 0), sms=108, l2_mib=40, gb_s=1555, mhz=1410),
     # Ada white paper: AD102 with 128 of 144 SMs and 72 of 96 MB of L2 cache, 384-bit GDDR6X.
-    "rtx4090": _device(
-        "GeForce RTX 4090",
-        (8, 9),
-        sm_count=128,
-        l2_bytes=72 * MIB,
-        bandwidth_gb_s=1008,
-        boost_mhz=2520,
-    ),
+    "rtx4090": _device("GeForce RTX 4090", (8, 9), sms=128, l2_mib=72, gb_s=1008, mhz=2520),
     # L40S data sheet: AD102 with 142 SMs (18176 CUDA cores) and all of its L2 cache, 384-bit GDDR6.
-    "l40s": _device(
-        "L40S", (8, 9), sm_count=142, l2_bytes=96 * MIB, bandwidth_gb_s=864, boost_mhz=2520
-    ),
+    "l40s": _device("L40S", (8, 9), sms=142, l2_mib=96, gb_s=864, mhz=2520),
     # H100 white paper, SXM5: 132 SMs of 144 in 8 GPCs of up to 18, five HBM3 stacks; 66.9 TFLOP/s
     # are 1980 MHz.
     "h100": _device(
-        "H100 SXM5",
-        (9, 0),
-        sm_count=132,
-        l2_bytes=50 * MIB,
-        bandwidth_gb_s=3350,
-        boost_mhz=1980,
-        gpcs=(16,) * 6 + (18,) * 2,
+        "H100 SXM5", (9, 0), sms=132, l2_mib=50, gb_s=3350, mhz=1980, gpcs=(16,) * 6 + (18,) * 2
     ),
     # B200: two dies of 74 SMs, taken to be in four GPCs each. Data sheets say "up to 8 TB/s"; a
     # 7680-bit bus at 3996 MHz, as the driver reports them, is 7672 GB/s, and it reports 126.5 MB of
     # L2 cache.
     "b200": _device(
-        "B200",
-        (10, 0),
-        sm_count=148,
-        l2_bytes=253 * MIB // 2,
-        bandwidth_gb_s=7672,
-        boost_mhz=1965,
-        gpcs=(18,) * 6 + (20,) * 2,
+        "B200", (10, 0), sms=148, l2_mib=126.5, gb_s=7672, mhz=1965, gpcs=(18,) * 6 + (20,) * 2
     ),
     # RTX Blackwell white paper: GB202 with 11 GPCs, 170 of 192 SMs and 96 of 128 MB of L2 cache,
     # 512-bit GDDR7 at 28 Gb/s.
     "rtx5090": _device(
         "GeForce RTX 5090",
         (12, 0),
-        sm_count=170,
-        l2_bytes=96 * MIB,
-        bandwidth_gb_s=1792,
-        boost_mhz=2407,
+        sms=170,
+        l2_mib=96,
+        gb_s=1792,
+        mhz=2407,
         gpcs=(16,) * 8 + (14,) * 3,
     ),
 }

@@ -1,5 +1,6 @@
 """What the examples share: the choice of a device, and the comparison with torch.nn."""
 
+import argparse
 import copy
 import os
 import sys
@@ -30,12 +31,35 @@ def parse_arguments(parser, toy):
     return args
 
 
-def choose_device(choice):
+def parser_of_two_runs(description, batch_size):
+    """The arguments of an example that trains twice, with torch.nn's batch norm and with ours."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: a GPU if there is one, else the CPU; cpu: CUDA kernels on the CPU",
+    )
+    return parser
+
+
+def repeat_to_the_bit():
+    """All but batch norm must, or its own noise would show where two runs are compared."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_num_threads(1)  # layers this small only wait for each other's threads
+
+
+def choose_device(choice, *, emulate=False):
+    """A torch.device; `emulate`: where that is the CPU, it runs the CUDA kernels."""
     if choice == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda, but torch.cuda.is_available() is false")
     if choice == "auto":
         choice = "cuda" if torch.cuda.is_available() else "cpu"
-    if choice == "emulated":
+    if choice == "emulated" or (emulate and choice == "cpu"):
         os.environ["BATCHNORM_CUDA_EMULATE"] = "1"  # looked at by each call
     device = torch.device("cuda" if choice == "cuda" else "cpu")
     backend = batchnorm_cuda.backend_for(torch.empty(0, device=device))

@@ -11,12 +11,14 @@ the two are compared.
     python examples/gradient_penalty.py [--steps 30] [--device auto|cpu|cuda]
 """
 
-import argparse
 import sys
 
 import torch
+from common import choose_device, parser_of_two_runs, repeat_to_the_bit
 from torch import nn
-from train_digits import choose_device, load_data
+from train_digits import load_data
+
+import batchnorm_cuda
 
 NOISE = 16
 PENALTY = 10.0
@@ -29,11 +31,8 @@ MAX_DIFFERENCE = 1e-4
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of_two_runs(__doc__.splitlines()[0], batch_size=32)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args()
     if args.steps < 1 or args.batch_size < 2:
         parser.error("--steps must be at least 1 and --batch-size at least 2")
@@ -111,17 +110,9 @@ def print_table(theirs, ours):
 
 def main():
     args = parse_args()
-    device = choose_device(args.device)
-    import batchnorm_cuda  # after choose_device: it may set BATCHNORM_CUDA_EMULATE
-
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_num_threads(1)
-
+    device = choose_device(args.device, emulate=True)
+    repeat_to_the_bit()
     images, *_ = load_data(device)
-    backend = batchnorm_cuda.backend_for(images)
-    print(f"torch {torch.__version__}, device {device}, batchnorm_cuda backend: {backend}")
     theirs = train((nn.BatchNorm2d, nn.BatchNorm1d), images, args)
     ours = train((batchnorm_cuda.BatchNorm2d, batchnorm_cuda.BatchNorm1d), images, args)
     print_table(theirs, ours)

@@ -7,17 +7,18 @@ elsewhere the CUDA kernels run on the CPU, through the host model of CUDA that t
     python examples/train_digits.py [--epochs 8] [--device auto|cpu|cuda] [--quick]
 """
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import choose_device, parser_of_two_runs, repeat_to_the_bit
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 from tqdm import tqdm
+
+import batchnorm_cuda
 
 MIN_ACCURACY = 0.95
 
@@ -31,12 +32,9 @@ MAX_LOSS_DIFFERENCE = 1e-4
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of_two_runs(__doc__.splitlines()[0], batch_size=64)
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/train_digits.png"))
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--quick", action="store_true", help="3 epochs, whatever --epochs says")
     args = parser.parse_args()
     if args.quick:
@@ -44,17 +42,6 @@ def parse_args():
     if args.epochs < 1 or args.batch_size < 2:
         parser.error("--epochs must be at least 1 and --batch-size at least 2")
     return args
-
-
-def choose_device(choice):
-    if choice == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda, but torch.cuda.is_available() is false")
-    if choice == "auto":
-        choice = "cuda" if torch.cuda.is_available() else "cpu"
-    if choice == "cpu":
-        os.environ["BATCHNORM_CUDA_EMULATE"] = "1"
-        print("Running on the CPU: set BATCHNORM_CUDA_EMULATE=1, the CUDA kernels run emulated.")
-    return torch.device(choice)
 
 
 def load_data(device):
@@ -149,21 +136,12 @@ def save_plot(theirs, ours, path):
 
 def main():
     args = parse_args()
-    device = choose_device(args.device)
-    import batchnorm_cuda  # after choose_device: it may set BATCHNORM_CUDA_EMULATE
-
-    # The rest of the network must repeat to the bit, or its own noise would show in the comparison.
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_num_threads(1)  # layers this small only wait for each other's threads
-
+    device = choose_device(args.device, emulate=True)
+    repeat_to_the_bit()
     data = load_data(device)
     if len(data[0]) % args.batch_size == 1:
         sys.exit("error: this --batch-size leaves a last batch of one image: no variance to take")
-    backend = batchnorm_cuda.backend_for(data[0])
-    print(f"torch {torch.__version__}, device {device}, batchnorm_cuda backend: {backend}")
-    if backend == "aten":
+    if batchnorm_cuda.backend_for(data[0]) == "aten":
         sys.exit("error: batchnorm_cuda chose torch operators, so its kernels would not be tested")
     # The first use may compile the kernels: here, not under the progress bar.
     batchnorm_cuda.batch_norm(data[0][:2], None, None, training=True)
