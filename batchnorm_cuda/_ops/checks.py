@@ -45,31 +45,15 @@ def check_residual(residual: Tensor | None, input: Tensor) -> None:
     if residual is None:
         return
     _check_place("residual", residual, input)
-    if residual.dtype != input.dtype:
-        raise TypeError(
-            f"batch_norm: expected residual to have dtype {input.dtype}, the dtype of input, "
-            f"got {residual.dtype}"
-        )
-    if residual.shape != input.shape:
-        raise ValueError(
-            f"batch_norm: expected residual to have shape {list(input.shape)}, "
-            f"got {list(residual.shape)}"
-        )
+    _check_dtype("residual", residual, input.dtype, note=", the dtype of input")
+    _check_shape("residual", residual, list(input.shape))
 
 
 def _check_counter(counter: Tensor | None, input: Tensor) -> None:
     if counter is None:
         return
-    if counter.device != input.device:
-        raise RuntimeError(
-            f"batch_norm: expected num_batches_tracked to be on {input.device}, the device of "
-            f"input, got {counter.device}"
-        )
-    if counter.dtype != torch.int64:
-        raise TypeError(
-            "batch_norm: expected num_batches_tracked to have dtype torch.int64, "
-            f"got {counter.dtype}"
-        )
+    _check_place("num_batches_tracked", counter, input)
+    _check_dtype("num_batches_tracked", counter, torch.int64)
     if counter.numel() != 1:
         raise ValueError(
             "batch_norm: expected num_batches_tracked to have one element, "
@@ -81,16 +65,8 @@ def _check_vector(name: str, vector: Tensor | None, input: Tensor) -> None:
     if vector is None:
         return
     _check_place(name, vector, input)
-    if vector.dtype not in (input.dtype, torch.float32):
-        allowed = str(input.dtype)
-        if input.dtype != torch.float32:
-            allowed += " or torch.float32"
-        raise TypeError(f"batch_norm: expected {name} to have dtype {allowed}, got {vector.dtype}")
-    if list(vector.shape) != [input.shape[1]]:
-        raise ValueError(
-            f"batch_norm: expected {name} to have shape [{input.shape[1]}], "
-            f"got {list(vector.shape)}"
-        )
+    _check_dtype(name, vector, input.dtype, torch.float32)
+    _check_shape(name, vector, [input.shape[1]])
 
 
 def _check_place(name: str, tensor: Tensor, input: Tensor) -> None:
@@ -100,6 +76,21 @@ def _check_place(name: str, tensor: Tensor, input: Tensor) -> None:
         raise RuntimeError(
             f"batch_norm: expected {name} to be on {input.device}, the device of input, "
             f"got {tensor.device}"
+        )
+
+
+def _check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype, note: str = "") -> None:
+    if tensor.dtype not in allowed:
+        expected = " or ".join(map(str, dict.fromkeys(allowed)))
+        raise TypeError(
+            f"batch_norm: expected {name} to have dtype {expected}{note}, got {tensor.dtype}"
+        )
+
+
+def _check_shape(name: str, tensor: Tensor, expected: list[int]) -> None:
+    if list(tensor.shape) != expected:
+        raise ValueError(
+            f"batch_norm: expected {name} to have shape {expected}, got {list(tensor.shape)}"
         )
 
 
@@ -125,10 +116,7 @@ def _check_running(mean: Tensor | None, var: Tensor | None, input: Tensor, train
 def _check_gathered(gathered: Tensor, input: Tensor) -> None:
     dtype = ACCUMULATE[input.dtype]
     values = 2 * input.shape[1] + torch.int64.itemsize // dtype.itemsize
-    if gathered.dtype != dtype:
-        raise TypeError(
-            f"batch_norm: expected gathered to have dtype {dtype}, got {gathered.dtype}"
-        )
+    _check_dtype("gathered", gathered, dtype)
     if gathered.dim() != 2 or gathered.shape[0] == 0 or gathered.shape[1] != values:
         raise ValueError(
             f"batch_norm: expected gathered to hold one row of {values} values a rank, "
