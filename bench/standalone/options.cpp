@@ -2,10 +2,11 @@
 
 #include <cstdlib>
 #include <fstream>
-#include <map>
 #include <regex>
 #include <sstream>
 #include <stdexcept>
+
+#include "plan/plan_names.h"
 
 namespace bn_standalone {
 
@@ -13,12 +14,19 @@ using namespace batchnorm_cuda;
 
 namespace {
 
-template <typename T>
-T choose(const std::string& flag, const std::string& value, const std::map<std::string, T>& known) {
-  const auto found = known.find(value);
-  if (found != known.end()) return found->second;
+constexpr Named<Op> kOpNames[] = {{"forward", Op::kForwardTraining},
+                                  {"backward", Op::kBackwardTraining},
+                                  {"eval", Op::kForwardEval}};
+constexpr Named<Dtype> kDtypeNames[] = {{"bfloat16", Dtype::kBFloat16},
+                                        {"double", Dtype::kDouble},
+                                        {"float", Dtype::kFloat},
+                                        {"half", Dtype::kHalf}};
+
+template <typename T, size_t kCount>
+T choose(const std::string& flag, const std::string& value, const Named<T> (&known)[kCount]) {
+  if (const T* found = find_value(known, value)) return *found;
   std::string expected;
-  for (const auto& entry : known) expected += " " + entry.first;
+  for (const Named<T>& each : known) expected += std::string(" ") + each.name;
   throw std::invalid_argument(flag + ": expected one of" + expected + ", got '" + value + "'");
 }
 
@@ -34,28 +42,15 @@ int64_t parse_integer(const std::string& flag, const std::string& value, int64_t
 
 void set_option(const std::string& flag, const std::string& value, Options* o) {
   if (flag == "--op") {
-    o->problem.op = choose<Op>(flag, value,
-                               {{"forward", Op::kForwardTraining},
-                                {"backward", Op::kBackwardTraining},
-                                {"eval", Op::kForwardEval}});
+    o->problem.op = choose(flag, value, kOpNames);
     o->op_name = value;
   } else if (flag == "--dtype") {
-    o->problem.dtype = choose<Dtype>(flag, value,
-                                     {{"half", Dtype::kHalf},
-                                      {"bfloat16", Dtype::kBFloat16},
-                                      {"float", Dtype::kFloat},
-                                      {"double", Dtype::kDouble}});
+    o->problem.dtype = choose(flag, value, kDtypeNames);
     o->dtype_name = value;
   } else if (flag == "--strategy") {
-    o->plan.strategy = choose<Strategy>(
-        flag, value,
-        {{"auto", Strategy::kAuto}, {"two_pass", Strategy::kTwoPass}, {"team", Strategy::kTeam}});
+    o->plan.strategy = choose(flag, value, kStrategies);
   } else if (flag == "--scope") {
-    o->plan.scope = choose<Scope>(flag, value,
-                                  {{"auto", Scope::kAuto},
-                                   {"block", Scope::kBlock},
-                                   {"cluster", Scope::kCluster},
-                                   {"grid", Scope::kGrid}});
+    o->plan.scope = choose(flag, value, kScopes);
   } else if (flag == "--team-size") {
     o->plan.team_size = static_cast<int>(parse_integer(flag, value, 0));
   } else if (flag == "--n") {

@@ -38,8 +38,14 @@ inline void check_launch(batchnorm_cuda::LaunchStatus status, const char* kernel
                            " failed: " + batchnorm_cuda::describe_status(status));
 }
 
-inline int merge_shift(const batchnorm_cuda::Plan& plan) {
-  return plan.pattern == batchnorm_cuda::Pattern::kAlongC ? plan.reduce.shift : 0;
+// What every merge of partial results takes.
+template <template <typename> class Params, typename acc_t>
+Params<acc_t> merge_params(const batchnorm_cuda::Plan& plan,
+                           const batchnorm_cuda::Partials<acc_t>& partials) {
+  Params<acc_t> params{};
+  params.partials = partials;
+  params.shift = plan.pattern == batchnorm_cuda::Pattern::kAlongC ? plan.reduce.shift : 0;
+  return params;
 }
 
 template <typename scalar_t>
@@ -56,18 +62,41 @@ auto statistics_output(const Call<scalar_t>& call) {
   return result;
 }
 
-template <typename scalar_t>
-batchnorm_cuda::LaunchStatus launch_forward_team(const Call<scalar_t>& call,
-                                                 const batchnorm_cuda::Plan& plan) {
-  batchnorm_cuda::TeamForwardParams<scalar_t> params{};
-  params.team = plan.team;
+// What kernels take that write the output, and those that write grad_input.
+template <typename Params, typename scalar_t>
+void set_forward(Params& params, const Call<scalar_t>& call) {
   params.input = call.input;
   params.output = call.output;
   params.weight = call.param(call.weight);
   params.bias = call.param(call.bias);
-  params.statistics = statistics_output(call);
-  params.slots = static_cast<typename Call<scalar_t>::acc_t*>(call.workspace);
+}
+template <typename Params, typename scalar_t>
+void set_backward(Params& params, const Call<scalar_t>& call) {
+  params.count = call.problem.n * call.problem.s;
+  params.grad_output = call.grad_output;
+  params.input = call.input;
+  params.grad_input = call.output;
+  params.weight = call.param(call.weight);
+  params.mean = call.mean;
+  params.invstd = call.invstd;
+}
+
+// What every team kernel takes.
+template <typename Params, typename scalar_t>
+Params team_params(const Call<scalar_t>& call, const batchnorm_cuda::Plan& plan) {
+  Params params{};
+  params.team = plan.team;
+  params.slots = static_cast<typename Params::acc_t*>(call.workspace);
   params.sync = call.sync;
+  return params;
+}
+
+template <typename scalar_t>
+batchnorm_cuda::LaunchStatus launch_forward_team(const Call<scalar_t>& call,
+                                                 const batchnorm_cuda::Plan& plan) {
+  auto params = team_params<batchnorm_cuda::TeamForwardParams<scalar_t>>(call, plan);
+  set_forward(params, call);
+  params.statistics = statistics_output(call);
   return batchnorm_cuda::kernels<scalar_t>().team_forward(params, nullptr);
 }
 
@@ -82,9 +111,7 @@ void launch_forward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pla
     params.input = call.input;
     params.partials = call.partials(plan);
     check_launch(table.statistics(plan.pattern, params, nullptr), "collect_statistics_kernel");
-    batchnorm_cuda::MergeStatisticsParams<acc_t> merge{};
-    merge.partials = params.partials;
-    merge.shift = merge_shift(plan);
+    auto merge = merge_params<batchnorm_cuda::MergeStatisticsParams>(plan, params.partials);
     merge.statistics = statistics_output(call);
     check_launch(batchnorm_cuda::merges<acc_t>().statistics(plan.merge, merge, nullptr),
                  "merge_kernel");
@@ -94,10 +121,7 @@ void launch_forward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pla
   params.input_aligned = true;
   params.use_running = !training;
   params.eps = call.eps;
-  params.input = call.input;
-  params.output = call.output;
-  params.weight = call.param(call.weight);
-  params.bias = call.param(call.bias);
+  set_forward(params, call);
   if (!training) {
     params.running_mean = call.param(call.running_mean);
     params.running_var = call.param(call.running_var);
@@ -111,20 +135,11 @@ void launch_forward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pla
 template <typename scalar_t>
 batchnorm_cuda::LaunchStatus launch_backward_team(const Call<scalar_t>& call,
                                                   const batchnorm_cuda::Plan& plan) {
-  batchnorm_cuda::TeamBackwardParams<scalar_t> params{};
-  params.team = plan.team;
+  auto params = team_params<batchnorm_cuda::TeamBackwardParams<scalar_t>>(call, plan);
+  set_backward(params, call);
   params.training = true;
-  params.count = call.problem.n * call.problem.s;
-  params.grad_output = call.grad_output;
-  params.input = call.input;
-  params.grad_input = call.output;
-  params.weight = call.param(call.weight);
-  params.mean = call.mean;
-  params.invstd = call.invstd;
   params.grad_weight = call.param(call.grad_weight);
   params.grad_bias = call.param(call.grad_bias);
-  params.slots = static_cast<typename Call<scalar_t>::acc_t*>(call.workspace);
-  params.sync = call.sync;
   return batchnorm_cuda::kernels<scalar_t>().team_backward(params, nullptr);
 }
 
@@ -142,9 +157,7 @@ void launch_backward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pl
   reduce.partials = call.partials(plan);
   check_launch(table.backward_reduce(plan.pattern, reduce, nullptr), "backward_reduce_kernel");
 
-  batchnorm_cuda::MergeGradientsParams<acc_t> merge{};
-  merge.partials = reduce.partials;
-  merge.shift = merge_shift(plan);
+  auto merge = merge_params<batchnorm_cuda::MergeGradientsParams>(plan, reduce.partials);
   merge.sum_dy = call.sum_dy;
   merge.sum_dy_xhat = call.sum_dy_xhat;
   merge.grad_weight = call.param(call.grad_weight);
@@ -156,13 +169,7 @@ void launch_backward_stages(const Call<scalar_t>& call, const batchnorm_cuda::Pl
   params.traversal = plan.elementwise;
   params.grad_output_aligned = true;
   params.input_aligned = true;
-  params.count = call.problem.n * call.problem.s;
-  params.grad_output = call.grad_output;
-  params.input = call.input;
-  params.grad_input = call.output;
-  params.weight = call.param(call.weight);
-  params.mean = call.mean;
-  params.invstd = call.invstd;
+  set_backward(params, call);
   params.sum_dy = call.sum_dy;
   params.sum_dy_xhat = call.sum_dy_xhat;
   check_launch(table.backward_elementwise(plan.elementwise.pattern, params, nullptr),

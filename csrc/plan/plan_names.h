@@ -35,20 +35,27 @@ constexpr Named<Pattern> kPatterns[] = {{"along_s", Pattern::kAlongS},
                                         {"along_row", Pattern::kAlongRow}};
 
 template <typename T, size_t kCount>
-const char* name_of(const Named<T> (&names)[kCount], T value) {
+const char* name_of(const Named<T> (&names)[kCount], T value, const char* otherwise = "unknown") {
   for (const Named<T>& each : names) {
     if (each.value == value) return each.name;
   }
-  return "unknown";
+  return otherwise;
+}
+
+// Null where there is no such name.
+template <typename T, size_t kCount>
+const T* find_value(const Named<T> (&names)[kCount], const std::string& text) {
+  for (const Named<T>& each : names) {
+    if (text == each.name) return &each.value;
+  }
+  return nullptr;
 }
 
 // `expected` lists the names for the std::invalid_argument of another text.
 template <typename T, size_t kCount>
 T value_of(const Named<T> (&names)[kCount], const char* what, const std::string& text,
            const char* expected) {
-  for (const Named<T>& each : names) {
-    if (text == each.name) return each.value;
-  }
+  if (const T* value = find_value(names, text)) return *value;
   throw std::invalid_argument(std::string("make_plan: expected ") + what + " to be " + expected +
                               ", got " + text);
 }
