@@ -2,7 +2,6 @@
 
 #include <utility>
 
-#include "../plan/plan_cache.h"
 #include "checks.h"
 #include "device_context.h"
 #include "dispatch.h"
@@ -15,22 +14,12 @@ namespace {
 
 template <typename scalar_t>
 LaunchStatus run_team(const Backward& b, const Plan& plan, cudaStream_t stream) {
-  using acc_t = acc_type<scalar_t>;
   const Workspace workspace = allocate_workspace(plan, b.input);
-  TeamBackwardParams<scalar_t> params{};
-  params.team = plan.team;
+  auto params = team_params<TeamBackwardParams<scalar_t>>(b, plan, workspace);
   params.training = b.statistics();
-  params.count = b.problem.n * b.problem.s;
-  params.grad_output = pointer_to<scalar_t>(b.grad_output);
   params.input = pointer_to<scalar_t>(b.input);
-  if (b.grad_input) params.grad_input = static_cast<scalar_t*>(b.grad_input->data_ptr());
-  params.weight = param_pointer(b.weight);
-  params.mean = pointer_to<acc_t>(b.save_mean);
-  params.invstd = pointer_to<acc_t>(b.save_invstd);
   params.grad_weight = param_pointer(b.grad_weight);
   params.grad_bias = param_pointer(b.grad_bias);
-  params.slots = workspace.data<acc_t>();
-  params.sync = workspace.words();
   if (!b.problem.fused) return kernels<scalar_t>().team_backward(params, stream);
   return kernels<scalar_t>().fused_team_backward(params, fused_params<scalar_t>(b), stream);
 }
@@ -39,12 +28,9 @@ template <typename scalar_t>
 void run(Backward& b) {
   const c10::Device device = b.input.device();
   const cudaStream_t stream = current_stream(device);
-  const Plan* plan = &cached_plan(b.problem, device_info(device), plan_options());
-  while (plan->strategy == Strategy::kTeam) {
-    const LaunchStatus status = run_team<scalar_t>(b, *plan, stream);
-    if (!is_refused(status)) return check_launch(status, "team_kernel");
-    plan = &plan_after_refusal(b.problem, device, plan->team, status);
-  }
+  const Plan* plan = plan_unless_team(
+      b.problem, device, [&](const Plan& team) { return run_team<scalar_t>(b, team, stream); });
+  if (!plan) return;
   if (b.statistics() && b.grad_input) b.sums = sums_of(b.input);
   if (plan->has_reduce) run_reduce<scalar_t>(b, *plan, stream);
   if (plan->has_elementwise) run_elementwise<scalar_t>(b, *plan, stream);

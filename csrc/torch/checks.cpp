@@ -5,6 +5,7 @@
 #include <cmath>
 #include <string>
 
+#include "../plan/plan_names.h"
 #include "device_context.h"
 #include "dispatch.h"
 #include "tensors.h"
@@ -17,55 +18,30 @@ at::ScalarType accumulate_type(const at::Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// As Python prints them.
+constexpr Named<at::ScalarType> kDtypeNames[] = {{"torch.float16", at::kHalf},
+                                                 {"torch.bfloat16", at::kBFloat16},
+                                                 {"torch.float32", at::kFloat},
+                                                 {"torch.float64", at::kDouble},
+                                                 {"torch.int64", at::kLong},
+                                                 {"torch.int32", at::kInt},
+                                                 {"torch.int16", at::kShort},
+                                                 {"torch.int8", at::kChar},
+                                                 {"torch.uint8", at::kByte},
+                                                 {"torch.bool", at::kBool},
+                                                 {"torch.complex64", at::kComplexFloat},
+                                                 {"torch.complex128", at::kComplexDouble}};
+constexpr Named<at::Layout> kLayoutNames[] = {
+    {"torch.sparse_coo", at::kSparse},    {"torch.sparse_csr", at::kSparseCsr},
+    {"torch.sparse_csc", at::kSparseCsc}, {"torch.sparse_bsr", at::kSparseBsr},
+    {"torch.sparse_bsc", at::kSparseBsc}, {"torch._mkldnn", at::kMkldnn}};
+
 const char* dtype_name(at::ScalarType type) {
-  switch (type) {
-    case at::kHalf:
-      return "torch.float16";
-    case at::kBFloat16:
-      return "torch.bfloat16";
-    case at::kFloat:
-      return "torch.float32";
-    case at::kDouble:
-      return "torch.float64";
-    case at::kLong:
-      return "torch.int64";
-    case at::kInt:
-      return "torch.int32";
-    case at::kShort:
-      return "torch.int16";
-    case at::kChar:
-      return "torch.int8";
-    case at::kByte:
-      return "torch.uint8";
-    case at::kBool:
-      return "torch.bool";
-    case at::kComplexFloat:
-      return "torch.complex64";
-    case at::kComplexDouble:
-      return "torch.complex128";
-    default:
-      return c10::toString(type);
-  }
+  return name_of(kDtypeNames, type, c10::toString(type));
 }
 
-// As Python prints it.
 const char* layout_name(at::Layout layout) {
-  switch (layout) {
-    case at::kSparse:
-      return "torch.sparse_coo";
-    case at::kSparseCsr:
-      return "torch.sparse_csr";
-    case at::kSparseCsc:
-      return "torch.sparse_csc";
-    case at::kSparseBsr:
-      return "torch.sparse_bsr";
-    case at::kSparseBsc:
-      return "torch.sparse_bsc";
-    case at::kMkldnn:
-      return "torch._mkldnn";
-    default:
-      return "another layout";
-  }
+  return name_of(kLayoutNames, layout, "another layout");
 }
 
 void check_strided(const at::Tensor& tensor, const char* name) {
@@ -88,6 +64,12 @@ void check_same_device(const at::Tensor& tensor, const char* name, const at::Ten
 void check_supported_device(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.device().type() == supported_device_type(), "batch_norm: expected ", name,
               " to be on ", text(supported_device_type()), ", got ", text(tensor.device()));
+}
+
+void check_dtype(const at::Tensor& tensor, const char* name, at::ScalarType expected) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == expected, "batch_norm: expected ", name,
+                   " to have dtype ", dtype_name(expected), ", got ",
+                   dtype_name(tensor.scalar_type()));
 }
 
 void check_input(const at::Tensor& input) {
@@ -155,9 +137,7 @@ void check_running(const at::Tensor& input, const OptionalTensor& mean, const Op
 void check_accumulated(const at::Tensor& tensor, const char* name, const at::Tensor& input) {
   check_strided(tensor, name);
   check_same_device(tensor, name, input);
-  TORCH_CHECK_TYPE(tensor.scalar_type() == accumulate_type(input), "batch_norm: expected ", name,
-                   " to have dtype ", dtype_name(accumulate_type(input)), ", got ",
-                   dtype_name(tensor.scalar_type()));
+  check_dtype(tensor, name, accumulate_type(input));
 }
 
 void check_saved(const at::Tensor& tensor, const char* name, const at::Tensor& input) {
@@ -169,9 +149,7 @@ void check_counter(const OptionalTensor& counter, const at::Tensor& input) {
   if (!counter) return;
   check_strided(*counter, "num_batches_tracked");
   check_same_device(*counter, "num_batches_tracked", input);
-  TORCH_CHECK_TYPE(counter->scalar_type() == at::kLong,
-                   "batch_norm: expected num_batches_tracked to have dtype torch.int64, got ",
-                   dtype_name(counter->scalar_type()));
+  check_dtype(*counter, "num_batches_tracked", at::kLong);
   TORCH_CHECK_VALUE(counter->numel() == 1,
                     "batch_norm: expected num_batches_tracked to have one element, got shape ",
                     text(counter->sizes()));
@@ -189,9 +167,7 @@ void check_gathered(const at::Tensor& gathered, const at::Tensor& input) {
 void check_mask(const at::Tensor& mask, const at::Tensor& input) {
   check_strided(mask, "mask");
   check_same_device(mask, "mask", input);
-  TORCH_CHECK_TYPE(mask.scalar_type() == at::kByte,
-                   "batch_norm: expected mask to have dtype torch.uint8, got ",
-                   dtype_name(mask.scalar_type()));
+  check_dtype(mask, "mask", at::kByte);
   check_shape(mask, "mask", {mask_bytes_of(input)});
 }
 
@@ -202,9 +178,7 @@ void check_totals(const at::Tensor& sums, const OptionalTensor& count, const at:
   TORCH_CHECK_VALUE(count, "batch_norm: expected count to be given with sums, got None");
   check_strided(*count, "count");
   check_same_device(*count, "count", input);
-  TORCH_CHECK_TYPE(count->scalar_type() == at::kLong,
-                   "batch_norm: expected count to have dtype torch.int64, got ",
-                   dtype_name(count->scalar_type()));
+  check_dtype(*count, "count", at::kLong);
   check_shape(*count, "count", {1});
 }
 

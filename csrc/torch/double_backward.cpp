@@ -54,9 +54,7 @@ at::Tensor run_reduce(const DoubleBackward& b, const Plan& plan, cudaStream_t st
                "double_backward_reduce_kernel");
 
   at::Tensor sums;
-  MergeDoubleGradientsParams<acc_t> merge{};
-  merge.partials = params.partials;
-  merge.shift = merge_shift(plan);
+  auto merge = merge_params<MergeDoubleGradientsParams>(plan, params.partials);
   merge.training = b.training;
   merge.count = b.problem.n * b.problem.s;
   merge.invstd = params.invstd;

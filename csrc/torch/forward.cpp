@@ -2,7 +2,6 @@
 
 #include <utility>
 
-#include "../plan/plan_cache.h"
 #include "../plan/rank_merge.h"
 #include "checks.h"
 #include "device_context.h"
@@ -16,17 +15,9 @@ namespace {
 
 template <typename scalar_t>
 LaunchStatus run_team(const Forward& f, const Plan& plan, cudaStream_t stream) {
-  using acc_t = acc_type<scalar_t>;
   const Workspace workspace = allocate_workspace(plan, f.input);
-  TeamForwardParams<scalar_t> params{};
-  params.team = plan.team;
-  params.input = static_cast<const scalar_t*>(f.input.const_data_ptr());
-  params.output = static_cast<scalar_t*>(f.output.data_ptr());
-  params.weight = param_pointer(f.weight);
-  params.bias = param_pointer(f.bias);
-  params.statistics = statistics_output<acc_t>(f);
-  params.slots = workspace.data<acc_t>();
-  params.sync = workspace.words();
+  auto params = team_params<TeamForwardParams<scalar_t>>(f, plan, workspace);
+  params.statistics = statistics_output<acc_type<scalar_t>>(f);
   if (!f.problem.fused) return kernels<scalar_t>().team_forward(params, stream);
   return kernels<scalar_t>().fused_team_forward(
       params, fused_params<scalar_t>(f, plan.team.traversal, stream), stream);
@@ -36,9 +27,8 @@ template <typename scalar_t>
 void run_statistics(const Forward& f, const Plan& plan, cudaStream_t stream) {
   using acc_t = acc_type<scalar_t>;
   const Workspace workspace = allocate_workspace(plan, f.input);
-  MergeStatisticsParams<acc_t> merge{};
-  merge.partials = collect_statistics<scalar_t>(f, plan, workspace, stream);
-  merge.shift = merge_shift(plan);
+  auto merge = merge_params<MergeStatisticsParams>(
+      plan, collect_statistics<scalar_t>(f, plan, workspace, stream));
   merge.statistics = statistics_output<acc_t>(f);
   check_launch(merges<acc_t>().statistics(plan.merge, merge, stream), "merge_kernel");
 }
@@ -47,12 +37,9 @@ template <typename scalar_t>
 void run(const Forward& f) {
   const c10::Device device = f.input.device();
   const cudaStream_t stream = current_stream(device);
-  const Plan* plan = &cached_plan(f.problem, device_info(device), plan_options());
-  while (plan->strategy == Strategy::kTeam) {
-    const LaunchStatus status = run_team<scalar_t>(f, *plan, stream);
-    if (!is_refused(status)) return check_launch(status, "team_kernel");
-    plan = &plan_after_refusal(f.problem, device, plan->team, status);
-  }
+  const Plan* plan = plan_unless_team(
+      f.problem, device, [&](const Plan& team) { return run_team<scalar_t>(f, team, stream); });
+  if (!plan) return;
   if (plan->has_reduce) run_statistics<scalar_t>(f, *plan, stream);
   run_normalize<scalar_t>(f, *plan, stream);
 }

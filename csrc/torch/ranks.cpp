@@ -24,9 +24,8 @@ void run_moments(const Forward& f, const at::Tensor& row) {
   const cudaStream_t stream = current_stream(f.input.device());
   const Plan& plan = plan_parts(f.problem, f.input);
   const Workspace workspace = allocate_workspace(plan, f.input);
-  MergeMomentsParams<acc_t> merge{};
-  merge.partials = collect_statistics<scalar_t>(f, plan, workspace, stream);
-  merge.shift = merge_shift(plan);
+  auto merge = merge_params<MergeMomentsParams>(
+      plan, collect_statistics<scalar_t>(f, plan, workspace, stream));
   merge.count = f.problem.n * f.problem.s;
   merge.moments = {static_cast<acc_t*>(row.data_ptr()), f.problem.c};
   check_launch(merges<acc_t>().moments(plan.merge, merge, stream), "merge_kernel");

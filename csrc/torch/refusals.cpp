@@ -5,9 +5,6 @@
 #include <atomic>
 #include <string>
 
-#include "../plan/plan_cache.h"
-#include "device_context.h"
-
 namespace batchnorm_cuda {
 namespace {
 

@@ -16,9 +16,13 @@ inline const T* pointer_to(const at::Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-// What the merge of partial results takes as `shift`.
-inline int merge_shift(const Plan& plan) {
-  return plan.pattern == Pattern::kAlongC ? plan.reduce.shift : 0;
+// What every merge of partial results takes.
+template <template <typename> class Params, typename acc_t>
+Params<acc_t> merge_params(const Plan& plan, const Partials<acc_t>& partials) {
+  Params<acc_t> params{};
+  params.partials = partials;
+  params.shift = plan.pattern == Pattern::kAlongC ? plan.reduce.shift : 0;
+  return params;
 }
 
 // The stages alone: a team kernel cannot stop for the other ranks.
@@ -69,6 +73,15 @@ FusedForward<scalar_t> fused_params(const Forward& f, const Traversal& t, cudaSt
   return params;
 }
 
+// The tensors of a kernel that writes the output.
+template <typename scalar_t, typename Params>
+void set_tensors(Params& params, const Forward& f) {
+  params.input = pointer_to<scalar_t>(f.input);
+  params.output = static_cast<scalar_t*>(f.output.data_ptr());
+  params.weight = param_pointer(f.weight);
+  params.bias = param_pointer(f.bias);
+}
+
 template <typename acc_t>
 StatisticsOutput<acc_t> statistics_output(const Forward& f) {
   StatisticsOutput<acc_t> result{};
@@ -108,10 +121,7 @@ void run_normalize(const Forward& f, const Plan& plan, cudaStream_t stream) {
   params.input_aligned = f.problem.input_shift == f.problem.output_shift;
   params.use_running = !f.training;
   params.eps = f.eps;
-  params.input = static_cast<const scalar_t*>(f.input.const_data_ptr());
-  params.output = static_cast<scalar_t*>(f.output.data_ptr());
-  params.weight = param_pointer(f.weight);
-  params.bias = param_pointer(f.bias);
+  set_tensors<scalar_t>(params, f);
   if (!f.training) {
     params.running_mean = param_pointer(f.running_mean);
     params.running_var = param_pointer(f.running_var);
@@ -153,6 +163,18 @@ FusedBackward<scalar_t> fused_params(const Backward& b) {
   return params;
 }
 
+// The tensors of a kernel that writes grad_input, but for the input: in eval it takes no part.
+template <typename scalar_t, typename Params>
+void set_tensors(Params& params, const Backward& b) {
+  using acc_t = acc_type<scalar_t>;
+  params.count = b.problem.n * b.problem.s;
+  params.grad_output = pointer_to<scalar_t>(b.grad_output);
+  if (b.grad_input) params.grad_input = static_cast<scalar_t*>(b.grad_input->data_ptr());
+  params.weight = param_pointer(b.weight);
+  params.mean = pointer_to<acc_t>(b.save_mean);
+  params.invstd = pointer_to<acc_t>(b.save_invstd);
+}
+
 // Leaves the sums [2, C] of every channel where `b.sums` is there to take them.
 template <typename scalar_t>
 void run_reduce(const Backward& b, const Plan& plan, cudaStream_t stream) {
@@ -173,9 +195,7 @@ void run_reduce(const Backward& b, const Plan& plan, cudaStream_t stream) {
           : table.backward_reduce(plan.pattern, params, stream);
   check_launch(status, "backward_reduce_kernel");
 
-  MergeGradientsParams<acc_t> merge{};
-  merge.partials = params.partials;
-  merge.shift = merge_shift(plan);
+  auto merge = merge_params<MergeGradientsParams>(plan, params.partials);
   if (b.sums) {
     merge.sum_dy = static_cast<acc_t*>(b.sums->data_ptr());
     merge.sum_dy_xhat = merge.sum_dy + b.problem.c;
@@ -192,13 +212,8 @@ void run_elementwise(const Backward& b, const Plan& plan, cudaStream_t stream) {
   params.traversal = plan.elementwise;
   params.grad_output_aligned = b.problem.grad_output_shift == b.problem.output_shift;
   params.input_aligned = b.problem.input_shift == b.problem.output_shift;
-  params.count = b.problem.n * b.problem.s;
+  set_tensors<scalar_t>(params, b);
   if (b.count) params.total_count = pointer_to<int64_t>(*b.count);
-  params.grad_output = pointer_to<scalar_t>(b.grad_output);
-  if (b.grad_input) params.grad_input = static_cast<scalar_t*>(b.grad_input->data_ptr());
-  params.weight = param_pointer(b.weight);
-  params.mean = pointer_to<acc_t>(b.save_mean);
-  params.invstd = pointer_to<acc_t>(b.save_invstd);
   if (b.statistics()) {
     params.input = pointer_to<scalar_t>(b.input);
     params.sum_dy = pointer_to<acc_t>(*b.sums);
@@ -211,6 +226,19 @@ void run_elementwise(const Backward& b, const Plan& plan, cudaStream_t stream) {
           ? table.fused_backward_elementwise(pattern, params, fused_params<scalar_t>(b), stream)
           : table.backward_elementwise(pattern, params, stream);
   check_launch(status, "backward_elementwise_kernel");
+}
+
+// ---------------------------------------------------------------------------- teams
+
+// What every team kernel takes, with the tensors of the call.
+template <typename Params, typename Call>
+Params team_params(const Call& call, const Plan& plan, const Workspace& workspace) {
+  Params params{};
+  set_tensors<typename Params::scalar_t>(params, call);
+  params.team = plan.team;
+  params.slots = workspace.data<typename Params::acc_t>();
+  params.sync = workspace.words();
+  return params;
 }
 
 }  // namespace batchnorm_cuda
