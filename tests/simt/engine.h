@@ -180,6 +180,9 @@ Thread& running_thread(const char* what, Site site);  // or a Fault outside kern
 
 // faults.cpp
 [[noreturn]] void fail(const Thread& thread, Site site, const std::string& what);
+[[noreturn]] void fail_race(const Thread& thread, Site site, const std::string& memory,
+                            const std::string& where, Access access, const AccessResult& result,
+                            const std::string& lacking);
 [[noreturn]] void fail_stuck();
 std::string kernel_name();
 std::string place(Site site);

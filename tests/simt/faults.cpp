@@ -148,6 +148,15 @@ std::string describe_thread(uint32_t launch_thread) {
          " thread " + triple(unflatten(launch_thread % state.threads_per_block, blockDim));
 }
 
+void fail_race(const Thread& thread, Site site, const std::string& memory, const std::string& where,
+               Access access, const AccessResult& result, const std::string& lacking) {
+  const char* mine = access == Access::kRead ? "reads" : "writes";
+  const char* theirs = result.kind == AccessResult::Kind::kWriteRace ? "written" : "read";
+  fail(thread, site,
+       memory + " race: " + mine + where + ", " + theirs + " by " +
+           describe_thread(stamp_thread(result.other)) + " with " + lacking + " the two");
+}
+
 std::string wait_text(const Thread& thread) {
   std::string text = wait_name(thread.wait);
   if (thread.wait != Wait::kExited) text += " at " + place(thread.site);

@@ -94,11 +94,7 @@ Buffer* find_buffer(const Thread& thread, uintptr_t address, size_t bytes, Acces
   if (result.kind == AccessResult::Kind::kUnwritten) {
     fail(thread, site, "reads unwritten memory at" + where);
   }
-  const char* mine = access == Access::kRead ? "reads" : "writes";
-  const char* theirs = result.kind == AccessResult::Kind::kWriteRace ? "written" : "read";
-  fail(thread, site,
-       std::string("global memory race: ") + mine + where + ", " + theirs + " by " +
-           describe_thread(stamp_thread(result.other)) + " with nothing ordering the two");
+  fail_race(thread, site, "global memory", where, access, result, "nothing ordering");
 }
 
 void check_aligned(const Thread& thread, uintptr_t address, size_t bytes, Site site) {

@@ -69,11 +69,7 @@ void check_remote(const Thread& thread, Block* owner, Site site) {
   if (result.kind == AccessResult::Kind::kUnwritten) {
     fail(thread, site, "reads uninitialised shared memory" + where);
   }
-  const char* mine = access == Access::kRead ? "reads" : "writes";
-  const char* theirs = result.kind == AccessResult::Kind::kWriteRace ? "written" : "read";
-  fail(thread, site,
-       std::string("shared memory race: ") + mine + where + ", " + theirs + " by " +
-           describe_thread(stamp_thread(result.other)) + " with no barrier between the two");
+  fail_race(thread, site, "shared memory", where, access, result, "no barrier between");
 }
 
 AccessResult note_access(Thread* thread, Block* owner, uintptr_t address, size_t bytes,
