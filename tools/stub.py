@@ -25,8 +25,7 @@ def function(operator: Operator) -> str:
     """The declaration of an operator, a signature a line."""
     schema = re.sub(r"\(.!\)", "", operator.schema)  # without the marks of what is updated
     listed = re.search(r"\((.*)\) ->", schema).group(1)
-    pairs = (argument.split(" ") for argument in listed.split(", "))
-    arguments = ", ".join(f"{name}: {kind.replace('?', ' | None')}" for kind, name in pairs)
+    arguments = ", ".join(map(_argument, listed.split(", ")))
     needs = ["need_" + result.removeprefix("grad_") for result in operator.results]
     kinds = ["Tensor | None" if need in operator.arguments else "Tensor" for need in needs]
     types, names = ", ".join(kinds), ", ".join(operator.results)
@@ -34,6 +33,12 @@ def function(operator: Operator) -> str:
         types, names = f"tuple[{types}]", f"({names})"
     about = operator.record.__doc__.partition("\n")[0]
     return f'def {operator.name}({arguments}) -> {types}:\n    """{about} Gives {names}."""\n'
+
+
+def _argument(text: str) -> str:
+    """As Python writes it, of a schema's: a default may follow."""
+    kind, name, default = re.fullmatch(r"(\S+) (\w+)=?(.*)", text).groups()
+    return f"{name}: {kind.replace('?', ' | None')}" + (f" = {default}" if default else "")
 
 
 def generated(text: str) -> str:
