@@ -23,10 +23,10 @@ def backward(grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Te
 def double_backward(grad_grad_input: Tensor | None, grad_grad_weight: Tensor | None, grad_grad_bias: Tensor | None, grad_output: Tensor | None, input: Tensor, weight: Tensor | None, save_mean: Tensor, save_invstd: Tensor, training: bool, need_grad_output: bool, need_input: bool, need_weight: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of a plain `Backward`, from those of its results, which are zero where None. Gives (grad_grad_output, grad_input, grad_weight)."""
 
-def fused_forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None, residual: Tensor | None, relu: bool, need_mask: bool, training: bool, momentum: float | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def fused_forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None, residual: Tensor | None, relu: bool, need_mask: bool, training: bool, momentum: float | None, eps: float, activation: str = "relu", parameter: float = 0.) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Normalise, and in training update the running statistics in place and count the batch. Gives (output, mean, invstd, mask)."""
 
-def fused_backward(grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, save_mean: Tensor, save_invstd: Tensor, mask: Tensor, training: bool, need_input: bool, need_weight: bool, need_bias: bool, need_residual: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+def fused_backward(grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, save_mean: Tensor, save_invstd: Tensor, mask: Tensor, training: bool, need_input: bool, need_weight: bool, need_bias: bool, need_residual: bool, activation: str = "relu", parameter: float = 0.) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of a `Forward`, those that are needed. Gives (grad_input, grad_weight, grad_bias, grad_residual)."""
 
 def sync_statistics(input: Tensor) -> Tensor:
@@ -35,13 +35,13 @@ def sync_statistics(input: Tensor) -> Tensor:
 def sync_forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None, gathered: Tensor, momentum: float | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalise, and in training update the running statistics in place and count the batch. Gives (output, mean, invstd, count)."""
 
-def sync_fused_forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None, gathered: Tensor, residual: Tensor | None, relu: bool, need_mask: bool, momentum: float | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+def sync_fused_forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None, gathered: Tensor, residual: Tensor | None, relu: bool, need_mask: bool, momentum: float | None, eps: float, activation: str = "relu", parameter: float = 0.) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Normalise, and in training update the running statistics in place and count the batch. Gives (output, mean, invstd, count, mask)."""
 
 def sync_backward_reduce(grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of a `Forward`, those that are needed. Gives (sums, grad_weight, grad_bias)."""
 
-def sync_fused_backward_reduce(grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, mask: Tensor, need_weight: bool, need_bias: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def sync_fused_backward_reduce(grad_output: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, mask: Tensor, need_weight: bool, need_bias: bool, activation: str = "relu", parameter: float = 0.) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of a `Forward`, those that are needed. Gives (sums, grad_weight, grad_bias)."""
 
 def sync_sum(gathered: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def sync_sum(gathered: Tensor) -> Tensor:
 def sync_backward_elementwise(grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, sums: Tensor, count: Tensor) -> Tensor:
     """The gradients of a `Forward`, those that are needed. Gives grad_input."""
 
-def sync_fused_backward_elementwise(grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, sums: Tensor, count: Tensor, mask: Tensor, need_input: bool, need_residual: bool) -> tuple[Tensor | None, Tensor | None]:
+def sync_fused_backward_elementwise(grad_output: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, invstd: Tensor, sums: Tensor, count: Tensor, mask: Tensor, need_input: bool, need_residual: bool, activation: str = "relu", parameter: float = 0.) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of a `Forward`, those that are needed. Gives (grad_input, grad_residual)."""
 
 # ---- what is no operator

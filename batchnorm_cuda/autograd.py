@@ -53,7 +53,7 @@ class BatchNormFunction(Function):
         ctx.bias = bias
         ctx.training = call.training
         if len(results) > 3:
-            ctx.group = call.group
+            ctx.beyond = call.group, call.activation, call.parameter
         return results[0]
 
     @staticmethod
@@ -64,7 +64,8 @@ class BatchNormFunction(Function):
         fused = ()
         if len(saved) > 4:
             count, mask = saved[4:]
-            fused = mask, len(needed) == 5 and needed[4], ctx.group, count
+            group, *activation = ctx.beyond
+            fused = mask, len(needed) == 5 and needed[4], group, count, None, *activation
         call = Backward(
             grad_output,
             input,

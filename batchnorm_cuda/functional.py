@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ._build.extension import has_kernels
 from ._ops import composite, passes, rules  # noqa: F401 - rules registers itself
+from ._ops.activations import Activation, with_activation
 from ._ops.calls import Forward
 from ._ops.checks import check_residual
 from ._ops.choice import is_compiling, is_tracing, transforms_active, way_of
@@ -20,7 +21,6 @@ from ._ops.derivatives import forward_in_parts
 from ._ops.transforms import check_update
 from .autograd import recorded
 
-Activation = Literal["relu"]
 Backend = Literal["cuda", "emulated", "aten"]
 
 
@@ -69,7 +69,7 @@ def batch_norm(
             torch refuses it; a constant channel then gives NaN.
         residual: added to the result; shape, dtype and device of `input`, any strides, not
             broadcast. Its gradient has the memory format of `input`.
-        activation: "relu", applied last, or None. As in torch, NaN stays NaN. For the backward,
+        activation: applied last: None, "relu". As in torch, NaN stays NaN. For the backward,
             a byte for every 16 bytes is kept, and neither residual nor output.
 
     Returns:
@@ -101,9 +101,8 @@ def batch_norm(
     if momentum is None:
         raise TypeError("batch_norm: expected momentum to be a number, got None")
     parameters = (weight, bias, running_mean, running_var, None)
-    return normalize(
-        Forward(input, *parameters, training, momentum, eps, residual, is_relu(activation))
-    )
+    call = Forward(input, *parameters, training, momentum, eps, residual)
+    return normalize(call if activation is None else with_activation(call, activation))
 
 
 def backend_for(tensor: Tensor) -> Backend:
@@ -160,15 +159,6 @@ _WAYS: dict[str, Callable[[Forward], Tensor]] = {
     "recorded": recorded,
     "direct": lambda call: passes.forward(call)[0],
 }
-
-
-def is_relu(activation: Activation | None) -> bool:
-    """Whether the activation is ReLU rather than none; refuses every other."""
-    if activation is None:
-        return False
-    if isinstance(activation, str) and activation == "relu":
-        return True
-    raise ValueError(f'batch_norm: expected activation to be None or "relu", got {activation!r}')
 
 
 def _check_count(shape: torch.Size) -> None:

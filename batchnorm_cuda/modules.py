@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from ._ops.activations import Activation, parse, with_activation
 from ._ops.calls import Forward
-from .functional import Activation, is_relu, normalize
+from .functional import normalize
 
 
 def _constructor(theirs: type[torch.nn.Module]) -> Callable:
@@ -23,7 +24,7 @@ def _constructor(theirs: type[torch.nn.Module]) -> Callable:
     def __init__(
         self: Any, *arguments: Any, activation: Activation | None = None, **settings: Any
     ) -> None:
-        is_relu(activation)
+        parse(activation)
         theirs.__init__(self, *arguments, **settings)
         self.activation = activation
 
@@ -63,22 +64,21 @@ class _KernelForward:
             raise ValueError(f"batch_norm eps must be positive during training, but got {self.eps}")
         if momentum is None and counter is None:
             momentum = 0.0  # as in torch: nothing to average over
-        relu = self.activation is not None and is_relu(self.activation)
-        return self._normalize(
-            Forward(
-                input,
-                weight,
-                bias,
-                running_mean,
-                running_var,
-                counter,
-                training,
-                momentum,
-                self.eps,
-                residual,
-                relu,
-            )
+        call = Forward(
+            input,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            counter,
+            training,
+            momentum,
+            self.eps,
+            residual,
         )
+        if self.activation is not None:
+            call = with_activation(call, self.activation)
+        return self._normalize(call)
 
     _normalize = staticmethod(normalize)
 

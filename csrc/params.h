@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "activation.h"
 #include "geometry.h"
 
 namespace batchnorm_cuda {
@@ -132,8 +133,8 @@ struct FusedForward {
   bool exact;                // the tiling of the kernel that writes the mask
   bool residual_aligned;     // the residual shares the output's 16-byte boundaries
   const scalar_t* residual;  // [N, C, S] or null
-  acc_t lowest;              // what is below becomes this: 0 for a ReLU, else -infinity
-  uint8_t* mask;             // [mask_bytes] or null; zeroed before where the tiling is not exact
+  Activation<acc_t> activation;
+  uint8_t* mask;  // [mask_bytes] or null; zeroed before where the tiling is not exact
   template <typename F>
   void visit_buffers(F&& f) const {
     const int64_t lanes = kWindowBytes / sizeof(scalar_t);
@@ -144,12 +145,14 @@ struct FusedForward {
   }
 };
 
-// What is fused before the backward pass: dy is that of a ReLU.
+// What is fused before the backward pass: dy is that of an activation.
 template <typename scalar_t>
 struct FusedBackward {
+  using acc_t = acc_type<scalar_t>;
   int64_t numel;
   const uint8_t* mask;      // as FusedForward left it
   scalar_t* grad_residual;  // [N, C, S] or null; shares grad_input's 16-byte boundaries
+  Activation<acc_t> activation;
   template <typename F>
   void visit_buffers(F&& f) const {
     const int64_t lanes = kWindowBytes / sizeof(scalar_t);

@@ -36,10 +36,12 @@ class Forward(NamedTuple):
     momentum: float | None  # None: 1 / the number of this batch, which the kernel counts
     eps: float
     residual: Tensor | None = None  # like input; added to the result
-    relu: bool = False  # applied last
-    need_mask: bool = False  # of the ReLU, for the backward
+    relu: bool = False  # whether an activation is applied, as the last; which: below
+    need_mask: bool = False  # of the activation, for the backward
     group: Group | None = None  # over whose ranks the statistics are taken, in training
     gathered: Tensor | None = None  # [ranks, row]: what `statistics` gave each of them
+    activation: str = "relu"  # a name of activations.KINDS
+    parameter: float = 0.0  # of the activation
 
 
 class Normalized(NamedTuple):
@@ -65,11 +67,13 @@ class Backward(NamedTuple):
     need_input: bool
     need_weight: bool
     need_bias: bool
-    mask: Tensor | None = None  # of the ReLU, if there was one
+    mask: Tensor | None = None  # of the activation, if there was one
     need_residual: bool = False
     group: Group | None = None
     count: Tensor | None = None  # over several ranks
     sums: Tensor | None = None  # [2, C], acc: of dy and of dy * xhat, over all ranks
+    activation: str = "relu"
+    parameter: float = 0.0
 
 
 class Gradients(NamedTuple):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import activations
 from . import mask as masks
 from .calls import (
     Backward,
@@ -130,7 +131,7 @@ def _updated(running: Tensor, statistic: Tensor, factor: float | Tensor) -> Tens
 def _transform(call: Forward, dense: Tensor, centred: Tensor, invstd: Tensor) -> Tensor:
     """centred * invstd * weight + bias + residual, rounded once to the dtype of the input.
 
-    ReLU comes last: what is rounded to zero has no gradient.
+    The activation comes last: what a ReLU rounds to zero has no gradient.
     """
     scale = invstd
     if call.weight is not None:
@@ -141,7 +142,7 @@ def _transform(call: Forward, dense: Tensor, centred: Tensor, invstd: Tensor) ->
     if call.residual is not None:
         output = output + call.residual.to(invstd.dtype)
     output = output.to(dense.dtype)
-    return output.relu() if call.relu else output
+    return activations.applied(call, output)
 
 
 def is_traced_by_jit() -> bool:
@@ -206,19 +207,12 @@ def backward(call: Backward) -> Gradients:
         grad_input = (grad * per_channel(scale, call.input)).to(call.input.dtype)
         grad_input = with_strides_of(as_dense(call.input), grad_input)
     if call.need_residual:
-        grad_residual = with_strides_of(as_dense(call.input), _masked(call))
+        grad_residual = with_strides_of(as_dense(call.input), activations.before(call))
     return Gradients(grad_input, grad_weight, grad_bias, grad_residual)
 
 
-def _masked(call: Backward) -> Tensor:
-    """The gradient of what the ReLU was applied to."""
-    if call.mask is None:
-        return call.grad_output
-    return masks.masked(call.grad_output, call.mask, call.input)
-
-
 def _grad_and_xhat(call: Backward) -> tuple[Tensor, Tensor]:
-    return _masked(call).to(call.save_mean.dtype), xhat_of(call)
+    return activations.before(call).to(call.save_mean.dtype), xhat_of(call)
 
 
 def xhat_of(call: Backward | DoubleBackward) -> Tensor:

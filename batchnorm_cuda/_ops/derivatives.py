@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import activations, passes
 from . import mask as masks
-from . import passes
 from .calls import Backward, DoubleBackward, Forward, Gradients, Normalized
 from .checks import check_residual
 from .choice import is_recorded
@@ -35,19 +35,16 @@ def forward_in_parts(call: Forward) -> Normalized:
     output, mean, invstd = TransformableBatchNorm.apply(*call[PLAIN])
     if call.residual is not None:
         output = output + call.residual
-    if call.relu:
-        output = output.relu()
+    output = activations.applied(call, output)
     mask = masks.pack(output, call.input) if call.need_mask else None
     return Normalized(output, mean, invstd, None, mask)
 
 
 def backward_in_parts(call: Backward) -> Gradients:
-    """`passes.backward` in parts. With g the gradient of what the ReLU was applied to, grad_output
-    but zero where output is, grad_residual is g, and the others are those of batch norm for g.
+    """`passes.backward` in parts. With g the gradient of what the activation was applied to,
+    grad_residual is g, and the others are those of batch norm for g.
     """
-    g = call.grad_output
-    if call.mask is not None:
-        g = masks.masked(g, call.mask, call.input)
+    g = activations.before(call)
     plain = call._replace(grad_output=g, mask=None, need_residual=False)
     grads = (None, None, None)
     if call.need_input or call.need_weight or call.need_bias:

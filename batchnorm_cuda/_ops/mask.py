@@ -40,11 +40,6 @@ def unpack(mask: Tensor, input: Tensor) -> Tensor:
     return values.permute([order.index(dim) for dim in range(input.dim())])
 
 
-def masked(grad_output: Tensor, mask: Tensor, input: Tensor) -> Tensor:
-    """The gradient of what the ReLU was applied to: zero, also for NaN, where it gave zero."""
-    return torch.where(unpack(mask, input), grad_output, 0)
-
-
 def _elements_per_byte(dtype: torch.dtype) -> int:
     return _WINDOW_BYTES // dtype.itemsize
 

@@ -28,8 +28,11 @@ _SCHEMA_TYPES = {
     bool: "bool",
     float: "float",
     float | None: "float?",
+    str: "str",
 }
 _UPDATED = {"running_mean": "a", "running_var": "b", "num_batches_tracked": "c"}  # in place
+# Arguments that came later, at the end: programs that were saved before lack them.
+_ADDED = {"activation": '="relu"', "parameter": "=0."}
 _GIVEN = ("gathered", "mask", "sums", "count")  # to every operator that has them
 # Arguments that have another name in the record.
 _FIELDS = {"mean": "save_mean", "invstd": "save_invstd"}
@@ -140,7 +143,7 @@ class Operator:
         for name, field in zip(self.arguments, self.fields, strict=True):
             letter = _UPDATED.get(name)
             kind = f"Tensor({letter}!)?" if letter else _SCHEMA_TYPES[types[field]]
-            arguments.append(f"{'Tensor' if name in _GIVEN else kind} {name}")
+            arguments.append(f"{'Tensor' if name in _GIVEN else kind} {name}{_ADDED.get(name, '')}")
         tensors = ", ".join(["Tensor"] * len(self.results))
         returned = "Tensor[]" if self._in_list else f"({tensors})" if "," in tensors else tensors
         return f"{self.name}({', '.join(arguments)}) -> {returned}"
@@ -215,6 +218,7 @@ _LIKE: dict[str, Callable[[Any], Tensor]] = {
 _PARAMETERS = "input weight bias running_mean running_var num_batches_tracked"
 _SAVED = "grad_output input weight bias save_mean save_invstd"
 _NEEDS = "need_input need_weight need_bias"
+_ACTIVATION = "activation parameter"
 _OF_RANKS = "grad_output input weight bias mean invstd"
 _FORM = "grad_output input weight mean invstd sums count"
 
@@ -232,13 +236,13 @@ double_backward = Operator(
 fused_forward = Operator(
     "fused_forward",
     Forward,
-    f"{_PARAMETERS} residual relu need_mask training momentum eps",
+    f"{_PARAMETERS} residual relu need_mask training momentum eps {_ACTIVATION}",
     "output mean invstd mask",
 )
 fused_backward = Operator(
     "fused_backward",
     Backward,
-    f"{_SAVED} mask training {_NEEDS} need_residual",
+    f"{_SAVED} mask training {_NEEDS} need_residual {_ACTIVATION}",
     "grad_input grad_weight grad_bias grad_residual",
 )
 sync_statistics = Operator("sync_statistics", Statistics, "input", "row")
@@ -252,7 +256,7 @@ sync_forward = Operator(
 sync_fused_forward = Operator(
     "sync_fused_forward",
     Forward,
-    f"{_PARAMETERS} gathered residual relu need_mask momentum eps",
+    f"{_PARAMETERS} gathered residual relu need_mask momentum eps {_ACTIVATION}",
     "output mean invstd count mask",
     training=True,
 )
@@ -267,7 +271,7 @@ sync_backward_reduce = Operator(
 sync_fused_backward_reduce = Operator(
     "sync_fused_backward_reduce",
     Backward,
-    f"{_OF_RANKS} mask need_weight need_bias",
+    f"{_OF_RANKS} mask need_weight need_bias {_ACTIVATION}",
     "sums grad_weight grad_bias",
     training=True,
     need_input=True,
@@ -287,7 +291,7 @@ sync_backward_elementwise = Operator(
 sync_fused_backward_elementwise = Operator(
     "sync_fused_backward_elementwise",
     Backward,
-    f"{_FORM} mask need_input need_residual",
+    f"{_FORM} mask need_input need_residual {_ACTIVATION}",
     "grad_input grad_residual",
     bias=None,
     training=True,

@@ -41,6 +41,7 @@ class _FusedOperator(Function):
         results = Normalized(*passes.forward(call))
         ctx.save_for_backward(call.input, call.weight, results.mean, results.invstd, results.mask)
         ctx.bias, ctx.training = call.bias, call.training  # bias for its dtype alone
+        ctx.activation = call.activation, call.parameter
         returned = _returned(results if asked.need_mask else results._replace(mask=None), asked)
         ctx.mark_non_differentiable(*returned[1:])
         return returned
@@ -52,8 +53,9 @@ class _FusedOperator(Function):
         saved = (input, weight, ctx.bias, mean, invstd, ctx.training)
         need_residual = needed[_ARGUMENTS.index("residual")]
         call = Backward(grad_output, *saved, *needed[:3], mask, need_residual)
+        call = call._replace(**dict(zip(("activation", "parameter"), ctx.activation, strict=True)))
         grads = Gradients(*(backward_in_parts if is_recorded() else passes.backward)(call))
-        return tuple(getattr(grads, f"grad_{name}", None) for name in _ARGUMENTS)
+        return tuple(getattr(grads, f"grad_{name}", None) for name in _ARGUMENTS[: len(needed)])
 
 
 def _returned(results: Normalized, call: Any) -> tuple[Tensor, ...]:

@@ -164,7 +164,7 @@ __device__ __forceinline__ void store_output(const FusedForward<scalar_t>& fused
   uint32_t positive = 0;
 #pragma unroll
   for (int l = 0; l < kVec<scalar_t>; l += 2) {
-    activate_into(vec, l, lanes_plus(residual, l, form(l)), fused.lowest, positive);
+    activate_into(vec, l, lanes_plus(residual, l, form(l)), fused.activation.lowest, positive);
   }
   positive |= positive >> 16;
   store_window<kLanes>(output, window, vec, site);

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 
 namespace batchnorm_cuda {
 
@@ -20,6 +21,8 @@ struct ForwardCall {
   OptionalTensor residual;
   bool relu = false, need_mask = false;
   OptionalTensor gathered;  // the moments of all ranks: they stand for the batch's own
+  std::string activation = "relu";
+  double parameter = 0;
 };
 
 struct Normalized {
@@ -35,6 +38,8 @@ struct BackwardCall {
   OptionalTensor mask;
   bool need_residual = false;
   OptionalTensor sums, count;  // of all ranks: they stand for the batch's own
+  std::string activation = "relu";
+  double parameter = 0;
 };
 
 struct Gradients {

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <string>
 
+#include "../activation.h"
 #include "../plan/plan_names.h"
 #include "device_context.h"
 #include "dispatch.h"
@@ -90,7 +91,7 @@ void check_shape(const at::Tensor& tensor, const char* name, at::IntArrayRef exp
 }
 
 // A gradient of the output or of the input, or a residual: like input.
-void check_activation(const at::Tensor& tensor, const char* name, const at::Tensor& input) {
+void check_like_input(const at::Tensor& tensor, const char* name, const at::Tensor& input) {
   check_strided(tensor, name);
   check_same_device(tensor, name, input);
   TORCH_CHECK_TYPE(tensor.scalar_type() == input.scalar_type(), "batch_norm: expected ", name,
@@ -182,6 +183,11 @@ void check_totals(const at::Tensor& sums, const OptionalTensor& count, const at:
   check_shape(*count, "count", {1});
 }
 
+void check_activation(const std::string& name) {
+  TORCH_CHECK_VALUE(is_activation(name),
+                    "batch_norm: expected activation to be one that there is, got \"", name, "\"");
+}
+
 // The gradient of a parameter has its dtype.
 void check_there(const OptionalTensor& param, const char* name, bool needed) {
   TORCH_CHECK_VALUE(param || !needed, "batch_norm: expected ", name,
@@ -204,13 +210,14 @@ void check(const ForwardCall& call) {
       "batch_norm: expected momentum to be a number where num_batches_tracked is not "
       "given, got None");
   if (call.gathered) check_gathered(*call.gathered, input);
-  if (call.residual) check_activation(*call.residual, "residual", input);
+  if (call.residual) check_like_input(*call.residual, "residual", input);
+  check_activation(call.activation);
 }
 
 void check(const BackwardCall& call) {
   const at::Tensor& input = call.input;
   check_input(input);
-  check_activation(call.grad_output, "grad_output", input);
+  check_like_input(call.grad_output, "grad_output", input);
   check_param(call.weight, "weight", input);
   check_param(call.bias, "bias", input);
   check_saved(call.save_mean, "save_mean", input);
@@ -219,15 +226,16 @@ void check(const BackwardCall& call) {
   check_there(call.bias, "bias", call.need_bias);
   if (call.sums) check_totals(*call.sums, call.count, input);
   if (call.mask) check_mask(*call.mask, input);
+  check_activation(call.activation);
 }
 
 void check(const DoubleBackwardCall& call) {
   const at::Tensor& input = call.input;
   check_input(input);
-  if (call.grad_grad_input) check_activation(*call.grad_grad_input, "grad_grad_input", input);
+  if (call.grad_grad_input) check_like_input(*call.grad_grad_input, "grad_grad_input", input);
   check_param(call.grad_grad_weight, "grad_grad_weight", input);
   check_param(call.grad_grad_bias, "grad_grad_bias", input);
-  if (call.grad_output) check_activation(*call.grad_output, "grad_output", input);
+  if (call.grad_output) check_like_input(*call.grad_output, "grad_output", input);
   check_param(call.weight, "weight", input);
   check_saved(call.save_mean, "save_mean", input);
   check_saved(call.save_invstd, "save_invstd", input);

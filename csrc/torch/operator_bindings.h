@@ -1,5 +1,6 @@
 // The operators for Python: arguments become the fields of a record, fields of the results a tuple.
-// Their lists are those of batchnorm_cuda/_ops/operators.py; tests/test_calls.py compares.
+// Their lists are those of batchnorm_cuda/_ops/operators.py; tests/operators/test_calls.py
+// compares.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>
@@ -19,13 +20,15 @@ struct Field<field> {
 };
 
 // A field under the name that Python has for it. GIVEN ones are always there, though the record may
-// lack them.
-template <auto field, typename as = typename Field<field>::type>
+// lack them; ADDED ones have the record's own value as their default.
+template <auto field, typename as = typename Field<field>::type, bool added = false>
 struct Named {
   const char* name;
 };
 #define BATCHNORM_CUDA_FIELD(record, name) \
   Named<&record::name> { #name }
+#define BATCHNORM_CUDA_ADDED(record, name) \
+  Named<&record::name, typename Field<&record::name>::type, true> { #name }
 #define BATCHNORM_CUDA_GIVEN(record, name) \
   Named<&record::name, at::Tensor> { #name }
 
@@ -51,12 +54,22 @@ auto results_of(Results& results, const Fields&... fields) {
   }
 }
 
-template <typename Argument, typename Results, auto... in, typename... In, typename... Out>
-void bind_operator(pybind11::module_& m, const char* name, Results (*entry)(Argument),
-                   const std::tuple<Named<in, In>...>& arguments, const std::tuple<Out...>&,
+template <typename Record, auto field, typename as, bool added>
+auto argument_of(const Named<field, as, added>& named) {
+  if constexpr (added) {
+    return pybind11::arg(named.name) = Record{}.*field;
+  } else {
+    return pybind11::arg(named.name);
+  }
+}
+
+template <typename Record, typename Results, auto... in, typename... In, bool... added,
+          typename... Out>
+void bind_operator(pybind11::module_& m, const char* name, Results (*entry)(Record),
+                   const std::tuple<Named<in, In, added>...>& arguments, const std::tuple<Out...>&,
                    const char* doc) {
   const auto run = [entry](In&&... values) {
-    std::decay_t<Argument> call;
+    Record call;
     ((call.*in = std::move(values)), ...);
     Results computed = entry(std::move(call));
     return results_of(computed, Out{}...);
@@ -64,19 +77,21 @@ void bind_operator(pybind11::module_& m, const char* name, Results (*entry)(Argu
   std::apply(
       [&](const auto&... argument) {
         m.def(name, run, pybind11::call_guard<pybind11::gil_scoped_release>(),
-              pybind11::arg(argument.name)..., doc);
+              argument_of<Record>(argument)..., doc);
       },
       arguments);
 }
 
 inline void bind_forward(pybind11::module_& m) {
 #define FIELD(name) BATCHNORM_CUDA_FIELD(ForwardCall, name)
+#define ADDED(name) BATCHNORM_CUDA_ADDED(ForwardCall, name)
 #define RESULT(name) BATCHNORM_CUDA_FIELD(Normalized, name)
   const std::tuple parameters{FIELD(input),        FIELD(weight),      FIELD(bias),
                               FIELD(running_mean), FIELD(running_var), FIELD(num_batches_tracked)};
   const std::tuple training{FIELD(training)};
   const std::tuple settings{FIELD(momentum), FIELD(eps)};
   const std::tuple fused{FIELD(residual), FIELD(relu), FIELD(need_mask)};
+  const std::tuple which{ADDED(activation), ADDED(parameter)};
   const std::tuple gathered{BATCHNORM_CUDA_GIVEN(ForwardCall, gathered)};
   const std::tuple results{RESULT(output), RESULT(mean), RESULT(invstd)};
   const std::tuple mask{RESULT(mask)};
@@ -88,14 +103,14 @@ inline void bind_forward(pybind11::module_& m) {
       m, "forward", &forward, cat(parameters, training, settings), results,
       "(output, save_mean, save_invstd); training updates the running statistics and counts the "
       "batch");
-  bind_operator(m, "fused_forward", &forward, cat(parameters, fused, training, settings),
+  bind_operator(m, "fused_forward", &forward, cat(parameters, fused, training, settings, which),
                 cat(results, mask),
                 "(output, save_mean, save_invstd, mask) of relu(bn(input) + residual)");
   bind_operator(
       m, "sync_forward", &forward, cat(parameters, gathered, settings), cat(results, count),
       "(output, mean, invstd, count); updates the running statistics and counts the batch");
-  bind_operator(m, "sync_fused_forward", &forward, cat(parameters, gathered, fused, settings),
-                cat(results, count, mask),
+  bind_operator(m, "sync_fused_forward", &forward,
+                cat(parameters, gathered, fused, settings, which), cat(results, count, mask),
                 "(output, mean, invstd, count, mask): sync_forward of relu(bn(input) + residual)");
 }
 
@@ -107,6 +122,7 @@ inline Gradients form_grad_input(BackwardCall call) {
 inline void bind_backward(pybind11::module_& m) {
 #define FIELD(name) BATCHNORM_CUDA_FIELD(BackwardCall, name)
 #define GIVEN(name) BATCHNORM_CUDA_GIVEN(BackwardCall, name)
+#define ADDED(name) BATCHNORM_CUDA_ADDED(BackwardCall, name)
 #define RESULT(name) BATCHNORM_CUDA_FIELD(Gradients, name)
 #define OWN(name) BATCHNORM_CUDA_FIELD(OwnGradients, name)
   const std::tuple read{FIELD(grad_output), FIELD(input), FIELD(weight)};
@@ -117,6 +133,7 @@ inline void bind_backward(pybind11::module_& m) {
                             Named<&BackwardCall::save_invstd>{"invstd"}};
   const std::tuple totals{GIVEN(sums), GIVEN(count)};
   const std::tuple mask{GIVEN(mask)};
+  const std::tuple which{ADDED(activation), ADDED(parameter)};
   const std::tuple need_input{FIELD(need_input)};
   const std::tuple need_residual{FIELD(need_residual)};
   const std::tuple need_parameters{FIELD(need_weight), FIELD(need_bias)};
@@ -127,26 +144,29 @@ inline void bind_backward(pybind11::module_& m) {
   const std::tuple of_input_and_residual{RESULT(grad_input), RESULT(grad_residual)};
 #undef FIELD
 #undef GIVEN
+#undef ADDED
 #undef RESULT
 #undef OWN
   const auto cat = [](const auto&... parts) { return std::tuple_cat(parts...); };
   bind_operator(m, "backward", &backward,
                 cat(read, bias, saved, training, need_input, need_parameters), gradients,
                 "(grad_input, grad_weight, grad_bias), None where not needed");
-  bind_operator(m, "fused_backward", &backward,
-                cat(read, bias, saved, mask, training, need_input, need_parameters, need_residual),
-                cat(gradients, residual),
-                "(grad_input, grad_weight, grad_bias, grad_residual), None where not needed");
+  bind_operator(
+      m, "fused_backward", &backward,
+      cat(read, bias, saved, mask, training, need_input, need_parameters, need_residual, which),
+      cat(gradients, residual),
+      "(grad_input, grad_weight, grad_bias, grad_residual), None where not needed");
   bind_operator(m, "sync_backward_reduce", &reduce_gradients,
                 cat(read, bias, of_ranks, need_parameters), own,
                 "(sums, grad_weight, grad_bias) of this rank, gradients None where not needed");
   bind_operator(m, "sync_fused_backward_reduce", &reduce_gradients,
-                cat(read, bias, of_ranks, mask, need_parameters), own,
+                cat(read, bias, of_ranks, mask, need_parameters, which), own,
                 "(sums, grad_weight, grad_bias) of this rank");
   bind_operator(m, "sync_backward_elementwise", &form_grad_input, cat(read, of_ranks, totals),
                 of_input, "grad_input of this rank's part");
   bind_operator(m, "sync_fused_backward_elementwise", &backward,
-                cat(read, of_ranks, totals, mask, need_input, need_residual), of_input_and_residual,
+                cat(read, of_ranks, totals, mask, need_input, need_residual, which),
+                of_input_and_residual,
                 "(grad_input, grad_residual) of this rank's part, None where not needed");
 }
 

@@ -2,7 +2,6 @@
 // have in common. Templates, because scalar_t goes through to the kernels.
 #pragma once
 
-#include <limits>
 #include <utility>
 
 #include "../kernel_table.h"
@@ -63,7 +62,7 @@ FusedForward<scalar_t> fused_params(const Forward& f, const Traversal& t, cudaSt
   params.exact = t.exact;
   params.residual_aligned = f.problem.residual_shift == f.problem.output_shift;
   if (f.residual) params.residual = static_cast<const scalar_t*>(f.residual->const_data_ptr());
-  params.lowest = f.relu ? acc_t(0) : -std::numeric_limits<acc_t>::infinity();
+  if (f.relu) params.activation = activation_of<acc_t>(f.activation, f.parameter);
   if (f.mask) {
     TORCH_INTERNAL_ASSERT(f.problem.output_shift == 0, "the output is on no 16-byte boundary");
     params.mask = f.mask->mutable_data_ptr<uint8_t>();
@@ -154,6 +153,7 @@ FusedBackward<scalar_t> fused_reads(const Backward& b) {
   FusedBackward<scalar_t> params{};
   params.numel = b.input.numel();
   params.mask = b.mask->const_data_ptr<uint8_t>();
+  params.activation = activation_of<acc_type<scalar_t>>(b.activation, b.parameter);
   return params;
 }
 template <typename scalar_t>

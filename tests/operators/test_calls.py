@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from ast import literal_eval
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,7 @@ OF_SCHEMA = {
     "bool": "bool",
     "float": "float",
     "float?": "Optional[float]",
+    "str": "str",
 }
 # pybind11 spells a parameter that converts by its protocol.
 SPELLINGS = {
@@ -34,13 +36,13 @@ SPELLINGS = {
 every_operator = pytest.mark.parametrize("operator", OPERATORS.values(), ids=lambda o: o.name)
 
 
-def of_module(extension: ModuleType, name: str) -> list[tuple[str, str]]:
-    """Names and types of a function's arguments, by pybind11's own line about it."""
+def of_module(extension: ModuleType, name: str) -> list[tuple[str, ...]]:
+    """Names, types and defaults of a function's arguments, by pybind11's own line about it."""
     line = getattr(extension, name).__doc__.splitlines()[0]
     for theirs, ours in SPELLINGS.items():
         line = re.sub(theirs, ours, line)
     listed = re.search(r"\((.*)\) ->", line).group(1)
-    return [tuple(argument.split(": ")) for argument in listed.split(", ")]
+    return [tuple(re.split(": | = ", argument)) for argument in listed.split(", ")]
 
 
 def test_schemas_stay() -> None:
@@ -54,8 +56,13 @@ def test_the_module_takes_the_arguments_of_the_operator(
     extension: ModuleType, operator: Operator
 ) -> None:
     listed = re.search(r"\((.*)\) ->", re.sub(r"\(.!\)", "", operator.schema)).group(1)
-    pairs = [argument.split(" ") for argument in listed.split(", ")]
-    expected = [(name, OF_SCHEMA[kind]) for kind, name in pairs]
+    triples = [
+        re.fullmatch(r"(\S+) (\w+)=?(.*)", argument).groups() for argument in listed.split(", ")
+    ]
+    expected = [
+        (name, OF_SCHEMA[kind], *([repr(literal_eval(default))] if default else []))
+        for kind, name, default in triples
+    ]
     assert of_module(extension, operator.name) == expected
 
 
@@ -78,9 +85,8 @@ def test_every_field_is_an_argument_somewhere(record: type) -> None:
 
 
 def test_public_arguments_are_fields_and_documented() -> None:
-    """`activation` is the public word for what the record holds as `relu`."""
     public = list(inspect.signature(batchnorm_cuda.batch_norm).parameters)
-    assert set(public) - {"activation"} <= set(Forward._fields)
+    assert set(public) <= set(Forward._fields)
     arguments = batchnorm_cuda.batch_norm.__doc__.partition("Args:")[2].partition("Returns:")[0]
     described = re.findall(r"^        (\w+): ", arguments, re.MULTILINE)
     assert described == public

@@ -1,0 +1,82 @@
+"""The activations that may follow batch norm: names, parameters, and formulas of torch's operators.
+
+The kernels have the same formulas in csrc/activation.h and csrc/kernels/fused.cuh; docs/math.md has
+the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import mask as masks
+from .calls import Backward, Forward
+
+# As users name it: alone, or with its parameter.
+Activation = Literal["relu"] | tuple[str, float]
+
+
+class Kind(NamedTuple):
+    """An activation that is increasing, and 0 at 0: a bit an element says where its slope is 1."""
+
+    apply: Callable[[Tensor, float], Tensor]
+    parameter: float | None = None  # the usual one; None for activations that have none
+    least: float = 0.0
+    most: float = 0.0
+
+
+KINDS = {
+    "relu": Kind(lambda output, _: output.relu()),
+}
+
+
+def parse(activation: Activation | None) -> tuple[bool, str, float]:
+    """The fields `relu`, `activation` and `parameter` of a record; refuses what is unknown."""
+    if activation is None:
+        return False, "relu", 0.0
+    name, *given = activation if isinstance(activation, tuple) else (activation,)
+    kind = KINDS.get(name) if isinstance(name, str) else None
+    if kind is None or len(given) > (kind.parameter is not None):
+        raise _unknown(activation)
+    (parameter,) = given or (kind.parameter or 0.0,)
+    if not isinstance(parameter, (int, float)):
+        raise _unknown(activation)
+    if not kind.least <= parameter <= kind.most:
+        raise ValueError(
+            f"batch_norm: expected the parameter of {name!r} to lie between {kind.least} and "
+            f"{kind.most}, got {parameter}"
+        )
+    return True, name, float(parameter)
+
+
+def with_activation(call: Forward, activation: Activation) -> Forward:
+    relu, name, parameter = parse(activation)
+    return call._replace(relu=relu, activation=name, parameter=parameter)
+
+
+def _unknown(activation: Any) -> ValueError:
+    forms = [f'"{name}"' for name in KINDS]
+    forms += [f'("{name}", number)' for name, kind in KINDS.items() if kind.parameter is not None]
+    *others, last = ["None", *forms]
+    expected = f"{', '.join(others)} or {last}"
+    return ValueError(f"batch_norm: expected activation to be {expected}, got {activation!r}")
+
+
+def applied(call: Forward, output: Tensor) -> Tensor:
+    """What the call's activation makes of the output of batch norm and residual."""
+    return KINDS[call.activation].apply(output, call.parameter) if call.relu else output
+
+
+def before(call: Backward) -> Tensor:
+    """The gradient of what the activation was applied to, in grad_output's dtype.
+
+    Where the slope is 0 it is zero, also for NaN.
+    """
+    if call.mask is None:
+        return call.grad_output
+    passed = masks.unpack(call.mask, call.input)
+    below = call.grad_output * call.parameter if call.parameter else 0
+    return torch.where(passed, call.grad_output, below)
