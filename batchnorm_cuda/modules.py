@@ -150,7 +150,7 @@ class BatchNorm2d(_KernelForward, torch.nn.BatchNorm2d):
         dtype: of parameters and running statistics. float32, the default, is right for float16 and
             bfloat16 inputs as well; otherwise it has to be that of the input.
         bias: False leaves out `bias` alone; where torch.nn has it, from torch 2.13 on.
-        activation: "relu" or None; applied to the result, and no part of the state.
+        activation: as for `batch_norm`; applied to the result, and no part of the state.
 
     Shape:
         Input and output: (N, C, H, W), contiguous or channels-last; the output has the input's
@@ -160,7 +160,7 @@ class BatchNorm2d(_KernelForward, torch.nn.BatchNorm2d):
     Raises:
         ValueError: the input does not have four dimensions or C channels, residual not the shape of
             the input, eps is not positive, training mode meets one value per channel, or activation
-            is neither "relu" nor None.
+            is none that there is.
         TypeError: a dtype is wrong, as for `batch_norm`.
         RuntimeError: input and parameters are on different devices, or the kernels cannot be built.
 

@@ -45,7 +45,7 @@ class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
         device: of parameters and buffers.
         dtype: of parameters and running statistics.
         bias: False leaves out `bias` alone; where torch.nn has it, from torch 2.13 on.
-        activation: "relu" or None, as for `BatchNorm2d`.
+        activation: as for `BatchNorm2d`.
 
     Shape:
         Input and output: (N, C) or (N, C, \*), on each rank with any N and \*. What is gathered is

@@ -70,6 +70,18 @@ def applied(call: Forward, output: Tensor) -> Tensor:
     return KINDS[call.activation].apply(output, call.parameter) if call.relu else output
 
 
+def rounded(call: Forward, output: Tensor, dtype: torch.dtype) -> Tensor:
+    """`applied` to what is in a wider dtype, and one rounding for both.
+
+    The gradient is that of what is rounded: a ReLU has none where its output is zero.
+    """
+    values = output.to(dtype)
+    if not call.relu or not call.parameter or values.dtype == output.dtype:
+        return applied(call, values)
+    below = applied(call, output).to(dtype)
+    return torch.where(values <= 0, below, values)
+
+
 def before(call: Backward) -> Tensor:
     """The gradient of what the activation was applied to, in grad_output's dtype.
 

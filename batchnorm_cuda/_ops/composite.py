@@ -141,8 +141,7 @@ def _transform(call: Forward, dense: Tensor, centred: Tensor, invstd: Tensor) ->
         output = output + per_channel(call.bias.to(invstd.dtype), dense)
     if call.residual is not None:
         output = output + call.residual.to(invstd.dtype)
-    output = output.to(dense.dtype)
-    return activations.applied(call, output)
+    return activations.rounded(call, output, dense.dtype)
 
 
 def is_traced_by_jit() -> bool:

@@ -175,7 +175,8 @@ __device__ __forceinline__ void store_output(const FusedForward<scalar_t>& fused
 
 // Zeros the lanes whose bit is not set.
 template <typename scalar_t>
-__device__ __forceinline__ void keep_lanes(Vec<scalar_t>& vec, uint32_t bits) {
+__device__ __forceinline__ void keep_lanes(Vec<scalar_t>& vec, uint32_t bits,
+                                           const FusedBackward<scalar_t>&) {
   constexpr int kLanes = kVec<scalar_t>;
   if constexpr (sizeof(scalar_t) == 2) {
     // By words of two lanes: bits l and l + 1 come to bits 0 and 16, and each fills its half.
@@ -208,7 +209,7 @@ __device__ __forceinline__ void filter(const FusedBackward<scalar_t>& fused,
     bits[u] = load_bits<scalar_t>(fused.mask, windows[u], site);
   }
 #pragma unroll
-  for (int u = 0; u < kWindows; ++u) keep_lanes(dy[u], bits[u]);
+  for (int u = 0; u < kWindows; ++u) keep_lanes(dy[u], bits[u], fused);
 }
 
 // grad_input, and the filtered dy as the residual's gradient, each where it is wanted.
