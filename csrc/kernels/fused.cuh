@@ -182,40 +182,66 @@ __device__ __forceinline__ void store_output(const FusedForward<scalar_t>& fused
 
 // The two half or bfloat16 values of a word, times `factor`.
 template <typename scalar_t>
-__device__ __forceinline__ void scale_halves(uint32_t& bits, float factor) {
+__device__ __forceinline__ uint32_t scaled(uint32_t bits, float factor) {
   Vec<scalar_t> vec;
   memcpy(&vec, &bits, sizeof(bits));
   round_into(vec, 0, {to_acc(vec.lane[0]) * factor, to_acc(vec.lane[1]) * factor});
   memcpy(&bits, &vec, sizeof(bits));
+  return bits;
 }
 
-// Multiplies the lanes whose bit is not set by the activation's slope there; 0 makes zero of NaN,
-// too.
+// Multiplies the lanes whose bit is not set by `below`.
+template <typename scalar_t>
+__device__ __forceinline__ void scale_lanes(Vec<scalar_t>& vec, uint32_t bits,
+                                            acc_type<scalar_t> below) {
+#pragma unroll
+  for (int l = 0; l < kVec<scalar_t>; l += 2) {
+    Pair<acc_type<scalar_t>> pair = lanes(vec, l);
+    if (!(bits >> l & 1)) pair.x *= below;
+    if (!(bits >> l & 2)) pair.y *= below;
+    round_into(vec, l, pair);
+  }
+}
+
+// By words or by lanes: whichever takes fewer registers there.
+#ifdef BATCHNORM_CUDA_HAS_PAIRS
+template <typename scalar_t>
+inline constexpr bool kScalesWords = sizeof(scalar_t) == 2;
+#else
+template <typename scalar_t>
+inline constexpr bool kScalesWords = false;
+#endif
+
+// Multiplies the lanes whose bit is not set by the activation's slope there, which is the same for
+// all threads; 0 makes zero of NaN, too.
 template <typename scalar_t>
 __device__ __forceinline__ void keep_lanes(Vec<scalar_t>& vec, uint32_t bits,
                                            const FusedBackward<scalar_t>& fused) {
   const acc_type<scalar_t> below = fused.activation.below;
   constexpr int kLanes = kVec<scalar_t>;
+  if constexpr (!kScalesWords<scalar_t>) {
+    if (below != 0) return scale_lanes(vec, bits, below);
+  }
   if constexpr (sizeof(scalar_t) == 2) {
     // By words of two lanes: bits l and l + 1 come to bits 0 and 16, and each fills its half.
     uint32_t words[kLanes / 2];
     memcpy(words, &vec, sizeof(words));
     const uint32_t apart = (bits & 0xff) * 0x8001;
+    const auto passed = [&](int i) { return (apart >> 2 * i & 0x10001) * 0xffff; };
+    if (below == 0) {
 #pragma unroll
-    for (int i = 0; i < kLanes / 2; ++i) {
-      const uint32_t passed = (apart >> 2 * i & 0x10001) * 0xffff;
-      uint32_t rest = words[i] & ~passed;
-      words[i] &= passed;
-      if (below != 0) {  // the same for all threads
-        scale_halves<scalar_t>(rest, below);
-        words[i] |= rest;
+      for (int i = 0; i < kLanes / 2; ++i) words[i] &= passed(i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kLanes / 2; ++i) {
+        words[i] = (words[i] & passed(i)) | scaled<scalar_t>(words[i] & ~passed(i), below);
       }
     }
     memcpy(&vec, words, sizeof(words));
   } else {
 #pragma unroll
     for (int l = 0; l < kLanes; ++l) {
-      if (!(bits >> l & 1)) vec.lane[l] = below != 0 ? vec.lane[l] * below : 0;
+      if (!(bits >> l & 1)) vec.lane[l] = 0;
     }
   }
 }
