@@ -115,6 +115,11 @@ def revert(model: Model) -> Model:
     return model
 
 
+def torchs_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of torch.nn that one of ours takes the place of; any other class itself."""
+    return nn.SyncBatchNorm if kind is SyncBatchNorm else _TORCHS.get(kind, kind)
+
+
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     if parametrize.is_parametrized(module):
         # The class is the module's own, made by torch from the one that is exchanged: it holds the
