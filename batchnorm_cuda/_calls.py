@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ._source_uses import children_only_called
@@ -32,6 +33,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 # What traced code may ask of a tensor without looking at its values.
 _METADATA = {"shape", "dtype", "device", "ndim"}
 _METADATA_CALLS = {"size", "dim"}
+_REAL = (Tensor, nn.Parameter)  # exactly, where `isinstance` takes proxies for tensors
+_CHANGING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__set__"}
 
 
 @dataclass
@@ -62,8 +65,14 @@ class Calls:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calls of the module run more than its class's forward."""
-    return any(vars(module).get(name) for name in _HOOKS) or "forward" in vars(module)
+    """Whether calls of the module run more than its class's forward, or something else."""
+    own = vars(module)
+    replaced = (
+        name
+        for name, value in own.items()
+        if callable(value) and hasattr(type(module), name) and name != "_compiled_call_impl"
+    )
+    return any(own.get(name) for name in _HOOKS) or next(replaced, None) is not None
 
 
 def trace_calls(model: nn.Module) -> Calls:
@@ -174,7 +183,7 @@ class _Caller(nn.Module):
 # --- tracing ------------------------------------------------------------------------------------
 
 
-class _TensorProxy(fx.Proxy):
+class Proxy(fx.Proxy):
     """A proxy that `isinstance(x, Tensor)` takes for a tensor: forwards ask that, and branch."""
 
     _is_param = _is_buffer = False  # torch.nn asks this of every tensor that is stored in a module
@@ -182,6 +191,25 @@ class _TensorProxy(fx.Proxy):
     @property
     def __class__(self) -> type:
         return Tensor
+
+
+class _RealTensors(TorchFunctionMode):
+    """Notes the tensors that a forward computes with as it is traced, and lets it change none."""
+
+    def __init__(self, found: Calls) -> None:
+        super().__init__()
+        self.read = found.read
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        real = [value for value in pytree.tree_leaves((args, kwargs)) if type(value) in _REAL]
+        changes = name in _CHANGING or (name.endswith("_") and not name.endswith("__"))
+        if type(kwargs.get("out", args[0] if args and changes else None)) in _REAL:
+            raise RuntimeError(f"{name} changes a tensor")
+        result = function(*args, **kwargs)
+        if name not in _METADATA_CALLS and not (name == "__get__" and type(result) not in _REAL):
+            self.read.update(map(id, real))
+        return result
 
 
 class _Tracer(fx.Tracer):
@@ -194,14 +222,15 @@ class _Tracer(fx.Tracer):
 
     def trace(self, root: _Caller, concrete_args: None = None) -> fx.Graph:
         root.tracer = self
-        graph = super().trace(root)
+        with _RealTensors(self._found):
+            graph = super().trace(root)
         for node in graph.nodes:
             if node.op == "get_attr" and self._found.users(node):
                 self._found.read.add(id(_attribute(root, node.target)))
         return graph
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        proxy = _TensorProxy(node, self)
+        proxy = Proxy(node, self)
         self._born.append((weakref.ref(proxy), node))
         return proxy
 
@@ -255,7 +284,7 @@ class _Tracer(fx.Tracer):
 def _is_leaf(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return True
-    package = type(module).forward.__module__
+    package = type(module).forward.__module__ or ""
     return package.startswith((f"{__package__}.", "torch.nn.", "torch.ao.nn.")) and not isinstance(
         module, nn.Sequential
     )

@@ -57,13 +57,13 @@ def children_only_called(module: nn.Module) -> list[nn.Module]:
         used.read("forward")
     except _Unreadable:
         return []
-    held = {id(m) for value in _held(module) for m in value.modules()}
+    named = [children[name] for name in used.otherwise]
+    reached = {module for value in (*named, *_held(module)) for module in value.modules()}
     return [
         item
-        for name, child in children.items()
-        if name not in used.otherwise
+        for child in children.values()
         for item in _callable(child)
-        if not any(id(m) in held for m in item.modules())
+        if reached.isdisjoint(item.modules())
     ]
 
 

@@ -1,0 +1,589 @@
+"""What `fold` leaves as it is, with the reason: whatever it might get wrong."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Backend
+from fold_cases import IN, OUT, assert_folds, both, filled, folds, image, pair
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, spectral_norm
+
+import batchnorm_cuda
+from batchnorm_cuda import convert, fold, fold_report
+
+
+class Block(nn.Module):
+    """A convolution and a batch norm, in a forward that a test gives."""
+
+    def __init__(self, forward: Callable) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(IN, OUT, 3, padding=1)
+        self.norm = nn.BatchNorm2d(OUT)
+        self.other = nn.Conv2d(IN, OUT, 3, padding=1)
+        self.run = forward
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def twice(block: Block, x: Tensor) -> Tensor:
+    y = block.conv(x)
+    return block.norm(y) + y
+
+
+def returned(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+    y = block.conv(x)
+    return block.norm(y), y
+
+
+def in_a_list(block: Block, x: Tensor) -> Tensor:
+    y = block.conv(x)
+    block.kept.append(y)
+    return block.norm(y)
+
+
+def in_an_attribute(block: Block, x: Tensor) -> Tensor:
+    block.last = block.conv(x)
+    return block.norm(block.last)
+
+
+def in_a_closure(block: Block, x: Tensor) -> Tensor:
+    y = block.conv(x)
+    block.later = lambda: y
+    return block.norm(y)
+
+
+def changed_in_place(block: Block, x: Tensor) -> Tensor:
+    y = block.conv(x)
+    y.add_(1)
+    return block.norm(y)
+
+
+def changed_through_a_view(block: Block, x: Tensor) -> Tensor:
+    y = block.conv(x)
+    y[:, 0].zero_()
+    return block.norm(y)
+
+
+def assigned_to(block: Block, x: Tensor) -> Tensor:
+    y = block.conv(x)
+    y[:, 0] = 0
+    return block.norm(y)
+
+
+def two_layers(block: Block, x: Tensor) -> Tensor:
+    return block.norm(block.conv(x)) + block.norm(block.other(x))
+
+
+def conv_again(block: Block, x: Tensor) -> Tensor:
+    return block.norm(block.conv(x)) + block.conv(x).relu()
+
+
+def norm_again(block: Block, x: Tensor) -> Tensor:
+    y = block.norm(block.conv(x))
+    return block.norm(y) + y
+
+
+def weight_used(block: Block, x: Tensor) -> Tensor:
+    return block.norm(block.conv(x)) * block.conv.weight.norm()
+
+
+def weights_regularised(block: Block, x: Tensor) -> Tensor:
+    return block.norm(block.conv(x)) + sum(p.square().sum() for p in block.parameters())
+
+
+def by_function(block: Block, x: Tensor) -> Tensor:
+    return block.norm(F.conv2d(x, block.conv.weight))
+
+
+def past_call(block: Block, x: Tensor) -> Tensor:
+    return block.norm.forward(block.conv(x)) + block.norm(block.conv(x))
+
+
+def not_a_layer(block: Block, x: Tensor) -> Tensor:
+    return block.norm(block.conv(x).relu())
+
+
+def by_the_data(block: Block, x: Tensor) -> Tensor:
+    y = block.conv(x)
+    return block.norm(y) if x.mean() > 100 else y
+
+
+def by_the_batch(block: Block, x: Tensor) -> Tensor:
+    y = block.conv(x)
+    return block.norm(y) if x.shape[0] == 1 else y
+
+
+REFUSED = {
+    twice: "what 'conv' (Conv2d) gives is used more than once",
+    returned: "goes to who calls the block, or keeps what it gives",
+    in_a_list: "goes to who calls the block, or keeps what it gives",
+    in_an_attribute: "goes to who calls the block, or keeps what it gives",
+    in_a_closure: "goes to who calls the block, or keeps what it gives",
+    changed_in_place: "what 'conv' (Conv2d) gives is used more than once",
+    changed_through_a_view: "what 'conv' (Conv2d) gives is used more than once",
+    assigned_to: "cannot be followed: TypeError: 'Proxy' object does not support item assignment",
+    two_layers: "it is shared: ",
+    conv_again: "'conv' (Conv2d) is also called without it",
+    norm_again: "before it is no layer to fold it into, but 'norm' (BatchNorm2d)",
+    weight_used: "the weight or bias of 'conv' (Conv2d) is used by itself",
+    weights_regularised: "the weight or bias of 'conv' (Conv2d) is used by itself",
+    by_function: "before it is no layer to fold it into, but conv2d",
+    past_call: "",  # torch.nn's and ours are seen in other ways
+    not_a_layer: "before it is no layer to fold it into, but relu",
+    by_the_data: "cannot be followed: TraceError: symbolically traced variables cannot be used",
+    by_the_batch: "cannot be followed: TraceError: symbolically traced variables cannot be used",
+}
+
+
+def assert_stays(model: nn.Module, x: Tensor, reason: str, name: str = "norm") -> None:
+    """The reason, and that nothing has changed, to the bit."""
+    filled(model).double()
+    expected = pickle.loads(pickle.dumps(model(x)))
+    state = {key: (value, value.clone()) for key, value in model.state_dict(keep_vars=True).items()}
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    fold(model)
+    report = fold_report(model)[name]
+    assert report.startswith("stays: ") and reason in report
+    for module, before in attributes.items():
+        after = dict(vars(module))
+        after.pop("_fold_note", None)
+        assert after == before
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(state)
+    assert all(after[key] is old and torch.equal(old, copy) for key, (old, copy) in state.items())
+    assert torch.equal(torch.stack(tuple(model(x))), torch.stack(tuple(expected)))
+
+
+@pytest.mark.parametrize("forward", REFUSED, ids=lambda forward: forward.__name__)
+@both
+def test_forwards_that_need_it(aten: Backend, forward: Callable, converted: bool) -> None:
+    model = Block(forward)
+    assert_stays(convert(model) if converted else model, image(), REFUSED[forward])
+
+
+# --- modules that are not what they seem --------------------------------------------------------
+
+
+def hooked(model: nn.Sequential, at: int, kind: str) -> nn.Sequential:
+    getattr(model[at], f"register_{kind}")(lambda *_: None)
+    return model
+
+
+def parametrised(model: nn.Sequential, at: int) -> nn.Sequential:
+    parametrize.register_parametrization(model[at], "weight", nn.Identity())
+    return model
+
+
+def with_norm(norm: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(IN, OUT, 3), norm)
+
+
+def replaced_forward() -> nn.Sequential:
+    model = pair()
+    original = model[0].forward
+    model[0].forward = lambda x: 2 * original(x)
+    return model
+
+
+class UsersBatchNorm(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+HOOKS = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+UNUSUAL = {
+    **{
+        f"{kind} of {at}": (lambda at=at, kind=kind: hooked(pair(), at, kind), "hooks")
+        for at in (0, 1)
+        for kind in [*HOOKS, "state_dict_post_hook"]
+    },
+    "parametrised layer": (lambda: parametrised(pair(), 0), "'0' (ParametrizedConv2d) is param"),
+    "parametrised norm": (lambda: parametrised(pair(), 1), "it is parametrised"),
+    "spectral norm": (lambda: nn.Sequential(spectral_norm(pair()[0]), pair()[1]), "'0' (Conv2d) h"),
+    "pruned": (lambda: nn.Sequential(pruned(pair()[0]), pair()[1]), "'0' (Conv2d) has hooks"),
+    "forward of its own": (replaced_forward, "a forward of its own"),
+    "subclass": (lambda: with_norm(UsersBatchNorm(OUT)), "its class, UsersBatchNorm, may compute"),
+    "statistics of the batch": (
+        lambda: with_norm(nn.BatchNorm2d(OUT, track_running_stats=False)),
+        "it has no running statistics, and takes those of its batch",
+    ),
+    "ours of the batch": (
+        lambda: with_norm(batchnorm_cuda.BatchNorm2d(OUT, track_running_stats=False)),
+        "it has no running statistics, and takes those of its batch",
+    ),
+    "first": (lambda: nn.Sequential(nn.BatchNorm2d(IN)), "no layer to fold it into, but an input"),
+    "before the layer": (
+        lambda: nn.Sequential(nn.Conv2d(IN, OUT, 3), nn.ReLU(), nn.BatchNorm2d(OUT)),
+        "before it is no layer to fold it into, but '1' (ReLU)",
+    ),
+    "alone": (lambda: nn.ModuleList([nn.BatchNorm2d(IN)]), "may be used by the model (ModuleList)"),
+}
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", 3)
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_modules_that_are_not_what_they_seem(aten: Backend, case: str) -> None:
+    make, reason = UNUSUAL[case]
+    model = filled(make())
+    name = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    fold(model)
+    assert list(fold_report(model)) == name
+    assert reason in fold_report(model)[name[0]]
+    assert folds(model) == []
+    after = model.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(after[key], value) for key, value in state.items())
+
+
+def test_training_mode_of_one(aten: Backend) -> None:
+    model = nn.Sequential(*pair(), nn.Conv2d(OUT, OUT, 1), nn.BatchNorm2d(OUT)).eval()
+    model[1].train()
+    assert folds(fold(model)) == ["3"]
+    assert fold_report(model)["1"] == "stays: it is in training mode"
+
+
+def test_training_mode_is_refused() -> None:
+    model = pair()
+    with pytest.raises(ValueError, match=r"^fold: expected model to be in evaluation mode, got"):
+        fold(model)
+    assert type(model[1]) is nn.BatchNorm2d
+    assert fold_report(model) == {"1": "stays: fold has not seen it"}
+
+
+@pytest.mark.parametrize("function", [fold, fold_report])
+def test_no_module(function: Callable) -> None:
+    with pytest.raises(TypeError, match=r"^fold\w*: expected model to be a torch.nn.Module, got "):
+        function(nn.BatchNorm2d)
+
+
+def test_without_values() -> None:
+    assert "meta device" in fold_report(fold(pair().to("meta").eval()))["1"]
+    lazy = nn.Sequential(nn.Conv2d(IN, OUT, 3), nn.LazyBatchNorm2d()).eval()
+    assert "it is lazy" in fold_report(fold(lazy))["1"]
+    lazy = nn.Sequential(nn.LazyConv2d(OUT, 3), nn.BatchNorm2d(OUT)).eval()
+    assert "'0' (LazyConv2d)" in fold_report(fold(lazy))["1"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm"),
+    [
+        (nn.Conv2d(IN, OUT, 3), nn.BatchNorm2d(OUT + 1)),
+        (nn.Conv2d(IN, OUT, 3), nn.BatchNorm3d(OUT)),
+        (nn.Linear(IN, OUT), nn.BatchNorm2d(OUT)),
+    ],
+    ids=["channels", "dimensions", "linear"],
+)
+def test_batch_norms_that_do_not_fit(layer: nn.Module, norm: nn.Module) -> None:
+    model = nn.Sequential(layer, norm).eval()
+    assert "does not take what a" in fold_report(fold(model))["1"]
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+def test_hooks_around(aten: Backend, kind: str) -> None:
+    """A hook that sees what the convolution gives, or may exchange it, keeps the batch norm; one
+    that sees the block as a whole does not, and is not called while the model is traced."""
+    seen = []
+    stem, rest = nn.Sequential(nn.Conv2d(IN, OUT, 3)), nn.Sequential(nn.BatchNorm2d(OUT))
+    part = stem if kind == "forward_hook" else rest
+    getattr(part, f"register_{kind}")(lambda module, *values: seen.append(values))
+    model = filled(nn.Sequential(stem, rest)).double()
+    assert "hooks of the Sequential around it" in fold_report(fold(model))["1.0"]
+    assert not seen
+
+    model = pair()
+    getattr(model, f"register_{kind}")(lambda module, *values: seen.append(values))
+    assert_folds(model, image(), names=["1"])
+    assert all(isinstance(value, Tensor) for values in seen for value in values[-1])
+
+
+def test_residual_of_the_same_layer(aten: Backend) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(IN, OUT, 3)
+            self.norm = batchnorm_cuda.BatchNorm2d(OUT)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y, y)
+
+    assert_stays(Net(), image(), "what 'conv' (Conv2d) gives is used more than once")
+
+
+def test_shared_pair_and_tied_weights(aten: Backend) -> None:
+    """A pair that is called twice is folded; a weight of another layer, too, stays what it was."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = nn.Sequential(nn.Conv2d(IN, IN, 1), nn.BatchNorm2d(IN))
+            self.tied = nn.Conv2d(IN, IN, 1)
+            self.tied.weight = self.pair[0].weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tied(self.pair(self.pair(x)))
+
+    model = assert_folds(Net(), image(), names=["pair.1"])
+    assert model.tied.weight is not model.pair[0].weight
+
+
+def test_tracing_leaves_no_traces(aten: Backend) -> None:
+    """Attributes, lists and buffers are those from before, whatever the forward does."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = pair()
+            self.calls, self.shapes = 0, []
+            self.plain = torch.zeros(2)
+            self.register_buffer("total", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.new = self.pair(x)
+            self.shapes.append(x.shape)
+            self.total += 1
+            self.total.add_(1)
+            return self.new
+
+    class Changing(Counting):
+        def forward(self, x: Tensor) -> Tensor:
+            self.plain += 1
+            return super().forward(x)
+
+    for kind, folded in ((Counting, ["pair.1"]), (Changing, ["pair.1"])):
+        model = filled(kind())
+        fold(model)
+        assert folds(model) == folded, fold_report(model)
+        assert model.calls == 0 and not model.shapes and not hasattr(model, "new")
+        assert not model.plain.any() and not model.total.any()
+
+
+# --- forwards that cannot be followed -----------------------------------------------------------
+
+
+class Opaque(nn.Module):
+    """Asks for a value of its input, which torch.fx does not have."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x) if float(x.sum()) < 1e9 else x
+
+
+class Calls(Opaque):
+    def run(self, x: Tensor) -> Tensor:
+        x = self.block(x)
+        for i, layer in enumerate(self.layers):
+            if i >= 0:
+                x = layer(x)
+        for name, layer in self.named.items():
+            x = layer(x) if name else x
+        for one, other in zip(self.layers, reversed(self.layers), strict=True):
+            x = one(x) + other(x)
+        x = self.layers[0](x)
+        if self.block is not None and len(self.layers):
+            x = x.to(next(self.parameters()).dtype)
+        return self.last(x)
+
+
+def square() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(IN, IN, 1), nn.BatchNorm2d(IN))
+
+
+def test_blocks_of_an_opaque_forward(aten: Backend) -> None:
+    """What it only calls is folded block by block; its own layers are not."""
+    model = Calls(
+        block=square(),
+        layers=nn.ModuleList([square(), square()]),
+        named=nn.ModuleDict({"a": square()}),
+        last=nn.BatchNorm2d(IN),
+    )
+    names = ["block.1", "layers.0.1", "layers.1.1", "named.a.1"]
+    assert_folds(model, image(), names=names)
+    assert (
+        "may be used by the model (Calls), which cannot be followed: "
+        in (fold_report(model)["last"])
+    )
+
+
+# Every way in which a forward can get at what is inside a block.
+
+
+def taps_by_index(self: Opaque, x: Tensor) -> Tensor:
+    return self.block[0](x)
+
+
+def taps_by_loop(self: Opaque, x: Tensor) -> Tensor:
+    outputs = []
+    for layer in self.block:
+        x = layer(x)
+        outputs.append(x)
+    return outputs[0]
+
+
+def taps_by_name(self: Opaque, x: Tensor) -> Tensor:
+    return self.block.get_submodule("0")(x)
+
+
+def taps_by_alias(self: Opaque, x: Tensor) -> Tensor:
+    block = self.block
+    return block[0](x)
+
+
+def taps_by_method(self: Opaque, x: Tensor) -> Tensor:
+    return next(iter(self.children()))[0](x)
+
+
+def taps_by_function(self: Opaque, x: Tensor) -> Tensor:
+    return first_of(self.block)(x)
+
+
+def taps_by_self(self: Opaque, x: Tensor) -> Tensor:
+    return first_of(getattr(self, "block"))(x)  # noqa: B009
+
+
+def taps_by_list(self: Opaque, x: Tensor) -> Tensor:
+    return self.held[0](x)
+
+
+def taps_by_weight(self: Opaque, x: Tensor) -> Tensor:
+    return F.conv2d(x, self.block[0].weight, self.block[0].bias)
+
+
+def taps_by_parameters(self: Opaque, x: Tensor) -> Tensor:
+    return F.conv2d(x, *list(self.parameters())[:2])
+
+
+def taps_in_items(self: Opaque, x: Tensor) -> Tensor:
+    for layer in self.layers:
+        x = layer[0](x)
+    return x
+
+
+def first_of(block: nn.Module) -> nn.Module:
+    return block[0]
+
+
+TAPS = [
+    taps_by_index,
+    taps_by_loop,
+    taps_by_name,
+    taps_by_alias,
+    taps_by_method,
+    taps_by_function,
+    taps_by_self,
+    taps_by_list,
+    taps_by_weight,
+    taps_by_parameters,
+    taps_in_items,
+]
+
+
+@pytest.mark.parametrize("tap", TAPS, ids=lambda tap: tap.__name__)
+def test_opaque_forwards_that_reach_into_a_block(aten: Backend, tap: Callable) -> None:
+    kind = type("Taps", (Opaque,), {"run": tap})
+    block = square()
+    model = kind(block=block, layers=nn.ModuleList([block]), held=[block[0]])
+    if tap is not taps_by_list:
+        model.held = []
+    if tap is taps_in_items:
+        del model.block
+    assert_stays(model, image(), "cannot be followed", next(iter(fold_report(model))))
+
+
+def test_opaque_base_class_and_properties(aten: Backend) -> None:
+    """What a forward calls is read as well, wherever it is defined."""
+
+    class Base(Opaque):
+        @property
+        def first(self) -> nn.Module:
+            return self.block[0]
+
+        def tap(self, x: Tensor) -> Tensor:
+            return self.block[0](x)
+
+    class ByProperty(Base):
+        def run(self, x: Tensor) -> Tensor:
+            return self.first(x)
+
+    class BySuper(Base):
+        def run(self, x: Tensor) -> Tensor:
+            return super().tap(x)
+
+    class WithoutSource(Opaque):
+        pass
+
+    exec("def run(self, x): return self.block[0](x)", globals_ := {})
+    WithoutSource.run = globals_["run"]
+    for kind in (ByProperty, BySuper, WithoutSource):
+        assert_stays(kind(block=square()), image(), "cannot be followed", "block.1")
+
+
+def test_other_ways_to_call(aten: Backend) -> None:
+    """A block is traced in every way in which its arguments can be given."""
+
+    class Optional(nn.Module):
+        def __init__(self, use: Callable) -> None:
+            super().__init__()
+            self.conv, self.norm = square()
+            self.use = use
+
+    class Flag(Optional):
+        def forward(self, x: Tensor, tap: bool = False) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y) + (y if tap else 0)
+
+    class Skip(Optional):
+        def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y) + (y if skip is not None else 0)
+
+    class Required(Optional):
+        def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y) + (y if skip is None else 0)
+
+    class Any_(Optional):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self.norm(self.conv(inputs[0]))
+
+    class Harmless(Optional):
+        def forward(self, x: Tensor, skip: Tensor, flag: bool = True, *, y: Any = None) -> Tensor:
+            x = self.norm(self.conv(x)) + skip.mean()
+            return x.relu() if flag else x
+
+    for kind in (Flag, Skip, Required):
+        model = kind(None).eval()
+        assert "used more than once" in fold_report(fold(model))["norm"]
+    assert "any number of arguments" in fold_report(fold(Any_(None).eval()))["norm"]
+    model = Harmless(None)
+    assert_folds(model, image(), image(), names=["norm"])
+
+
+def test_wrappers(aten: Backend) -> None:
+    model = filled(nn.DataParallel(pair()))
+    assert folds(fold(model)) == ["module.1"]
+
+
+def test_scripted_parts(aten: Backend) -> None:
+    model = nn.Sequential(
+        torch.jit.script(pair().eval()), nn.Conv2d(OUT, OUT, 1), nn.BatchNorm2d(OUT)
+    )
+    fold(filled(model))
+    assert folds(model) == ["2"]
