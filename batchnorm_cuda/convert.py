@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from . import modules
+from ._torch_tools import register_fusers
 from .sync import SyncBatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -31,6 +32,8 @@ _LAZY = {
 }
 _OURS = _DENSE | _LAZY
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+
+register_fusers(_DENSE)
 
 # Where a module that `convert(sync=True)` exchanged keeps the class that it came from.
 _ORIGIN = "_class_before_sync"

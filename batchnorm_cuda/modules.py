@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from ._torch_tools import RunningMean, refuse_fusing_by_class, refuse_script
 from .functional import Activation, is_relu, normalize
 
 
@@ -42,6 +43,7 @@ class _KernelForward:
     """
 
     activation: Activation | None = None  # also of a module that `convert` has made
+    running_mean = RunningMean()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if type(input) is not Tensor or residual is not None:  # a look at the type is cheaper
@@ -87,9 +89,13 @@ class _KernelForward:
 
         torch.fx takes for leaves only what is defined in torch.nn; a module of ours has to say it.
         """
+        refuse_fusing_by_class(tracer, inputs[0])
         name = tracer.path_of_module(self)
         given = tuple(value for value in inputs if value is not None)
         return tracer.create_proxy("call_module", name, given, {})
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """weight, bias, running_mean, running_var: half a microsecond each by attribute look-up."""
