@@ -15,8 +15,7 @@ import inspect
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from . import modules
 from ._source_uses import children_only_called
 
 # Calls of a forward that differ in what is given for its arguments; each is a trace.
@@ -49,8 +49,10 @@ class Calls:
     read: set[int] = field(default_factory=set)
     opaque: dict[nn.Module, str] = field(default_factory=dict)  # and why
     exposed: dict[nn.Module, nn.Module] = field(default_factory=dict)  # and to which opaque module
+    graphs: list[fx.Graph] = field(default_factory=list)
 
     def add(self, other: Calls) -> None:
+        self.graphs += other.graphs
         for module, nodes in other.calls.items():
             self.calls.setdefault(module, []).extend(nodes)
         self.called |= other.called
@@ -59,9 +61,47 @@ class Calls:
         self.opaque |= other.opaque
         self.exposed |= other.exposed
 
+    def course(self) -> list[Any]:
+        """What is called in which order with what, whatever the classes of the modules are."""
+        steps: list[Any] = [set(self.opaque)]
+        for graph in self.graphs:
+            place = {node: ("node", at) for at, node in enumerate(graph.nodes)}
+            for node in graph.nodes:
+                arguments = fx.node.map_arg((node.args, node.kwargs), place.get)
+                steps.append((node.op, self.called.get(node, node.target), repr(arguments)))
+        return steps
+
     def users(self, node: fx.Node) -> list[fx.Node]:
         """The nodes that use the values of `node`."""
         return [user for user in node.users if not _asks_for_metadata(user)]
+
+
+class Snapshot:
+    """Modules as they are: class, attributes, and the contents of lists and dicts in these."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._before = []
+        for module in modules:
+            attributes = dict(vars(module))
+            containers = [
+                (value, list(value.items()) if isinstance(value, dict) else list(value))
+                for value in attributes.values()
+                if isinstance(value, dict | list | set | deque)
+            ]
+            self._before.append((module, type(module), attributes, containers))
+
+    def restore(self) -> None:
+        for module, kind, attributes, containers in self._before:
+            if type(module) is not kind:
+                module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, content in containers:
+                container.clear()
+                if isinstance(container, dict | set):
+                    container.update(content)
+                else:
+                    container.extend(content)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -79,7 +119,8 @@ def trace_calls(model: nn.Module) -> Calls:
     """All calls that `model` makes when it is called, as it is now."""
     found = Calls()
     waiting, traced = [model], set()
-    with _restored(model):
+    before = Snapshot(model.modules())
+    try:
         while waiting:
             block = _unwrapped(waiting.pop())
             if block in traced:
@@ -89,6 +130,8 @@ def trace_calls(model: nn.Module) -> Calls:
             _trace(block, found)
             for module in [module for module in found.opaque if module not in known]:
                 waiting += _expose_children(module, found)
+    finally:
+        before.restore()
     return found
 
 
@@ -103,7 +146,7 @@ def _trace(block: nn.Module, found: Calls) -> None:
         return
     for arguments, certain in variants:
         part = Calls(opaque=dict(found.opaque))
-        _Tracer(part).trace(_Caller(block, arguments))
+        part.graphs.append(_Tracer(part).trace(_Caller(block, arguments)))
         if certain or block not in part.opaque:
             found.add(part)
 
@@ -226,7 +269,7 @@ class _Tracer(fx.Tracer):
             graph = super().trace(root)
         for node in graph.nodes:
             if node.op == "get_attr" and self._found.users(node):
-                self._found.read.add(id(_attribute(root, node.target)))
+                self._note_read(node)
         return graph
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -246,7 +289,7 @@ class _Tracer(fx.Tracer):
         """Hooks are not run: they are the user's, who does not expect proxies there."""
         m = _unwrapped(m)
         if _is_leaf(m):
-            if next(m.children(), None) is not None:
+            if _package(m) != modules.__name__ and next(m.children(), None) is not None:
                 self._found.opaque.setdefault(m, "it is not looked into")
             return self._call_leaf(m, args, kwargs)
         if m in self._found.opaque:
@@ -266,13 +309,23 @@ class _Tracer(fx.Tracer):
         returned = _nodes(result)
         for node in returned:
             if node.op == "get_attr":
-                self._found.read.add(id(_attribute(self.root, node.target)))
+                self._note_read(node)
         unexpected = self._found.called.keys() - returned
         if any(ref() is not None and node in unexpected for ref, node in self._born):
             gc.collect()  # or they are in reference cycles, as an exception with its frames
         for ref, node in self._born:
             if ref() is not None:
                 self._found.seen.setdefault(node, "who calls the block, or keeps what it gives")
+
+    def _note_read(self, node: fx.Node) -> None:
+        """The parameter or buffer; found without the getattr that torch.fx replaces meanwhile."""
+        module = self.root
+        *parents, name = node.target.split(".")
+        for parent in parents:
+            module = module._modules[parent]
+        tensor = module._parameters.get(name, module._buffers.get(name))
+        if tensor is not None:
+            self._found.read.add(id(tensor))
 
     def _call_leaf(self, module: nn.Module, args: tuple, kwargs: dict) -> fx.Proxy:
         proxy = self.create_proxy("call_module", type(module).__name__, args, kwargs)
@@ -281,13 +334,16 @@ class _Tracer(fx.Tracer):
         return proxy
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def _package(module: nn.Module) -> str:
+    """Where the forward is defined."""
     if isinstance(module, torch.jit.ScriptModule):
-        return True
-    package = type(module).forward.__module__ or ""
-    return package.startswith((f"{__package__}.", "torch.nn.", "torch.ao.nn.")) and not isinstance(
-        module, nn.Sequential
-    )
+        return "torch.jit"
+    return type(module).forward.__module__ or ""  # that of a graph has none
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    known = ("torch.nn.", "torch.ao.nn.", "torch.jit", modules.__name__)
+    return _package(module).startswith(known) and not isinstance(module, nn.Sequential)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -299,14 +355,6 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             module = module.module
         else:
             return module
-
-
-def _attribute(root: nn.Module, path: str) -> Tensor | None:
-    """The parameter or buffer at the path; read without the getattr that torch.fx replaces."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        root = root._modules[parent]
-    return root._parameters.get(name, root._buffers.get(name))
 
 
 def _nodes(values: Any) -> list[fx.Node]:
@@ -322,28 +370,3 @@ def _asks_for_metadata(node: fx.Node) -> bool:
 def _in_a_line(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {line[:120]}"
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Afterwards the modules have the attributes of before, and lists and dicts their contents."""
-    before = []
-    for module in model.modules():
-        attributes = dict(vars(module))
-        containers = [
-            (value, list(value.items()) if isinstance(value, dict) else list(value))
-            for value in attributes.values()
-            if isinstance(value, dict | list | set | deque)
-        ]
-        before.append((module, attributes, containers))
-    try:
-        yield
-    finally:
-        for module, attributes, containers in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for container, content in containers:
-                container.clear()
-                (container.extend if isinstance(container, list | deque) else container.update)(
-                    content
-                )

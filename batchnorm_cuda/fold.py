@@ -9,76 +9,27 @@ Its module changes class, as in `convert`, so that every reference to it stays g
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TypeVar
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
-from ._calls import has_hooks, trace_calls
-from .convert import _check_model, torchs_class
+from ._calls import Snapshot, has_hooks, trace_calls
+from ._folding import (
+    HANDING_ON,
+    LAYERS,
+    Stays,
+    check_batch_norm,
+    check_plain,
+    fold_into,
+    layer_kind,
+)
+from .convert import _check_model
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Layers, and how many dimensions a batch of their outputs has.
-_LAYERS = {
-    nn.Linear: 2,
-    nn.Conv1d: 3,
-    nn.Conv2d: 4,
-    nn.Conv3d: 5,
-    nn.ConvTranspose1d: 3,
-    nn.ConvTranspose2d: 4,
-    nn.ConvTranspose3d: 5,
-}
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Batch norms, and the dimensions of what they take.
-_BATCH_NORMS = {
-    nn.BatchNorm1d: (2, 3),
-    nn.BatchNorm2d: (4,),
-    nn.BatchNorm3d: (5,),
-    nn.SyncBatchNorm: (2, 3, 4, 5),
-}
-# What evaluation hands on as it is.
-_HANDING_ON = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
-# What a subclass of a layer may define and still compute the same, and the special methods that it
-# may not.
-_HARMLESS = {"extra_repr", "reset_parameters"}
-_SPECIAL = {"__call__", "__getattr__", "__getattribute__", "__setattr__", "__new__"}
-_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
-
 # Where a module keeps the sentence that `fold_report` gives of it.
 _NOTE = "_fold_note"
-
-
-class _Stays(Exception):
-    """Why a batch norm is not folded, as the rest of a sentence that begins "stays: "."""
-
-
-class Folded(nn.Module):
-    """What is left of a folded batch norm that does more than to hand on its input.
-
-    Batch norms of one dimension and synchronised ones take inputs of several numbers of dimensions.
-    The layer before gives its channels where they expect them for one of these only: a linear
-    layer has them last, a convolution of an input without a batch dimension has them first.
-    """
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        torch._assert(input.dim() == self.dimensions, self.refusal)
-        if residual is not None:
-            input = input + residual
-        return self.last(input)
 
 
 def fold(model: Model) -> Model:
@@ -121,10 +72,16 @@ def fold(model: Model) -> Model:
             "call model.eval() first"
         )
     batch_norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    if batch_norms:
-        sites = _Sites(model)
-        for batch_norm in batch_norms:
-            vars(batch_norm)[_NOTE] = sites.fold(batch_norm)
+    sites = _Sites(model) if batch_norms else None
+    changes = [sites.fold(batch_norm) for batch_norm in batch_norms]
+    if any(changes) and sites.lead_elsewhere():
+        for change in filter(None, reversed(changes)):
+            change.restore()
+        for batch_norm in batch_norms:  # which one was it?
+            change = sites.fold(batch_norm)
+            if change is not None and sites.lead_elsewhere():
+                change.restore()
+                _note(batch_norm, "stays: the forward takes another way without it")
     return model
 
 
@@ -152,32 +109,41 @@ def fold_report(model: nn.Module) -> dict[str, str]:
     return report
 
 
+def _note(module: nn.Module, text: str) -> None:
+    vars(module)[_NOTE] = text
+
+
 class _Sites:
     """The batch norms of a model, with what comes before each."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.names = {module: name for name, module in model.named_modules()}
         self.calls = trace_calls(model)
 
-    def fold(self, batch_norm: nn.Module) -> str:
-        """Fold it if that is possible, and say what came of it."""
+    def fold(self, batch_norm: nn.Module) -> Snapshot | None:
+        """Fold it if that is possible, and give what undoes it. What came of it is noted there."""
         try:
-            kind = _checked_kind(batch_norm)
+            check_batch_norm(batch_norm)
             nodes = self._calls_of(batch_norm)
             layer = self._layer_before(nodes)
-            dimensions = _dimensions(layer, kind, batch_norm)
-            weight, bias = _folded_tensors(layer, batch_norm)
-        except _Stays as reason:
-            return f"stays: {reason}"
-        layer.weight, layer.bias = weight, bias
-        _leave_rest(batch_norm, kind, dimensions, any(map(_has_residual, nodes)))
-        return f"folded into {self._describe(layer)}"
+            before = Snapshot((layer, batch_norm))
+            fold_into(layer, batch_norm, any(map(_has_residual, nodes)))
+        except Stays as reason:
+            _note(batch_norm, f"stays: {reason}")
+            return None
+        _note(batch_norm, f"folded into {self._describe(layer)}")
+        return before
+
+    def lead_elsewhere(self) -> bool:
+        """Whether the forward does something else now, as one does that asks for classes."""
+        return trace_calls(self.model).course() != self.calls.course()
 
     def _calls_of(self, batch_norm: nn.Module) -> list[fx.Node]:
         self._refuse_exposed(batch_norm, "it")
         nodes = self.calls.calls.get(batch_norm)
         if not nodes:
-            raise _Stays("the forward, as far as it could be followed, does not call it")
+            raise Stays("the forward, as far as it could be followed, does not call it")
         return nodes
 
     def _layer_before(self, nodes: list[fx.Node]) -> nn.Module:
@@ -185,22 +151,22 @@ class _Sites:
         sources = [self._source(node) for node in nodes]
         layers = [self.calls.called.get(source) for source in sources]
         for source, layer in zip(sources, layers, strict=True):
-            if layer is None or _kind(layer) not in _LAYERS:
-                raise _Stays(f"before it is no layer to fold it into, but {self._say(source)}")
+            if layer is None or layer_kind(layer) not in LAYERS:
+                raise Stays(f"before it is no layer to fold it into, but {self._say(source)}")
         if len(set(layers)) > 1:
-            raise _Stays(f"it is shared: {' and '.join(map(self._describe, set(layers)))} use it")
+            raise Stays(f"it is shared: {' and '.join(map(self._describe, set(layers)))} use it")
         layer = layers[0]
         name = self._describe(layer)
         self._refuse_exposed(layer, name)
         if layer not in self.names:
-            raise _Stays(f"{name} is not registered in the model")
+            raise Stays(f"{name} is not registered in the model")
         if set(self.calls.calls[layer]) != set(sources):
-            raise _Stays(f"{name} is also called without it")
+            raise Stays(f"{name} is also called without it")
         if len(set(sources)) < len(sources):
-            raise _Stays(f"what {name} gives is used more than once")
-        _check_plain(layer, ("weight", "bias"), name)
+            raise Stays(f"what {name} gives is used more than once")
+        check_plain(layer, ("weight", "bias"), name)
         if any(id(tensor) in self.calls.read for tensor in (layer.weight, layer.bias)):
-            raise _Stays(f"the weight or bias of {name} is used by itself, too")
+            raise Stays(f"the weight or bias of {name} is used by itself, too")
         return layer
 
     def _source(self, node: fx.Node) -> fx.Node:
@@ -211,19 +177,19 @@ class _Sites:
         given = [*node.args, *node.kwargs.values()]
         source = node.args[0] if node.args else node.kwargs.get("input")
         if not isinstance(source, fx.Node):
-            raise _Stays("it is called with something else than a tensor")
+            raise Stays("it is called with something else than a tensor")
         module = self.calls.called.get(source)
-        if type(module) in _HANDING_ON and not module.training and not has_hooks(module):
+        if type(module) in HANDING_ON and not module.training and not has_hooks(module):
             before = self._source(source)
-        elif _kind(module) in _LAYERS:
+        elif layer_kind(module) in LAYERS:
             before = source
         else:
             return source
         name = self._say(source)
         if self.calls.users(source) != [node] or given.count(source) > 1:
-            raise _Stays(f"what {name} gives is used more than once")
+            raise Stays(f"what {name} gives is used more than once")
         if source in self.calls.seen:
-            raise _Stays(f"what {name} gives goes to {self.calls.seen[source]}, too")
+            raise Stays(f"what {name} gives goes to {self.calls.seen[source]}, too")
         return before
 
     def _refuse_exposed(self, module: nn.Module, name: str) -> None:
@@ -231,7 +197,7 @@ class _Sites:
         if holder is not None:
             why = self.calls.opaque.get(holder, "it is given to a function")
             holder = self._describe(holder)
-            raise _Stays(f"{name} may be used by {holder}, which cannot be followed: {why}")
+            raise Stays(f"{name} may be used by {holder}, which cannot be followed: {why}")
 
     def _describe(self, module: nn.Module) -> str:
         kind = type(module).__name__
@@ -247,145 +213,5 @@ class _Sites:
         return getattr(node.target, "__name__", str(node.target))
 
 
-# --- what can be folded -------------------------------------------------------------------------
-
-
-def _kind(module: nn.Module | None) -> type:
-    """The class of the module that tells what it computes.
-
-    torch's for one of ours, what a parametrised one is made from, and that of a layer for a
-    subclass which overrides nothing that takes part in a call.
-    """
-    kind = torchs_class(parametrize.type_before_parametrizations(module))
-    bases = kind.__mro__
-    for place, base in enumerate(bases):
-        if base in _LAYERS:
-            own = {name for subclass in bases[:place] for name in vars(subclass)} - _HARMLESS
-            taking_part = own & {*dir(base), "weight", "bias"}
-            special = {name for name in taking_part if name.startswith("__")} - _SPECIAL
-            return kind if taking_part - special else base
-    return kind
-
-
-def _checked_kind(batch_norm: nn.Module) -> type:
-    kind = _kind(batch_norm)
-    if any(map(is_lazy, (*batch_norm.parameters(), *batch_norm.buffers()))):
-        raise _Stays("it is lazy, and has had no input yet")
-    if kind not in _BATCH_NORMS:
-        raise _Stays(f"its class, {kind.__name__}, may compute something else")
-    if batch_norm.training:
-        raise _Stays("it is in training mode")
-    _check_plain(batch_norm, _STATE[:-1], "it")
-    if batch_norm.running_mean is None or batch_norm.running_var is None:
-        raise _Stays("it has no running statistics, and takes those of its batch")
-    activation = getattr(batch_norm, "activation", None)
-    if activation is not None and activation not in _ACTIVATIONS:
-        raise _Stays(f"no module takes the place of its activation, {activation!r}")
-    return kind
-
-
-def _check_plain(module: nn.Module, tensors: Iterable[str], name: str) -> None:
-    """Its calls are its class's forward, with tensors that can be computed with."""
-    if has_hooks(module) or any(vars(module).get(hooks) for hooks in _STATE_HOOKS):
-        raise _Stays(f"{name} has hooks, or a forward of its own")
-    if parametrize.is_parametrized(module):
-        raise _Stays(f"{name} is parametrised")
-    for tensor in (getattr(module, tensor) for tensor in tensors):
-        if tensor is None:
-            continue
-        if type(tensor) not in (Tensor, nn.Parameter) or not tensor.is_floating_point():
-            raise _Stays(f"{name} has weights of another kind than floating-point tensors")
-        if tensor.is_meta:
-            raise _Stays(f"{name} is on the meta device")
-
-
-def _dimensions(layer: nn.Module, kind: type, batch_norm: nn.Module) -> int:
-    """How many dimensions the batch norm gets, if the channels are where it takes them."""
-    dimensions = _LAYERS[_kind(layer)]
-    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    if dimensions not in _BATCH_NORMS[kind] or channels != batch_norm.num_features:
-        raise _Stays(
-            f"a {kind.__name__} of {batch_norm.num_features} channels does not take what a "
-            f"{type(layer).__name__} of {channels} gives"
-        )
-    return dimensions
-
-
 def _has_residual(node: fx.Node) -> bool:
     return len(node.args) > 1 or "residual" in node.kwargs
-
-
-# --- arithmetic ---------------------------------------------------------------------------------
-
-
-def _folded_tensors(layer: nn.Module, batch_norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    """The layer's new weight and bias."""
-    weight, bias = _wide(layer.weight), _wide(layer.bias)
-    mean, variance = _wide(batch_norm.running_mean), _wide(batch_norm.running_var)
-    scale = (variance + batch_norm.eps).rsqrt()
-    if batch_norm.weight is not None:
-        scale = scale * _wide(batch_norm.weight)
-    shift = -mean * scale if bias is None else (bias - mean) * scale
-    if batch_norm.bias is not None:
-        shift = shift + _wide(batch_norm.bias)
-    rows = _by_channel(weight, layer)
-    rows = rows * scale.view(-1, *[1] * (rows.dim() - 1))
-    dtype = layer.weight.dtype
-    _check_rounding(rows.flatten(1), dtype)
-    _check_rounding(shift.expand(1, -1), dtype)
-    requires_grad = layer.weight.requires_grad
-    folded = torch.empty_like(layer.weight, requires_grad=False)
-    with torch.no_grad():
-        folded.copy_(_by_channel(rows, layer))
-    shift = shift.to(folded.device, dtype)
-    return nn.Parameter(folded, requires_grad), nn.Parameter(shift, requires_grad)
-
-
-def _wide(tensor: Tensor | None) -> Tensor | None:
-    """In float64, on the CPU: not every device has it."""
-    return None if tensor is None else tensor.detach().to("cpu", torch.float64)
-
-
-def _by_channel(weight: Tensor, layer: nn.Module) -> Tensor:
-    """The weight with the output channel as first dimension; applied twice, as it was.
-
-    A transposed convolution has (groups * in, out, ...) in memory, and gives groups * out channels.
-    """
-    if not isinstance(layer, _TRANSPOSED):
-        return weight
-    return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
-
-
-def _check_rounding(exact: Tensor, dtype: torch.dtype) -> None:
-    """Each row keeps the relative accuracy of dtype: it is neither too large nor too small."""
-    error = (exact.to(dtype).double() - exact).abs().amax(1)
-    if not (error <= torch.finfo(dtype).eps / 2 * exact.abs().amax(1)).all():
-        name = str(dtype).removeprefix("torch.")
-        raise _Stays(f"the layer's weight or bias would not be finite, or too small for {name}")
-
-
-# --- what is left -------------------------------------------------------------------------------
-
-# The modules that apply the activations of batch norms. In place: the input is the layer's output,
-# which nothing else uses.
-_ACTIVATIONS = {"relu": (nn.ReLU, {"inplace": True})}
-
-
-def _leave_rest(batch_norm: nn.Module, kind: type, dimensions: int, residual: bool) -> None:
-    """Turn the batch norm into what it has still to do."""
-    rest, settings = _ACTIVATIONS.get(getattr(batch_norm, "activation", None), (nn.Identity, {}))
-    for tensors in (batch_norm._parameters, batch_norm._buffers):
-        for name in _STATE:
-            tensors.pop(name, None)
-    batch_norm._non_persistent_buffers_set.difference_update(_STATE)
-    if residual or len(_BATCH_NORMS[kind]) > 1:
-        batch_norm.__class__ = Folded
-        batch_norm.dimensions = dimensions
-        batch_norm.refusal = (
-            f"batchnorm_cuda.fold: expected the layer before to give {dimensions} dimensions, with "
-            "its channels where the batch norm took them; use the model from before fold"
-        )
-        batch_norm.last = rest(**settings)
-    else:
-        batch_norm.__class__ = rest
-        vars(batch_norm).update(settings)

@@ -216,3 +216,25 @@ class LazyBatchNorm3d(_LazyForward, torch.nn.LazyBatchNorm3d):
 
     cls_to_become = BatchNorm3d
     __init__ = _constructor(torch.nn.LazyBatchNorm3d)
+
+
+class Folded(torch.nn.Module):
+    """What `fold` leaves of a batch norm that has more to do than its activation.
+
+    It adds a residual. And one that takes inputs of several numbers of dimensions makes sure that
+    it gets that for which the layer before has the channels where a batch norm expects them: a
+    linear layer has them last, and a convolution of an input without a batch dimension first.
+    """
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        torch._assert(
+            input.dim() == self.dimensions,
+            "batchnorm_cuda.fold: expected the layer before the batch norm to give as many "
+            "dimensions as a batch has; the model from before fold takes this input",
+        )
+        if residual is not None:
+            input = input + residual
+        return self.last(input)
+
+    def extra_repr(self) -> str:
+        return f"dimensions={self.dimensions}"

@@ -121,7 +121,23 @@ def by_the_batch(block: Block, x: Tensor) -> Tensor:
     return block.norm(y) if x.shape[0] == 1 else y
 
 
+def asks_for_tensors(block: Block, x: Tensor) -> Tensor:
+    y = block.conv(x)
+    return block.norm(y) + y if isinstance(x, Tensor) else block.norm(y)
+
+
+def given_to_a_function(block: Block, x: Tensor) -> Tensor:
+    return block.norm(block.conv(x)) + first_weight(block, x)
+
+
+@torch.fx.wrap
+def first_weight(block: nn.Module, x: Tensor) -> Tensor:
+    return next(block.parameters()).sum() + x.sum()
+
+
 REFUSED = {
+    asks_for_tensors: "what 'conv' (Conv2d) gives is used more than once",
+    given_to_a_function: "may be used by the model (Block), which cannot be followed: it is given",
     twice: "what 'conv' (Conv2d) gives is used more than once",
     returned: "goes to who calls the block, or keeps what it gives",
     in_a_list: "goes to who calls the block, or keeps what it gives",
@@ -287,7 +303,10 @@ def test_without_values() -> None:
 )
 def test_batch_norms_that_do_not_fit(layer: nn.Module, norm: nn.Module) -> None:
     model = nn.Sequential(layer, norm).eval()
-    assert "does not take what a" in fold_report(fold(model))["1"]
+    assert (
+        f"{norm.num_features} channels of a {type(norm).__name__} are not what a"
+        in fold_report(fold(model))["1"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
@@ -369,6 +388,52 @@ def test_tracing_leaves_no_traces(aten: Backend) -> None:
         assert folds(model) == folded, fold_report(model)
         assert model.calls == 0 and not model.shapes and not hasattr(model, "new")
         assert not model.plain.any() and not model.total.any()
+
+
+def asks_for_its_class(block: Block, x: Tensor) -> Tensor:
+    y = block.conv(x)
+    return block.norm(y) if isinstance(block.norm, nn.BatchNorm2d) else y + 1
+
+
+def asks_for_its_dtype(block: Block, x: Tensor) -> Tensor:
+    return block.norm(block.conv(x.to(block.norm.weight.dtype)))
+
+
+def uses_its_statistics(block: Block, x: Tensor) -> Tensor:
+    return block.norm(block.conv(x)) + block.norm.running_mean.sum()
+
+
+ASKING = [asks_for_its_class, asks_for_its_dtype, uses_its_statistics]
+
+
+@pytest.mark.parametrize("forward", ASKING, ids=lambda forward: forward.__name__)
+@both
+def test_forwards_that_look_at_the_batch_norm(
+    aten: Backend, forward: Callable, converted: bool
+) -> None:
+    """They would go another way without it, which shows once it is folded, and is taken back."""
+    model = Block(forward)
+    assert_stays(convert(model) if converted else model, image(), "the forward takes another way")
+
+
+def test_others_are_folded_all_the_same(aten: Backend) -> None:
+    model = nn.Sequential(Block(asks_for_its_class), nn.Conv2d(OUT, IN, 1), nn.BatchNorm2d(IN))
+    assert_folds(model, image(), names=["2"])
+
+
+def test_attribute_of_a_batch_norm_of_torch(aten: Backend) -> None:
+    """It has no activation, whatever it is given as an attribute."""
+    model = pair()
+    model[1].activation = "relu"
+    assert type(assert_folds(model, image(), names=["1"])[1]) is nn.Identity
+
+
+def test_weights_without_elements_or_in_other_layouts() -> None:
+    model = nn.Sequential(nn.Linear(0, OUT), nn.BatchNorm1d(OUT))
+    assert_folds(model, torch.zeros(2, 0, dtype=torch.float64), names=["1"])
+    model = nn.Sequential(nn.Linear(IN, OUT), nn.BatchNorm1d(OUT)).eval()
+    model[0].weight = nn.Parameter(model[0].weight.detach().to_sparse())
+    assert "'0' (Linear) has weights of another kind" in fold_report(fold(model))["1"]
 
 
 # --- forwards that cannot be followed -----------------------------------------------------------
@@ -574,6 +639,26 @@ def test_other_ways_to_call(aten: Backend) -> None:
     assert "any number of arguments" in fold_report(fold(Any_(None).eval()))["norm"]
     model = Harmless(None)
     assert_folds(model, image(), image(), names=["norm"])
+
+
+def test_values_that_nobody_has_any_more(aten: Backend) -> None:
+    """In a reference cycle, until it is collected."""
+
+    def in_a_cycle(block: Block, x: Tensor) -> Tensor:
+        y = block.conv(x)
+        box = [y]
+        box.append(box)
+        return block.norm(y)
+
+    assert_folds(Block(in_a_cycle), image(), names=["norm"])
+
+
+def test_shapes_may_be_asked_for(aten: Backend) -> None:
+    def of_a_shape(block: Block, x: Tensor) -> Tensor:
+        y = block.conv(x.to(block.conv.weight.dtype))
+        return block.norm(y).reshape(y.shape[0], y.size(1), -1)
+
+    assert_folds(Block(of_a_shape), image(), names=["norm"])
 
 
 def test_wrappers(aten: Backend) -> None:
