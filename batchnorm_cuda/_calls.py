@@ -236,6 +236,10 @@ class Proxy(fx.Proxy):
         return Tensor
 
 
+class SideEffect(Exception):
+    """What a forward would do now, and not as part of what is traced."""
+
+
 class _RealTensors(TorchFunctionMode):
     """Notes the tensors that a forward computes with as it is traced, and lets it change none."""
 
@@ -248,7 +252,7 @@ class _RealTensors(TorchFunctionMode):
         real = [value for value in pytree.tree_leaves((args, kwargs)) if type(value) in _REAL]
         changes = name in _CHANGING or (name.endswith("_") and not name.endswith("__"))
         if type(kwargs.get("out", args[0] if args and changes else None)) in _REAL:
-            raise RuntimeError(f"{name} changes a tensor")
+            raise SideEffect(f"{name} changes a tensor")
         result = function(*args, **kwargs)
         if name not in _METADATA_CALLS and not (name == "__get__" and type(result) not in _REAL):
             self.read.update(map(id, real))

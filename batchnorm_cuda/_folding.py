@@ -183,7 +183,6 @@ def _leave_rest(batch_norm: nn.Module, dimensions: int, more: bool) -> None:
     for tensors in (batch_norm._parameters, batch_norm._buffers):
         for name in _STATE:
             tensors.pop(name, None)
-    batch_norm._non_persistent_buffers_set.difference_update(_STATE)
     if more:
         batch_norm.__class__ = Folded
         batch_norm.dimensions = dimensions

@@ -60,7 +60,7 @@ def _keep_activation(module: nn.Module, reader: FrameType) -> None:
         synchronised.activation = module.activation
     elif reader.f_code in _FUSES:
         raise ValueError(
-            f"torch.nn.utils.fusion.{reader.f_code.co_name} would leave out "
+            f"torch.nn.utils.fusion: {reader.f_code.co_name} would leave out "
             f"activation={module.activation!r}: call batchnorm_cuda.fold(model), which keeps it"
         )
 
@@ -92,7 +92,7 @@ def _is_called_to_fuse() -> bool:
 
 def refuse_script(module: nn.Module) -> NoReturn:
     raise RuntimeError(
-        f"torch.jit.script cannot compile batchnorm_cuda.{type(module).__name__}: call "
+        f"torch.jit.script cannot compile a {type(module).__name__} of batchnorm_cuda: call "
         "batchnorm_cuda.revert(model) before it or, in evaluation, batchnorm_cuda.fold(model); "
         "torch.jit.trace takes the model as it is"
     )

@@ -159,11 +159,9 @@ class _Sites:
         name = self._describe(layer)
         self._refuse_exposed(layer, name)
         if layer not in self.names:
-            raise Stays(f"{name} is not registered in the model")
+            raise Stays(f"{name} comes before it")
         if set(self.calls.calls[layer]) != set(sources):
             raise Stays(f"{name} is also called without it")
-        if len(set(sources)) < len(sources):
-            raise Stays(f"what {name} gives is used more than once")
         check_plain(layer, ("weight", "bias"), name)
         if any(id(tensor) in self.calls.read for tensor in (layer.weight, layer.bias)):
             raise Stays(f"the weight or bias of {name} is used by itself, too")

@@ -95,6 +95,10 @@ def weight_used(block: Block, x: Tensor) -> Tensor:
     return block.norm(block.conv(x)) * block.conv.weight.norm()
 
 
+def weight_returned(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
+    return block.norm(block.conv(x)), block.conv.weight
+
+
 def weights_regularised(block: Block, x: Tensor) -> Tensor:
     return block.norm(block.conv(x)) + sum(p.square().sum() for p in block.parameters())
 
@@ -150,6 +154,7 @@ REFUSED = {
     conv_again: "'conv' (Conv2d) is also called without it",
     norm_again: "before it is no layer to fold it into, but 'norm' (BatchNorm2d)",
     weight_used: "the weight or bias of 'conv' (Conv2d) is used by itself",
+    weight_returned: "the weight or bias of 'conv' (Conv2d) is used by itself",
     weights_regularised: "the weight or bias of 'conv' (Conv2d) is used by itself",
     by_function: "before it is no layer to fold it into, but conv2d",
     past_call: "",  # torch.nn's and ours are seen in other ways
@@ -175,7 +180,7 @@ def assert_stays(model: nn.Module, x: Tensor, reason: str, name: str = "norm") -
     after = model.state_dict(keep_vars=True)
     assert list(after) == list(state)
     assert all(after[key] is old and torch.equal(old, copy) for key, (old, copy) in state.items())
-    assert torch.equal(torch.stack(tuple(model(x))), torch.stack(tuple(expected)))
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("forward", REFUSED, ids=lambda forward: forward.__name__)
@@ -527,6 +532,14 @@ def taps_by_list(self: Opaque, x: Tensor) -> Tensor:
     return self.held[0](x)
 
 
+def taps_by_eval(self: Opaque, x: Tensor) -> Tensor:
+    return eval("self.block[0]")(x)
+
+
+def taps_by_second_name(self: Opaque, x: Tensor) -> Tensor:
+    return self.block(x) + self.first(x)
+
+
 def taps_by_weight(self: Opaque, x: Tensor) -> Tensor:
     return F.conv2d(x, self.block[0].weight, self.block[0].bias)
 
@@ -539,6 +552,10 @@ def taps_in_items(self: Opaque, x: Tensor) -> Tensor:
     for layer in self.layers:
         x = layer[0](x)
     return x
+
+
+def taps_in_an_item(self: Opaque, x: Tensor) -> Tensor:
+    return self.layers[0][0](x)
 
 
 def first_of(block: nn.Module) -> nn.Module:
@@ -554,9 +571,12 @@ TAPS = [
     taps_by_function,
     taps_by_self,
     taps_by_list,
+    taps_by_eval,
+    taps_by_second_name,
     taps_by_weight,
     taps_by_parameters,
     taps_in_items,
+    taps_in_an_item,
 ]
 
 
@@ -567,7 +587,9 @@ def test_opaque_forwards_that_reach_into_a_block(aten: Backend, tap: Callable) -
     model = kind(block=block, layers=nn.ModuleList([block]), held=[block[0]])
     if tap is not taps_by_list:
         model.held = []
-    if tap is taps_in_items:
+    if tap is taps_by_second_name:
+        model.first = block[0]
+    if tap in (taps_in_items, taps_in_an_item):
         del model.block
     assert_stays(model, image(), "cannot be followed", next(iter(fold_report(model))))
 
@@ -600,6 +622,14 @@ def test_opaque_base_class_and_properties(aten: Backend) -> None:
         assert_stays(kind(block=square()), image(), "cannot be followed", "block.1")
 
 
+def test_opaque_forward_of_the_instance(aten: Backend) -> None:
+    """Its class says what is not run."""
+    model = Calls(block=square(), layers=nn.ModuleList(), named=nn.ModuleDict(), last=nn.ReLU())
+    model.forward = lambda x: model.block[0](x) if float(x.sum()) < 1e9 else x
+    fold(filled(model))
+    assert "cannot be followed" in fold_report(model)["block.1"]
+
+
 def test_other_ways_to_call(aten: Backend) -> None:
     """A block is traced in every way in which its arguments can be given."""
 
@@ -628,6 +658,10 @@ def test_other_ways_to_call(aten: Backend) -> None:
         def forward(self, *inputs: Tensor) -> Tensor:
             return self.norm(self.conv(inputs[0]))
 
+    class Settings(Optional):
+        def forward(self, x: Tensor, a: Any = 1, b: Any = 2, c: Any = 3, d: Any = 4, e: Any = 5):
+            return self.norm(self.conv(x))
+
     class Harmless(Optional):
         def forward(self, x: Tensor, skip: Tensor, flag: bool = True, *, y: Any = None) -> Tensor:
             x = self.norm(self.conv(x)) + skip.mean()
@@ -637,6 +671,7 @@ def test_other_ways_to_call(aten: Backend) -> None:
         model = kind(None).eval()
         assert "used more than once" in fold_report(fold(model))["norm"]
     assert "any number of arguments" in fold_report(fold(Any_(None).eval()))["norm"]
+    assert "in too many ways" in fold_report(fold(Settings(None).eval()))["norm"]
     model = Harmless(None)
     assert_folds(model, image(), image(), names=["norm"])
 
@@ -655,10 +690,42 @@ def test_values_that_nobody_has_any_more(aten: Backend) -> None:
 
 def test_shapes_may_be_asked_for(aten: Backend) -> None:
     def of_a_shape(block: Block, x: Tensor) -> Tensor:
-        y = block.conv(x.to(block.conv.weight.dtype))
+        first = next(block.parameters())
+        y = block.conv(x.to(block.conv.weight.dtype).to(first.dtype)[: first.size(0)])
         return block.norm(y).reshape(y.shape[0], y.size(1), -1)
 
     assert_folds(Block(of_a_shape), image(), names=["norm"])
+
+
+def test_buffers_may_be_updated(aten: Backend) -> None:
+    def counting(block: Block, x: Tensor) -> Tensor:
+        block.counter.add_(1)
+        return block.norm(block.conv(x))
+
+    model = Block(counting)
+    model.register_buffer("counter", torch.zeros(()))
+    assert_folds(model, image(), names=["norm"])
+    assert model.counter == 1  # by the call after, not by fold
+
+
+def test_layer_that_is_not_registered(aten: Backend) -> None:
+    def by_list(block: Block, x: Tensor) -> Tensor:
+        return block.norm(block.kept[0](x))
+
+    model = Block(by_list)
+    model.kept.append(nn.Conv2d(IN, OUT, 1).double())
+    assert_stays(model, image(), "an unregistered Conv2d comes before it")
+
+
+@pytest.mark.parametrize("between", ["training", "hook"])
+def test_what_does_not_only_hand_on(aten: Backend, between: str) -> None:
+    layer, norm = pair()
+    model = filled(nn.Sequential(layer, nn.Dropout(), norm))
+    if between == "training":
+        model[1].train()
+    else:
+        model[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    assert "but '1' (Dropout)" in fold_report(fold(model))["2"]
 
 
 def test_wrappers(aten: Backend) -> None:

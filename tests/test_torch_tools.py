@@ -19,7 +19,7 @@ from fold_cases import IN, OUT, filled, image
 from torch import Tensor, nn
 from torch.ao.quantization import fuse_modules, fuse_modules_qat, get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import fuse_fx, prepare_fx
-from torch.fx.experimental.optimization import fuse
+from torch.fx.experimental.optimization import fuse, remove_dropout
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import batchnorm_cuda
@@ -158,7 +158,7 @@ def test_fusing_by_class_is_refused(aten: Backend, tool: str, activation: str | 
 @pytest.mark.parametrize("tool", BY_EXACT_CLASS)
 def test_fusing_by_class_where_there_is_nothing_to_fuse(aten: Backend, tool: str) -> None:
     """After `fold` or `revert`, and where a batch norm has no layer before it."""
-    net = nn.Sequential(batchnorm_cuda.BatchNorm2d(IN), *network())
+    net = nn.Sequential(nn.ReLU(), batchnorm_cuda.BatchNorm2d(IN), *network())
     for change in (fold, revert):
         ready = change(filled(copy.deepcopy(net)).float())
         BY_EXACT_CLASS[tool](ready)
@@ -168,6 +168,7 @@ def test_fusing_by_class_where_there_is_nothing_to_fuse(aten: Backend, tool: str
 def test_tracing_without_fusing_is_not_refused(aten: Backend) -> None:
     net = network("relu")
     assert_same(torch.fx.symbolic_trace(net), net, image())
+    assert_same(remove_dropout(net), net, image())
 
 
 # --- torch.ao.quantization.fuse_modules ---------------------------------------------------------
@@ -193,6 +194,8 @@ def test_fuse_modules(aten: Backend, pattern: str) -> None:
     fused = fuse_modules(net, names)
     assert_same(fused, net, x)
     assert type(fused[1]) is nn.Identity and net[1] is norm and log == ["called"] * 2
+    fuse_modules(nn.Sequential(*net), names, inplace=True)
+    assert type(norm) is getattr(batchnorm_cuda, kind)
     norm.activation = "relu"
     with pytest.raises(ValueError, match=r"call batchnorm_cuda\.fold\(model\) before it"):
         fuse_modules(net, names)
@@ -220,7 +223,7 @@ def test_fuse_modules_of_the_rest(aten: Backend) -> None:
 
 @pytest.mark.parametrize("make", [network, lambda: network("relu"), lambda: network()[1]])
 def test_script_is_refused(make: Callable[[], Any]) -> None:
-    words = r"cannot compile batchnorm_cuda\.BatchNorm2d: call batchnorm_cuda\.revert\(model\)"
+    words = r"cannot compile a BatchNorm2d of batchnorm_cuda: call batchnorm_cuda\.revert\(model\)"
     model = make()
     modules = list(model.modules())
     with pytest.raises(RuntimeError, match=words):
