@@ -14,7 +14,7 @@ import gc
 import inspect
 import itertools
 import weakref
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 # What traced code may ask of a tensor without looking at its values.
 _METADATA = {"shape", "dtype", "device", "ndim"}
 _METADATA_CALLS = {"size", "dim"}
+# Of these the contents are put back. A subclass may forbid that, or do more.
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _REAL = (Tensor, nn.Parameter)  # exactly, where `isinstance` takes proxies for tensors
 _CHANGING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__set__"}
 
@@ -86,7 +88,7 @@ class Snapshot:
             containers = [
                 (value, list(value.items()) if isinstance(value, dict) else list(value))
                 for value in attributes.values()
-                if isinstance(value, dict | list | set | deque)
+                if type(value) in _CONTAINERS
             ]
             self._before.append((module, type(module), attributes, containers))
 
@@ -141,12 +143,15 @@ def _trace(block: nn.Module, found: Calls) -> None:
         return
     try:
         variants = list(_variants(block))
-    except _TooManyWays as reason:
+    except (_TooManyWays, TypeError, ValueError) as reason:  # the latter by `inspect`
         found.opaque[block] = str(reason)
         return
     for arguments, certain in variants:
         part = Calls(opaque=dict(found.opaque))
-        part.graphs.append(_Tracer(part).trace(_Caller(block, arguments)))
+        try:
+            part.graphs.append(_Tracer(part).trace(_Caller(block, arguments)))
+        except Exception as error:  # in a `__call__` of its own
+            part.opaque[block] = _in_a_line(error)
         if certain or block not in part.opaque:
             found.add(part)
 

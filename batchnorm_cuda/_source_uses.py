@@ -49,7 +49,8 @@ def children_only_called(module: nn.Module) -> list[nn.Module]:
     """
     if isinstance(module, _CONTAINERS):  # has no code: whoever has the list calls its items
         return list(_callable(module))
-    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+    own_call = "forward" in vars(module) or type(module).__call__ is not nn.Module.__call__
+    if own_call or isinstance(module, torch.jit.ScriptModule):
         return []
     children = {name: child for name, child in module._modules.items() if child is not None}
     used = _Uses(module, children)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -57,3 +58,26 @@ def image(channels: int = IN) -> Tensor:
 
 def pair(**settings: Any) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(IN, OUT, 3, **settings), nn.BatchNorm2d(OUT))
+
+
+def assert_stays(model: nn.Module, x: Tensor, reason: str, name: str = "norm") -> None:
+    """The reason, and that nothing has changed, to the bit."""
+    filled(model).double()
+    expected = pickle.loads(pickle.dumps(model(x)))
+    state = {key: (value, value.clone()) for key, value in model.state_dict(keep_vars=True).items()}
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    fold(model)
+    report = fold_report(model)[name]
+    assert report.startswith("stays: ") and reason in report
+    for module, before in attributes.items():
+        after = dict(vars(module))
+        after.pop("_fold_note", None)
+        assert after == before
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(state)
+    assert all(after[key] is old and torch.equal(old, copy) for key, (old, copy) in state.items())
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def square() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(IN, IN, 1), nn.BatchNorm2d(IN))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Backend
-from fold_cases import IN, OUT, assert_folds, both, filled, folds, image, pair
+from fold_cases import IN, OUT, assert_folds, assert_stays, both, filled, folds, image, pair, square
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, spectral_norm
 
@@ -162,25 +161,6 @@ REFUSED = {
     by_the_data: "cannot be followed: TraceError: symbolically traced variables cannot be used",
     by_the_batch: "cannot be followed: TraceError: symbolically traced variables cannot be used",
 }
-
-
-def assert_stays(model: nn.Module, x: Tensor, reason: str, name: str = "norm") -> None:
-    """The reason, and that nothing has changed, to the bit."""
-    filled(model).double()
-    expected = pickle.loads(pickle.dumps(model(x)))
-    state = {key: (value, value.clone()) for key, value in model.state_dict(keep_vars=True).items()}
-    attributes = {module: dict(vars(module)) for module in model.modules()}
-    fold(model)
-    report = fold_report(model)[name]
-    assert report.startswith("stays: ") and reason in report
-    for module, before in attributes.items():
-        after = dict(vars(module))
-        after.pop("_fold_note", None)
-        assert after == before
-    after = model.state_dict(keep_vars=True)
-    assert list(after) == list(state)
-    assert all(after[key] is old and torch.equal(old, copy) for key, (old, copy) in state.items())
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("forward", REFUSED, ids=lambda forward: forward.__name__)
@@ -441,239 +421,17 @@ def test_weights_without_elements_or_in_other_layouts() -> None:
     assert "'0' (Linear) has weights of another kind" in fold_report(fold(model))["1"]
 
 
-# --- forwards that cannot be followed -----------------------------------------------------------
-
-
-class Opaque(nn.Module):
-    """Asks for a value of its input, which torch.fx does not have."""
-
-    def __init__(self, **parts: Any) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x) if float(x.sum()) < 1e9 else x
-
-
-class Calls(Opaque):
-    def run(self, x: Tensor) -> Tensor:
-        x = self.block(x)
-        for i, layer in enumerate(self.layers):
-            if i >= 0:
-                x = layer(x)
-        for name, layer in self.named.items():
-            x = layer(x) if name else x
-        for one, other in zip(self.layers, reversed(self.layers), strict=True):
-            x = one(x) + other(x)
-        x = self.layers[0](x)
-        if self.block is not None and len(self.layers):
-            x = x.to(next(self.parameters()).dtype)
-        return self.last(x)
-
-
-def square() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(IN, IN, 1), nn.BatchNorm2d(IN))
-
-
-def test_blocks_of_an_opaque_forward(aten: Backend) -> None:
-    """What it only calls is folded block by block; its own layers are not."""
-    model = Calls(
-        block=square(),
-        layers=nn.ModuleList([square(), square()]),
-        named=nn.ModuleDict({"a": square()}),
-        last=nn.BatchNorm2d(IN),
-    )
-    names = ["block.1", "layers.0.1", "layers.1.1", "named.a.1"]
-    assert_folds(model, image(), names=names)
-    assert (
-        "may be used by the model (Calls), which cannot be followed: "
-        in (fold_report(model)["last"])
-    )
-
-
-# Every way in which a forward can get at what is inside a block.
-
-
-def taps_by_index(self: Opaque, x: Tensor) -> Tensor:
-    return self.block[0](x)
-
-
-def taps_by_loop(self: Opaque, x: Tensor) -> Tensor:
-    outputs = []
-    for layer in self.block:
-        x = layer(x)
-        outputs.append(x)
-    return outputs[0]
-
-
-def taps_by_name(self: Opaque, x: Tensor) -> Tensor:
-    return self.block.get_submodule("0")(x)
-
-
-def taps_by_alias(self: Opaque, x: Tensor) -> Tensor:
-    block = self.block
-    return block[0](x)
-
-
-def taps_by_method(self: Opaque, x: Tensor) -> Tensor:
-    return next(iter(self.children()))[0](x)
-
-
-def taps_by_function(self: Opaque, x: Tensor) -> Tensor:
-    return first_of(self.block)(x)
-
-
-def taps_by_self(self: Opaque, x: Tensor) -> Tensor:
-    return first_of(getattr(self, "block"))(x)  # noqa: B009
-
-
-def taps_by_list(self: Opaque, x: Tensor) -> Tensor:
-    return self.held[0](x)
-
-
-def taps_by_eval(self: Opaque, x: Tensor) -> Tensor:
-    return eval("self.block[0]")(x)
-
-
-def taps_by_second_name(self: Opaque, x: Tensor) -> Tensor:
-    return self.block(x) + self.first(x)
-
-
-def taps_by_weight(self: Opaque, x: Tensor) -> Tensor:
-    return F.conv2d(x, self.block[0].weight, self.block[0].bias)
-
-
-def taps_by_parameters(self: Opaque, x: Tensor) -> Tensor:
-    return F.conv2d(x, *list(self.parameters())[:2])
-
-
-def taps_in_items(self: Opaque, x: Tensor) -> Tensor:
-    for layer in self.layers:
-        x = layer[0](x)
-    return x
-
-
-def taps_in_an_item(self: Opaque, x: Tensor) -> Tensor:
-    return self.layers[0][0](x)
-
-
-def first_of(block: nn.Module) -> nn.Module:
-    return block[0]
-
-
-TAPS = [
-    taps_by_index,
-    taps_by_loop,
-    taps_by_name,
-    taps_by_alias,
-    taps_by_method,
-    taps_by_function,
-    taps_by_self,
-    taps_by_list,
-    taps_by_eval,
-    taps_by_second_name,
-    taps_by_weight,
-    taps_by_parameters,
-    taps_in_items,
-    taps_in_an_item,
-]
-
-
-@pytest.mark.parametrize("tap", TAPS, ids=lambda tap: tap.__name__)
-def test_opaque_forwards_that_reach_into_a_block(aten: Backend, tap: Callable) -> None:
-    kind = type("Taps", (Opaque,), {"run": tap})
-    block = square()
-    model = kind(block=block, layers=nn.ModuleList([block]), held=[block[0]])
-    if tap is not taps_by_list:
-        model.held = []
-    if tap is taps_by_second_name:
-        model.first = block[0]
-    if tap in (taps_in_items, taps_in_an_item):
-        del model.block
-    assert_stays(model, image(), "cannot be followed", next(iter(fold_report(model))))
-
-
-def test_opaque_base_class_and_properties(aten: Backend) -> None:
-    """What a forward calls is read as well, wherever it is defined."""
-
-    class Base(Opaque):
-        @property
-        def first(self) -> nn.Module:
-            return self.block[0]
-
-        def tap(self, x: Tensor) -> Tensor:
-            return self.block[0](x)
-
-    class ByProperty(Base):
-        def run(self, x: Tensor) -> Tensor:
-            return self.first(x)
-
-    class BySuper(Base):
-        def run(self, x: Tensor) -> Tensor:
-            return super().tap(x)
-
-    class WithoutSource(Opaque):
-        pass
-
-    exec("def run(self, x): return self.block[0](x)", globals_ := {})
-    WithoutSource.run = globals_["run"]
-    for kind in (ByProperty, BySuper, WithoutSource):
-        assert_stays(kind(block=square()), image(), "cannot be followed", "block.1")
-
-
-def test_opaque_forward_of_the_instance(aten: Backend) -> None:
-    """Its class says what is not run."""
-    model = Calls(block=square(), layers=nn.ModuleList(), named=nn.ModuleDict(), last=nn.ReLU())
-    model.forward = lambda x: model.block[0](x) if float(x.sum()) < 1e9 else x
-    fold(filled(model))
-    assert "cannot be followed" in fold_report(model)["block.1"]
-
-
-def test_other_ways_to_call(aten: Backend) -> None:
-    """A block is traced in every way in which its arguments can be given."""
-
-    class Optional(nn.Module):
-        def __init__(self, use: Callable) -> None:
-            super().__init__()
-            self.conv, self.norm = square()
-            self.use = use
-
-    class Flag(Optional):
-        def forward(self, x: Tensor, tap: bool = False) -> Tensor:
-            y = self.conv(x)
-            return self.norm(y) + (y if tap else 0)
-
-    class Skip(Optional):
-        def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-            y = self.conv(x)
-            return self.norm(y) + (y if skip is not None else 0)
-
-    class Required(Optional):
-        def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-            y = self.conv(x)
-            return self.norm(y) + (y if skip is None else 0)
-
-    class Any_(Optional):
-        def forward(self, *inputs: Tensor) -> Tensor:
-            return self.norm(self.conv(inputs[0]))
-
-    class Settings(Optional):
-        def forward(self, x: Tensor, a: Any = 1, b: Any = 2, c: Any = 3, d: Any = 4, e: Any = 5):
-            return self.norm(self.conv(x))
-
-    class Harmless(Optional):
-        def forward(self, x: Tensor, skip: Tensor, flag: bool = True, *, y: Any = None) -> Tensor:
-            x = self.norm(self.conv(x)) + skip.mean()
-            return x.relu() if flag else x
-
-    for kind in (Flag, Skip, Required):
-        model = kind(None).eval()
-        assert "used more than once" in fold_report(fold(model))["norm"]
-    assert "any number of arguments" in fold_report(fold(Any_(None).eval()))["norm"]
-    assert "in too many ways" in fold_report(fold(Settings(None).eval()))["norm"]
-    model = Harmless(None)
-    assert_folds(model, image(), image(), names=["norm"])
+def test_attributes_that_cannot_be_written_to(aten: Backend) -> None:
+    class Frozen(dict):
+        def _refuse(self, *_: Any) -> None:
+            raise TypeError("it is frozen")
+
+        clear = update = pop = _refuse
+
+    model = pair()
+    model.config = Frozen(a=1)
+    assert_folds(model, image(), names=["1"])
+    assert model.config == {"a": 1}
 
 
 def test_values_that_nobody_has_any_more(aten: Backend) -> None:
@@ -739,3 +497,49 @@ def test_scripted_parts(aten: Backend) -> None:
     )
     fold(filled(model))
     assert folds(model) == ["2"]
+
+
+def test_other_ways_to_call(aten: Backend) -> None:
+    """A block is traced in every way in which its arguments can be given."""
+
+    class Optional(nn.Module):
+        def __init__(self, use: Callable) -> None:
+            super().__init__()
+            self.conv, self.norm = square()
+            self.use = use
+
+    class Flag(Optional):
+        def forward(self, x: Tensor, tap: bool = False) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y) + (y if tap else 0)
+
+    class Skip(Optional):
+        def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y) + (y if skip is not None else 0)
+
+    class Required(Optional):
+        def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y) + (y if skip is None else 0)
+
+    class Any_(Optional):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self.norm(self.conv(inputs[0]))
+
+    class Settings(Optional):
+        def forward(self, x: Tensor, a: Any = 1, b: Any = 2, c: Any = 3, d: Any = 4, e: Any = 5):
+            return self.norm(self.conv(x))
+
+    class Harmless(Optional):
+        def forward(self, x: Tensor, skip: Tensor, flag: bool = True, *, y: Any = None) -> Tensor:
+            x = self.norm(self.conv(x)) + skip.mean()
+            return x.relu() if flag else x
+
+    for kind in (Flag, Skip, Required):
+        model = kind(None).eval()
+        assert "used more than once" in fold_report(fold(model))["norm"]
+    assert "any number of arguments" in fold_report(fold(Any_(None).eval()))["norm"]
+    assert "in too many ways" in fold_report(fold(Settings(None).eval()))["norm"]
+    model = Harmless(None)
+    assert_folds(model, image(), image(), names=["norm"])
