@@ -82,6 +82,9 @@ def fold(model: Model) -> Model:
             if change is not None and sites.lead_elsewhere():
                 change.restore()
                 _note(batch_norm, "stays: the forward takes another way without it")
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module._assign_modules_buffers()  # it broadcasts those it knows, and not none
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import Backend
 from fold_cases import IN, OUT, assert_folds, both, filled, folds, image, pair
 from tolerances import ROUNDOFF
@@ -241,6 +242,19 @@ def test_compiled_before(aten: Backend) -> None:
     assert folds(fold(compiled)) == ["_orig_mod.1"]
     torch.testing.assert_close(compiled(x), expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(compiled(x), model(x))
+
+
+def test_distributed_data_parallel(aten: Backend) -> None:
+    """Also where no buffer is left for it to broadcast."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(filled(pair())).eval()
+        x = image().float()
+        expected = wrapped(x)
+        assert folds(fold(wrapped)) == ["module.1"]
+        torch.testing.assert_close(wrapped(x), expected, rtol=1e-5, atol=1e-5)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_graph_module(aten: Backend) -> None:
