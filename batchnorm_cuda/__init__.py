@@ -6,6 +6,7 @@ from ._explain.explanation import Explanation
 from ._version import __version__
 from .autograd import BatchNormFunction
 from .convert import convert, revert
+from .fold import fold, fold_report
 from .functional import backend_for, batch_norm
 from .modules import (
     BatchNorm1d,
@@ -33,5 +34,7 @@ __all__ = [
     "build_info",
     "convert",
     "explain",
+    "fold",
+    "fold_report",
     "revert",
 ]

@@ -7,12 +7,15 @@ that a user set, and every reference to it from wherever. Nothing is copied, so 
 
 from __future__ import annotations
 
+import warnings
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from . import modules
+from ._models.torch_tools import register_fusers
 from .sync import SyncBatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,6 +32,8 @@ _LAZY = {
 }
 _OURS = _DENSE | _LAZY
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+
+register_fusers(_DENSE)
 
 # Where a module that `convert(sync=True)` exchanged keeps the class that it came from.
 _ORIGIN = "_class_before_sync"
@@ -52,7 +57,8 @@ def convert(model: Model, fuse: bool = False, sync: bool = False) -> Model:
         fuse: must be False: fusing the operations that follow a batch norm is not available yet.
         sync: exchange `BatchNorm1d`, `2d` and `3d`, torch.nn's and ours, for `SyncBatchNorm` over
             the default process group. Without it they stay local; a `torch.nn.SyncBatchNorm` stays
-            synchronised, over its own process group, in either case.
+            synchronised, over its own process group, in either case. A subclass that stays local is
+            named in a warning.
 
     Returns:
         `model` itself.
@@ -64,13 +70,18 @@ def convert(model: Model, fuse: bool = False, sync: bool = False) -> Model:
 
     In each of these cases nothing has been changed.
     """
-    _check_model("convert", model)
     if fuse:
         raise NotImplementedError("convert: expected fuse to be False, got True: not available yet")
-    found = list(model.modules())
+    return exchange("convert", model, sync)
+
+
+def exchange(function: str, model: Model, sync: bool) -> Model:
+    """What `convert` does; also `SyncBatchNorm.convert_sync_batchnorm`, as `function` says."""
+    _check_model(function, model)
     if sync:
-        _refuse_lazy(model)
-    for module in found:
+        _refuse_lazy(function, model)
+    left = []
+    for name, module in list(model.named_modules()):
         kind = parametrize.type_before_parametrizations(module)
         if kind is nn.SyncBatchNorm:
             _become(module, SyncBatchNorm)
@@ -80,6 +91,14 @@ def convert(model: Model, fuse: bool = False, sync: bool = False) -> Model:
             _become(module, SyncBatchNorm)
         elif kind in _OURS:
             _become(module, _OURS[kind])
+        elif isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            left.append(f"{kind.__name__} at {name or 'its root'!r}")
+    if sync and left:
+        warnings.warn(
+            f"{function}: left as they are, and not synchronised, because a subclass may compute "
+            f"something else: {', '.join(left)}",
+            stacklevel=3,
+        )
     return model
 
 
@@ -115,6 +134,11 @@ def revert(model: Model) -> Model:
     return model
 
 
+def torchs_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of torch.nn that one of ours takes the place of; any other class itself."""
+    return nn.SyncBatchNorm if kind is SyncBatchNorm else _TORCHS.get(kind, kind)
+
+
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     if parametrize.is_parametrized(module):
         # The class is the module's own, made by torch from the one that is exchanged: it holds the
@@ -142,11 +166,11 @@ def _refuse_activations(model: nn.Module) -> None:
             )
 
 
-def _refuse_lazy(model: nn.Module) -> None:
+def _refuse_lazy(function: str, model: nn.Module) -> None:
     for name, module in model.named_modules():
         kind = parametrize.type_before_parametrizations(module)
         if kind in _LAZY or kind in _LAZY.values():
             raise ValueError(
-                "convert: expected model to have no lazy batch norms when sync=True, got "
+                f"{function}: expected model to have no lazy batch norms to synchronise, got "
                 f"{kind.__name__} at {name or 'its root'!r}: run a forward pass first"
             )

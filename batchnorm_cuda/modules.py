@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from ._models.torch_tools import RunningMean, refuse_fusing_by_class, refuse_script
 from ._ops.activations import Activation, parse, with_activation
 from ._ops.calls import Forward
 from .functional import normalize
@@ -44,6 +45,7 @@ class _KernelForward:
     """
 
     activation: Activation | None = None  # also of a module that `convert` has made
+    running_mean = RunningMean()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if type(input) is not Tensor or residual is not None:  # a look at the type is cheaper
@@ -91,9 +93,13 @@ class _KernelForward:
 
         torch.fx takes for leaves only what is defined in torch.nn; a module of ours has to say it.
         """
+        refuse_fusing_by_class(tracer, inputs[0])
         name = tracer.path_of_module(self)
         given = tuple(value for value in inputs if value is not None)
         return tracer.create_proxy("call_module", name, given, {})
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        refuse_script(self)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """weight, bias, running_mean, running_var: half a microsecond each by attribute look-up."""
@@ -214,3 +220,25 @@ class LazyBatchNorm3d(_LazyForward, torch.nn.LazyBatchNorm3d):
 
     cls_to_become = BatchNorm3d
     __init__ = _constructor(torch.nn.LazyBatchNorm3d)
+
+
+class Folded(torch.nn.Module):
+    """What `fold` leaves of a batch norm that has more to do than its activation.
+
+    It adds a residual. And one that takes inputs of several numbers of dimensions makes sure that
+    it gets that for which the layer before has the channels where a batch norm expects them: a
+    linear layer has them last, and a convolution of an input without a batch dimension first.
+    """
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        torch._assert(
+            input.dim() == self.dimensions,
+            "batchnorm_cuda.fold: expected the layer before the batch norm to give as many "
+            "dimensions as a batch has; the model from before fold takes this input",
+        )
+        if residual is not None:
+            input = input + residual
+        return self.last(input)
+
+    def extra_repr(self) -> str:
+        return f"dimensions={self.dimensions}"

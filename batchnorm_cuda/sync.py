@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from ._ops.calls import Forward, Group
 from .functional import normalize
@@ -81,34 +82,30 @@ class SyncBatchNorm(_KernelForward, torch.nn.SyncBatchNorm):
     def convert_sync_batchnorm(
         cls, module: torch.nn.Module, process_group: Any = None
     ) -> torch.nn.Module:
-        """`module` with every batch norm in it, torch's or ours, replaced by this class.
+        """`module` with its batch norms, torch.nn's and ours, synchronised over `process_group`.
 
-        As torch's method of this name: parameters and buffers are taken over, not copied, and a
-        module that is itself a batch norm comes back as a new one. `convert` with sync=True keeps
-        the module objects.
+        For what calls torch's method of this name. It is `convert` with ``sync=True``, and unlike
+        torch's keeps the module objects, and leaves a subclass that a user wrote as it is, with a
+        warning. `revert` takes it back. Modules that were synchronised already, also over another
+        process group, are so over this one afterwards.
 
         Args:
-            module: any module.
+            module: any module, also a batch norm itself.
             process_group: the ranks that share statistics; None for the default group.
 
         Returns:
-            `module`, or what took its place.
+            `module` itself.
+
+        Raises:
+            TypeError: `module` is not a module.
+            ValueError: `module` has lazy batch norms, which do not know their size.
+
+        In both cases nothing has been changed.
         """
-        converted = module
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            converted = cls(
-                module.num_features,
-                module.eps,
-                module.momentum,
-                affine=False,
-                track_running_stats=module.track_running_stats,
-                process_group=process_group,
-            )
-            converted.affine = module.affine
-            converted.activation = getattr(module, "activation", None)
-            for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-                setattr(converted, name, getattr(module, name))
-            converted.train(module.training)
-        for name, child in module.named_children():
-            converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
-        return converted
+        from .convert import exchange  # which stands on this class
+
+        exchange("convert_sync_batchnorm", module, sync=True)
+        for found in module.modules():
+            if parametrize.type_before_parametrizations(found) is SyncBatchNorm:
+                found.process_group = process_group
+        return module

@@ -128,7 +128,11 @@ _left_out: list[str] = []
 
 # Test files that stand on a package which may be missing: torchvision fits one build of torch only,
 # and torch's own test cases need expecttest.
-_STANDS_ON = {"test_torchvision.py": "torchvision", "test_torch_inputs.py": "expecttest"}
+_STANDS_ON = {
+    "test_torchvision.py": "torchvision",
+    "test_fold_torchvision.py": "torchvision",
+    "test_torch_inputs.py": "expecttest",
+}
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

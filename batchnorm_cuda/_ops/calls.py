@@ -3,7 +3,7 @@
 A record goes from the public functions through autograd to the operators, and nothing in between
 names its fields again. The fields that a plain call needs stand first, so that it can pass these
 alone. `operators` derives schemas from the annotations; csrc/torch/calls.h is the C++ of it, and
-tests/test_calls.py holds the two together.
+tests/operators/test_calls.py holds the two together.
 
 Shapes: tensors like the input are (N, C, *), vectors (C,). "acc" is the dtype of statistics and
 sums: float32, or float64 for float64 inputs.

@@ -470,3 +470,66 @@ def test_conversion() -> None:
         ):
             assert getattr(layer, name) == getattr(original, name), name
     assert type(SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(3))) is SyncBatchNorm
+
+
+class UsersBatchNorm(nn.BatchNorm2d):
+    """Has more than torch's, and computes more."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+def test_conversion_loses_nothing() -> None:
+    """Shared modules, their hooks and attributes, also under a second name of one parent."""
+    shared = nn.BatchNorm2d(3)
+    shared.note = "kept"
+    shared.register_buffer("mask", torch.ones(3))
+    handle = shared.register_forward_hook(lambda *_: None)
+    network = nn.ModuleDict({"one": nn.Sequential(shared), "other": nn.Sequential(shared)})
+    network.first = network.second = nn.BatchNorm1d(3)
+    before = [id(module) for module in network.modules()]
+    group = object()
+    assert SyncBatchNorm.convert_sync_batchnorm(network, group) is network
+    assert [id(module) for module in network.modules()] == before
+    assert network["one"][0] is network["other"][0] is shared
+    for module in (shared, network.first, network.second):
+        assert type(module) is SyncBatchNorm and module.process_group is group
+    assert (
+        shared.note == "kept" and "mask" in shared._buffers and handle.id in shared._forward_hooks
+    )
+    batchnorm_cuda.revert(network)
+    assert type(shared) is nn.BatchNorm2d and type(network.second) is nn.BatchNorm1d
+
+
+def test_conversion_is_over_one_group() -> None:
+    """As by torch's method, also of what was over another group."""
+    network = nn.Sequential(nn.SyncBatchNorm(3, process_group=object()), SyncBatchNorm(3))
+    network[1].process_group = object()
+    SyncBatchNorm.convert_sync_batchnorm(network)
+    assert [module.process_group for module in network] == [None, None]
+
+
+@pytest.mark.parametrize("convert", ["convert", "convert_sync_batchnorm"])
+def test_conversion_names_what_stays_local(convert: str) -> None:
+    """A user's subclass keeps what it adds, and is not synchronised without a word."""
+    network = nn.Sequential(UsersBatchNorm(3), nn.BatchNorm2d(3), nn.SyncBatchNorm(3))
+    words = rf"^{convert}: left as they are, and not synchronised, .*: UsersBatchNorm at '0'$"
+    with pytest.warns(UserWarning, match=words) as caught:
+        if convert == "convert":
+            batchnorm_cuda.convert(network, sync=True)
+        else:
+            SyncBatchNorm.convert_sync_batchnorm(network)
+    assert caught[0].filename == __file__
+    assert [type(module) for module in network] == [UsersBatchNorm, SyncBatchNorm, SyncBatchNorm]
+    assert "0.gain" in network.state_dict()
+
+
+@pytest.mark.parametrize("kind", [nn.LazyBatchNorm2d, batchnorm_cuda.LazyBatchNorm2d])
+def test_conversion_refuses_lazy_modules_before_any_change(kind: type) -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3), kind())
+    with pytest.raises(ValueError, match=r"^convert_sync_batchnorm: expected model to have no la"):
+        SyncBatchNorm.convert_sync_batchnorm(network)
+    assert [type(module) for module in network] == [nn.BatchNorm2d, kind]
+    with pytest.raises(TypeError, match=r"^convert_sync_batchnorm: expected model to be a torch"):
+        SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d)

@@ -1,0 +1,381 @@
+"""Which modules a model calls, and where their outputs go, found by torch.fx without an input.
+
+Modules whose forward is torch.nn's or this package's are leaves; all others are run with proxies.
+A forward that does not run with proxies (it asks for a value, say) is a leaf as well, and called
+*opaque*: its children are traced on their own, unless its source does more with them than call
+them. What opaque code may use by itself is *exposed*: nothing is known of its uses.
+
+Nothing is executed, and what forwards stored in their modules meanwhile is taken back.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import itertools
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .. import modules
+from .source_uses import children_only_called
+
+# Calls of a forward that differ in what is given for its arguments; each is a trace.
+_MOST_VARIANTS = 16
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What traced code may ask of a tensor without looking at its values.
+_METADATA = {"shape", "dtype", "device", "ndim"}
+_METADATA_CALLS = {"size", "dim"}
+# Of these the contents are put back. A subclass may forbid that, or do more.
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
+_REAL = (Tensor, nn.Parameter)  # exactly, where `isinstance` takes proxies for tensors
+_CHANGING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__set__"}
+
+
+@dataclass
+class Calls:
+    """What tracing a model has found."""
+
+    calls: dict[nn.Module, list[fx.Node]] = field(default_factory=dict)
+    called: dict[fx.Node, nn.Module] = field(default_factory=dict)
+    # Outputs that somebody sees besides the nodes that use them, and who.
+    seen: dict[fx.Node, str] = field(default_factory=dict)
+    # ids of parameters and buffers that forwards read, other than by calling their module.
+    read: set[int] = field(default_factory=set)
+    opaque: dict[nn.Module, str] = field(default_factory=dict)  # and why
+    exposed: dict[nn.Module, nn.Module] = field(default_factory=dict)  # and to which opaque module
+    graphs: list[fx.Graph] = field(default_factory=list)
+
+    def add(self, other: Calls) -> None:
+        self.graphs += other.graphs
+        for module, nodes in other.calls.items():
+            self.calls.setdefault(module, []).extend(nodes)
+        self.called |= other.called
+        self.seen |= other.seen
+        self.read |= other.read
+        self.opaque |= other.opaque
+        self.exposed |= other.exposed
+
+    def course(self) -> list[Any]:
+        """What is called in which order with what, whatever the classes of the modules are."""
+        steps: list[Any] = [set(self.opaque)]
+        for graph in self.graphs:
+            place = {node: ("node", at) for at, node in enumerate(graph.nodes)}
+            for node in graph.nodes:
+                arguments = fx.node.map_arg((node.args, node.kwargs), place.get)
+                steps.append((node.op, self.called.get(node, node.target), repr(arguments)))
+        return steps
+
+    def users(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that use the values of `node`."""
+        return [user for user in node.users if not _asks_for_metadata(user)]
+
+
+class Snapshot:
+    """Modules as they are: class, attributes, and the contents of lists and dicts in these."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._before = []
+        for module in modules:
+            attributes = dict(vars(module))
+            containers = [
+                (value, list(value.items()) if isinstance(value, dict) else list(value))
+                for value in attributes.values()
+                if type(value) in _CONTAINERS
+            ]
+            self._before.append((module, type(module), attributes, containers))
+
+    def restore(self) -> None:
+        for module, kind, attributes, containers in self._before:
+            if type(module) is not kind:
+                module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            for container, content in containers:
+                container.clear()
+                if isinstance(container, dict | set):
+                    container.update(content)
+                else:
+                    container.extend(content)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calls of the module run more than its class's forward, or something else."""
+    own = vars(module)
+    replaced = (
+        name
+        for name, value in own.items()
+        if callable(value) and hasattr(type(module), name) and name != "_compiled_call_impl"
+    )
+    return any(own.get(name) for name in _HOOKS) or next(replaced, None) is not None
+
+
+def trace_calls(model: nn.Module) -> Calls:
+    """All calls that `model` makes when it is called, as it is now."""
+    found = Calls()
+    waiting, traced = [model], set()
+    before = Snapshot(model.modules())
+    try:
+        while waiting:
+            block = _unwrapped(waiting.pop())
+            if block in traced:
+                continue
+            traced.add(block)
+            known = set(found.opaque)
+            _trace(block, found)
+            for module in [module for module in found.opaque if module not in known]:
+                waiting += _expose_children(module, found)
+    finally:
+        before.restore()
+    return found
+
+
+def _trace(block: nn.Module, found: Calls) -> None:
+    if _is_leaf(block):
+        found.opaque[block] = "it is not looked into"
+        return
+    try:
+        variants = list(_variants(block))
+    except (_TooManyWays, TypeError, ValueError) as reason:  # the latter by `inspect`
+        found.opaque[block] = str(reason)
+        return
+    for arguments, certain in variants:
+        part = Calls(opaque=dict(found.opaque))
+        try:
+            part.graphs.append(_Tracer(part).trace(_Caller(block, arguments)))
+        except Exception as error:  # in a `__call__` of its own
+            part.opaque[block] = _in_a_line(error)
+        if certain or block not in part.opaque:
+            found.add(part)
+
+
+def _expose_children(module: nn.Module, found: Calls) -> Iterator[nn.Module]:
+    """Note what of `module` its opaque code may use, and give what it uses by calls alone."""
+    whole = children_only_called(module)
+    inside = {child for block in whole for child in block.modules()}
+    for child in module.modules():
+        if child is not module and child not in inside:
+            found.exposed.setdefault(child, module)
+    for block in whole:
+        found.exposed.setdefault(block, module)
+        if not _is_leaf(block):
+            yield block
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+class _TooManyWays(Exception):
+    """A forward that can be called in more ways than can be tried."""
+
+
+_TENSOR = object()  # stands for an argument that is given as a proxy
+
+
+def _variants(block: nn.Module) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The ways to call the block whose graphs may differ, and whether it has to take them.
+
+    Of an argument with a default, it and a tensor; of a flag, both values; else a tensor. Code that
+    is not seen may pass None for a tensor that is not the first, if the block takes that.
+    """
+    choices, needed = {}, set()
+    for name, parameter in inspect.signature(block.forward).parameters.items():
+        default = parameter.default
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise _TooManyWays("it takes any number of arguments")
+        if isinstance(default, bool):
+            choices[name] = [default, not default]
+        elif default is not parameter.empty:
+            choices[name] = [default, _TENSOR]
+        else:
+            needed.add(name)
+            choices[name] = [_TENSOR, None] if len(needed) > 1 else [_TENSOR]
+    ways = itertools.product(*choices.values())
+    for tried, way in enumerate(ways):
+        if tried == _MOST_VARIANTS:
+            raise _TooManyWays("its arguments can be given in too many ways")
+        arguments = dict(zip(choices, way, strict=True))
+        yield arguments, all(arguments[name] is not None for name in needed)
+
+
+class _Caller(nn.Module):
+    """What is traced in place of a block: a call of it."""
+
+    def __init__(self, block: nn.Module, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.block = block
+        self.arguments = arguments
+        self.tracer: _Tracer | None = None
+
+    def forward(self) -> tuple[()]:
+        positional, by_name = [], {}
+        parameters = inspect.signature(self.block.forward).parameters
+        for name, value in self.arguments.items():
+            if value is _TENSOR:
+                value = self.tracer.create_proxy("placeholder", name, (), {})
+            if parameters[name].kind is inspect.Parameter.KEYWORD_ONLY:
+                by_name[name] = value
+            else:
+                positional.append(value)
+        self.tracer.note_kept(self.block(*positional, **by_name))
+        return ()
+
+
+# --- tracing ------------------------------------------------------------------------------------
+
+
+class Proxy(fx.Proxy):
+    """A proxy that `isinstance(x, Tensor)` takes for a tensor: forwards ask that, and branch."""
+
+    _is_param = _is_buffer = False  # torch.nn asks this of every tensor that is stored in a module
+
+    @property
+    def __class__(self) -> type:
+        return Tensor
+
+
+class SideEffect(Exception):
+    """What a forward would do now, and not as part of what is traced."""
+
+
+class _RealTensors(TorchFunctionMode):
+    """Notes the tensors that a forward computes with as it is traced, and lets it change none."""
+
+    def __init__(self, found: Calls) -> None:
+        super().__init__()
+        self.read = found.read
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
+        real = [value for value in pytree.tree_leaves((args, kwargs)) if type(value) in _REAL]
+        changes = name in _CHANGING or (name.endswith("_") and not name.endswith("__"))
+        if type(kwargs.get("out", args[0] if args and changes else None)) in _REAL:
+            raise SideEffect(f"{name} changes a tensor")
+        result = function(*args, **kwargs)
+        if name not in _METADATA_CALLS and not (name == "__get__" and type(result) not in _REAL):
+            self.read.update(map(id, real))
+        return result
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # so that a forward which updates a buffer does not do it now
+
+    def __init__(self, found: Calls) -> None:
+        super().__init__()
+        self._found = found
+        self._born: list[tuple[weakref.ref, fx.Node]] = []
+
+    def trace(self, root: _Caller, concrete_args: None = None) -> fx.Graph:
+        root.tracer = self
+        with _RealTensors(self._found):
+            graph = super().trace(root)
+        for node in graph.nodes:
+            if node.op == "get_attr" and self._found.users(node):
+                self._note_read(node)
+        return graph
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        proxy = Proxy(node, self)
+        self._born.append((weakref.ref(proxy), node))
+        return proxy
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, nn.Module):  # given to a function, which may use any part of it
+            for module in a.modules():
+                self._found.exposed.setdefault(module, a)
+        return super().create_arg(a)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        """Hooks are not run: they are the user's, who does not expect proxies there."""
+        m = _unwrapped(m)
+        if _is_leaf(m):
+            if _package(m) != modules.__name__ and next(m.children(), None) is not None:
+                self._found.opaque.setdefault(m, "it is not looked into")
+            return self._call_leaf(m, args, kwargs)
+        if m in self._found.opaque:
+            return self._call_leaf(m, args, kwargs)
+        try:
+            result = m.forward(*args, **kwargs)
+        except Exception as error:
+            self._found.opaque.setdefault(m, _in_a_line(error))
+            return self._call_leaf(m, args, kwargs)
+        if has_hooks(m):
+            for node in _nodes((args, kwargs, result)):
+                self._found.seen.setdefault(node, f"hooks of the {type(m).__name__} around it")
+        return result
+
+    def note_kept(self, result: Any) -> None:
+        """Of the proxies only those still live that are returned, or kept by somebody."""
+        returned = _nodes(result)
+        for node in returned:
+            if node.op == "get_attr":
+                self._note_read(node)
+        unexpected = self._found.called.keys() - returned
+        if any(ref() is not None and node in unexpected for ref, node in self._born):
+            gc.collect()  # or they are in reference cycles, as an exception with its frames
+        for ref, node in self._born:
+            if ref() is not None:
+                self._found.seen.setdefault(node, "who calls the block, or keeps what it gives")
+
+    def _note_read(self, node: fx.Node) -> None:
+        """The parameter or buffer; found without the getattr that torch.fx replaces meanwhile."""
+        module = self.root
+        *parents, name = node.target.split(".")
+        for parent in parents:
+            module = module._modules[parent]
+        tensor = module._parameters.get(name, module._buffers.get(name))
+        if tensor is not None:
+            self._found.read.add(id(tensor))
+
+    def _call_leaf(self, module: nn.Module, args: tuple, kwargs: dict) -> fx.Proxy:
+        proxy = self.create_proxy("call_module", type(module).__name__, args, kwargs)
+        self._found.called[proxy.node] = module
+        self._found.calls.setdefault(module, []).append(proxy.node)
+        return proxy
+
+
+def _package(module: nn.Module) -> str:
+    """Where the forward is defined."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit"
+    return type(module).forward.__module__ or ""  # that of a graph has none
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    known = ("torch.nn.", "torch.ao.nn.", "torch.jit", modules.__name__)
+    return _package(module).startswith(known) and not isinstance(module, nn.Sequential)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """What a wrapper of torch's calls: torch.compile's, and those of data parallelism."""
+    while True:
+        if "_orig_mod" in module._modules:
+            module = module._modules["_orig_mod"]
+        elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        else:
+            return module
+
+
+def _nodes(values: Any) -> list[fx.Node]:
+    return [value.node for value in pytree.tree_leaves(values) if isinstance(value, fx.Proxy)]
+
+
+def _asks_for_metadata(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _METADATA_CALLS
+    return node.op == "call_function" and node.target is getattr and node.args[1] in _METADATA
+
+
+def _in_a_line(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line[:120]}"
