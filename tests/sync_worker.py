@@ -1,12 +1,16 @@
-"""One rank of a test of synchronised batch norm: runs a list of jobs over gloo, saves the results.
+"""The ranks of a test of synchronised batch norm: each runs jobs over gloo and saves the results.
 
-python tests/sync_worker.py RANK RANKS FOLDER JOB...
+python tests/sync_worker.py FOLDER RANKS:JOB,JOB... [RANKS:JOB...]
+
+A group for each RANKS, all at the same time. Results and logs are in FOLDER/RANKS.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +21,13 @@ from typing import Any
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # no name server, no network
 
 import torch
+import torch._dynamo  # the ranks would import it, each for itself
 import torch.distributed as dist
 from fused import FORMS
 from sync_cases import BACKENDS, CASES, EPS, MOMENTUM, SyncCase
 from torch import Tensor, nn
 from torch.autograd import Function
+from toy import fork
 
 from batchnorm_cuda import SyncBatchNorm
 
@@ -196,6 +202,13 @@ def seeded_network() -> nn.Module:
     return network
 
 
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Gathered and then added, in a fifth of the time of gloo's all_reduce."""
+    terms = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+    dist.all_gather(terms, value)
+    return torch.stack(terms).sum(0)
+
+
 class Part(Function):
     """This rank's rows of a tensor that all ranks have; the gradient is gathered."""
 
@@ -215,12 +228,9 @@ class Whole(Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, sizes: tuple[int, ...]) -> Tensor:
         ctx.sizes = sizes
-        parts = [part.new_empty(size, *part.shape[1:]) for size in sizes]
-        for source, values in enumerate(parts):
-            if source == dist.get_rank():
-                values.copy_(part)
-            dist.broadcast(values, source)
-        return torch.cat(parts)
+        whole = part.new_zeros(sum(sizes), *part.shape[1:])
+        whole.split(sizes)[dist.get_rank()].copy_(part)
+        return sum_over_ranks(whole)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -244,9 +254,7 @@ class Total(Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
+        return sum_over_ranks(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -259,10 +267,10 @@ def double_backward(rank: int, ranks: int) -> dict:
     results = {}
     for backend in backends():
         for sizes, affine, of_input in (
-            ((3, 2), True, True),
-            ((3, 2), True, False),
-            ((3, 2), False, True),
-            ((4, 0), True, True),
+            ((2, 1), True, True),
+            ((2, 1), True, False),
+            ((2, 1), False, True),
+            ((3, 0), True, True),
         ):
             shapes = [(sum(sizes), 2, 2), *([(2,), (2,)] if affine else [])]
             inputs = [torch.rand(s, generator=generator, dtype=torch.float64) for s in shapes]
@@ -288,7 +296,8 @@ def whole_batch_norm(
         module = SyncBatchNorm(
             2, 0.1, affine=bool(parameters), track_running_stats=False, activation=activation
         )
-        state = zip(("weight", "bias"), map(Shared.apply, parameters), strict=False)
+        shared = Shared.apply(torch.stack(parameters)) if parameters else ()
+        state = zip(("weight", "bias"), shared, strict=False)
         parts = tuple(Part.apply(whole, sizes) for whole in (x, *residual))
         output = torch.func.functional_call(module, dict(state), parts)
         return Whole.apply(output, sizes)
@@ -374,11 +383,11 @@ def fused_recorded(rank: int, ranks: int) -> dict:
 def fused_double_backward(rank: int, ranks: int) -> dict:
     """gradcheck and gradgradcheck of the whole batch through the ranks, as in `double_backward`."""
     results = {}
-    sizes = (3, 2)
+    sizes = (3, 1)
     for backend in backends():
         for form, (added, relu) in FORMS.items():
             generator = torch.Generator().manual_seed(0)
-            shapes = [(5, 2, 2), (2,), (2,), *([(5, 2, 2)] if added else [])]
+            shapes = [(4, 2), (2,), (2,), *([(4, 2)] if added else [])]
             inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
             function = whole_batch_norm(sizes, "relu" if relu else None)
             torch.manual_seed(0)
@@ -438,10 +447,11 @@ def failure(module: SyncBatchNorm, x: Tensor) -> dict:
     return {"error": error, "seconds": seconds, "unchanged": unchanged}
 
 
-def main() -> None:
-    rank, ranks, folder, *jobs = sys.argv[1:]
-    rank, ranks, folder = int(rank), int(ranks), Path(folder)
-    torch.set_num_threads(1)
+def run(rank: int, ranks: int, jobs: list[str], folder: Path) -> None:
+    """The jobs of one rank, whose group has `folder` to itself."""
+    with (folder / f"{rank}.log").open("w") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'store'}",
@@ -452,6 +462,27 @@ def main() -> None:
     for job in jobs:
         torch.save(globals()[job](rank, ranks), folder / f"{job}-{rank}.pt")
     os._exit(0)  # the group may have lost a rank, for whom its destructor would wait
+
+
+def main() -> None:
+    """Forks every rank of every group, and so imports once; ends with the first that fails."""
+    torch.set_num_threads(1)
+    living = set()
+    for argument in sys.argv[2:]:
+        size, jobs = argument.split(":")
+        folder = Path(sys.argv[1]) / size
+        folder.mkdir()
+        for rank in range(int(size)):
+            work = functools.partial(run, rank, int(size), jobs.split(","), folder)
+            living.add(fork(work))
+    failed = False
+    while living and not failed:
+        process, status = os.wait()
+        living.remove(process)
+        failed = status != 0
+    for process in living:  # they would wait for the one that failed
+        os.kill(process, signal.SIGKILL)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ CASES_OF_TWO = [case for case in CASES if case.ranks == 2]
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict:
     jobs = ("cases", "compiled", "collectives", "recorded", "double_backward")
-    return launch(tmp_path_factory.mktemp("fused"), 2, *(f"fused_{job}" for job in jobs))
+    return launch(tmp_path_factory.mktemp("ranks"), {2: [f"fused_{job}" for job in jobs]})[2]
 
 
 @every_backend

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -30,36 +31,37 @@ TIGHT = {"rtol": 1e-11, "atol": 1e-12}  # of float64
 every_backend = pytest.mark.parametrize("name", BACKENDS)
 
 
-def launch(folder: Path, ranks: int, *jobs: str) -> dict[str, list[dict]]:
-    """For each job the results of every rank that lived to the end of it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(WORKER)]
-    workers = []
-    for rank in range(ranks):
-        with (folder / f"{rank}.log").open("w") as log:
-            arguments = [*command, str(rank), str(ranks), str(folder), *jobs]
-            workers.append(
-                subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            )
-    deadline = time.monotonic() + DEADLINE
+def launch(folder: Path, groups: dict[int, list[str]]) -> dict[int, dict[str, list[dict]]]:
+    """By number of ranks and job: the results of every rank that lived to the end of it."""
+    arguments = [f"{ranks}:{','.join(jobs)}" for ranks, jobs in groups.items()]
+    worker = subprocess.Popen(
+        [sys.executable, str(WORKER), str(folder), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
-        # A rank that failed is not waited for by way of the others' timeouts.
-        while time.monotonic() < deadline and not any(worker.poll() for worker in workers):
-            if all(worker.poll() == 0 for worker in workers):
-                break
-            time.sleep(0.05)
+        said, _ = worker.communicate(timeout=DEADLINE)
+    except subprocess.TimeoutExpired:
+        said = f"not done within {DEADLINE:.0f} s\n"
     finally:
-        for worker in workers:
-            worker.kill()
-    codes = [worker.wait() for worker in workers]
-    logs = "".join((folder / f"{rank}.log").read_text() for rank in range(ranks))
-    assert codes == [0] * ranks, logs
-    return {job: [torch.load(file) for file in sorted(folder.glob(f"{job}-*.pt"))] for job in jobs}
+        with contextlib.suppress(ProcessLookupError):  # its ranks are gone, too
+            os.killpg(worker.pid, signal.SIGKILL)
+    logs = "".join(path.read_text() for path in sorted(folder.glob("*/*.log")))
+    assert worker.wait() == 0, said + logs
+    return {
+        ranks: {
+            job: [torch.load(file) for file in sorted(folder.glob(f"{ranks}/{job}-*.pt"))]
+            for job in jobs
+        }
+        for ranks, jobs in groups.items()
+    }
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    jobs = (
+JOBS = {
+    2: [
         "cases",
         "variants",
         "without_gradients",
@@ -68,18 +70,30 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict:
         "network",
         "double_backward",
         "batched_gradients",
-    )
-    return launch(tmp_path_factory.mktemp("two"), 2, *jobs)
+    ],
+    3: ["cases", "failures"],
+    4: ["cases", "groups"],
+}
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return launch(tmp_path_factory.mktemp("three"), 3, "cases", "failures")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return launch(tmp_path_factory.mktemp("ranks"), JOBS)
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return launch(tmp_path_factory.mktemp("four"), 4, "cases", "groups")
+def two(launched: dict) -> dict:
+    return launched[2]
+
+
+@pytest.fixture(scope="module")
+def three(launched: dict) -> dict:
+    return launched[3]
+
+
+@pytest.fixture(scope="module")
+def four(launched: dict) -> dict:
+    return launched[4]
 
 
 @pytest.fixture(scope="module")
