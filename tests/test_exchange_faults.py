@@ -15,7 +15,6 @@ import pytest
 from planting import Fault, SourceChangedError, barrier_faults, plant
 from simt_build import (
     CSRC,
-    ENGINE,
     FLAGS,
     HEADERS,
     KERNEL_FLAGS,
@@ -30,20 +29,6 @@ from simt_build import (
 SEEDS = 3
 EXCHANGE = SIMT / "exchange"
 STANDALONE = ROOT / "bench" / "standalone"  # has references and comparisons to drive kernels with
-PLAIN = [
-    CSRC / name
-    for name in (
-        "plan.cpp",
-        "plan_bytes.cpp",
-        "plan_costs.cpp",
-        "plan_rows.cpp",
-        "plan_team.cpp",
-        "plan_team_layout.cpp",
-        "device_query.cpp",
-        "kernel_loading.cpp",
-        "launch.cpp",
-    )
-]
 CASES = re.findall(r'^    \{"(\w+)",', (EXCHANGE / "driver.cpp").read_text(), re.MULTILINE)
 ONE_LEVEL = ["grid_s", "grid_c", "grid_row", "grid_row_short"]
 TWO_LEVEL = ["grid_c_two_level", "grid_row_two_level"]  # the second wait covers for a second slot
@@ -167,8 +152,7 @@ def driver():
         (copy / name).write_text(text)
     headers = [*HEADERS, *CSRC.glob("*.*h"), *STANDALONE.glob("*.h")]
     flags = [*FLAGS, f"-I{EXCHANGE}", f"-I{STANDALONE}"]
-    objects = compile_objects(ENGINE, folder)
-    objects += compile_objects([*PLAIN, EXCHANGE / "driver.cpp"], folder, flags, headers)
+    objects = compile_objects([EXCHANGE / "driver.cpp"], folder, flags, headers)
     flags = [*KERNEL_FLAGS, f"-I{copy}", "-include", str(EXCHANGE / "planted.h")]
     objects += compile_objects([copy / name for name in kernels], folder, flags, headers)
     return link("exchange", objects, folder)
