@@ -18,6 +18,7 @@ import older_torch
 import pytest
 import torch
 from fake_toolkit import write_program
+from forked import Forks
 from toy import write_toy
 
 from batchnorm_cuda import _extension
@@ -73,6 +74,16 @@ def kernels() -> Backend:
 def extension() -> ModuleType:
     """The compiled module that the kernels backend calls."""
     return _extension.load_cuda() if HAS_GPU else _extension.load_emulated()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs programs as a user does, without emulation unless they set it themselves."""
+    environment = {k: v for k, v in os.environ.items() if k != "BATCHNORM_CUDA_EMULATE"}
+    # Layers this small only wait for each other's threads.
+    forks = Forks(environment | {"OMP_NUM_THREADS": "1"})
+    yield forks
+    forks.close()
 
 
 @pytest.fixture
