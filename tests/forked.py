@@ -6,8 +6,8 @@ imports do not look for one.
 
 python tests/forked.py MODULE...
 
-imports the modules; then each line of stdin is a list of programs to run side by side, each
-the fields of a Program and where its stdout and stderr go, and is answered by their exit codes.
+imports the modules; then each line of stdin is a list of programs to run side by side, each the
+fields of a Program and where its stdout and stderr go, and is answered by their exit codes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,8 @@ from toy import fork
 
 # What the first optimizer imports, what inductor does, and what the examples have their data from.
 MODULES = ["torch._dynamo", "torch._inductor.compile_fx", "sklearn.model_selection"]
+DEADLINE = 120.0  # seconds that programs may take: a hang is an error
+AFTER_A_FAILURE = 5.0  # that the others have left, which may wait for the one that failed
 
 
 @dataclass
@@ -94,14 +98,30 @@ def run(command: list[str], variables: dict[str, str], folder: str, *outputs: st
     os._exit(code)
 
 
+def exit_codes(processes: list[int]) -> list[int]:
+    """As subprocess has them: that of a killed one is negative."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + DEADLINE
+    while len(codes) < len(processes):
+        for process in set(processes) - codes.keys():
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                codes[process] = os.waitstatus_to_exitcode(status)
+                if codes[process] != 0:
+                    deadline = min(deadline, time.monotonic() + AFTER_A_FAILURE)
+            elif time.monotonic() > deadline:
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.01)
+    return [codes[process] for process in processes]
+
+
 def main() -> None:
     for module in sys.argv[1:]:
         with contextlib.suppress(ImportError):  # a program that needs it will say so
             importlib.import_module(module)
     for line in sys.stdin:
         processes = [fork(partial(run, *program)) for program in json.loads(line)]
-        statuses = [os.waitpid(process, 0)[1] for process in processes]
-        print(json.dumps([os.waitstatus_to_exitcode(status) for status in statuses]), flush=True)
+        print(json.dumps(exit_codes(processes)), flush=True)
     os._exit(0)  # with all that is imported, ending in order takes a second or two
 
 

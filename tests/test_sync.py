@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +12,7 @@ import reference
 import torch
 from cases import Parameters
 from conftest import Backend
+from forked import Forks, Program
 from sync_cases import BACKENDS, CASES, EPS, MOMENTUM, SyncCase
 from sync_worker import SHORT_TIMEOUT, TIMEOUT, VARIANTS, seeded_network, variant_data, without_bias
 from tolerances import assert_within
@@ -26,31 +22,26 @@ import batchnorm_cuda
 from batchnorm_cuda import SyncBatchNorm, ops, sync_ops
 
 WORKER = Path(__file__).with_name("sync_worker.py")
-DEADLINE = 120.0  # seconds that a launch may take: a hang is an error
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}  # of float64
 every_backend = pytest.mark.parametrize("name", BACKENDS)
 
 
-def launch(folder: Path, groups: dict[int, list[str]]) -> dict[int, dict[str, list[dict]]]:
-    """By number of ranks and job: the results of every rank that lived to the end of it."""
-    arguments = [f"{ranks}:{','.join(jobs)}" for ranks, jobs in groups.items()]
-    worker = subprocess.Popen(
-        [sys.executable, str(WORKER), str(folder), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        said, _ = worker.communicate(timeout=DEADLINE)
-    except subprocess.TimeoutExpired:
-        said = f"not done within {DEADLINE:.0f} s\n"
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # its ranks are gone, too
-            os.killpg(worker.pid, signal.SIGKILL)
-    logs = "".join(path.read_text() for path in sorted(folder.glob("*/*.log")))
-    assert worker.wait() == 0, said + logs
+def launch(
+    forks: Forks, folder: Path, groups: dict[int, list[str]]
+) -> dict[int, dict[str, list[dict]]]:
+    """By number of ranks and job: the results of every rank that lived to the end of it.
+
+    All groups run at the same time.
+    """
+    programs = []
+    for ranks, jobs in groups.items():
+        meeting = folder / str(ranks)
+        meeting.mkdir()
+        for rank in range(ranks):
+            command = (str(WORKER), str(rank), str(ranks), str(meeting), *jobs)
+            programs.append(Program(command))
+    done = forks.run_together(programs)
+    assert not any(r.returncode for r in done), "".join(r.stdout + r.stderr for r in done)
     return {
         ranks: {
             job: [torch.load(file) for file in sorted(folder.glob(f"{ranks}/{job}-*.pt"))]
@@ -77,8 +68,8 @@ JOBS = {
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return launch(tmp_path_factory.mktemp("ranks"), JOBS)
+def launched(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return launch(forks, tmp_path_factory.mktemp("ranks"), JOBS)
 
 
 @pytest.fixture(scope="module")
