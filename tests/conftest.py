@@ -77,8 +77,8 @@ def extension() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    """Runs programs as a user does, without emulation unless they set it themselves."""
+def forks(extension: ModuleType) -> Iterator[Forks]:
+    """Runs programs, without emulation unless they ask for it. None has to compile first."""
     environment = {k: v for k, v in os.environ.items() if k != "BATCHNORM_CUDA_EMULATE"}
     # Layers this small only wait for each other's threads.
     forks = Forks(environment | {"OMP_NUM_THREADS": "1"})

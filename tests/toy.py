@@ -1,10 +1,8 @@
-"""A tiny extension to try the build cache with, and processes that build it."""
+"""A tiny extension to try the build cache with, and what builds it in other processes."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-import batchnorm_cuda
 from batchnorm_cuda import _compile
 
 # A module without torch's headers compiles in a second.
@@ -55,17 +52,6 @@ def write_toy(folder: Path) -> Path:
     (folder / "toy_value.cpp").write_text(VALUE)
     (folder / "toy_value.h").write_text(HEADER)
     return folder
-
-
-def start_worker(toy: Path, **variables: str) -> subprocess.Popen:
-    paths = [Path(batchnorm_cuda.__file__).parent.parent, Path(__file__).parent]
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(toy)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def fork(work: Callable[[], object]) -> int:
