@@ -1,8 +1,9 @@
 """The CUDA toolkit and the kernels' source files, for tools that work without PyTorch.
 
 Loads the package's own helpers by their paths, because importing the package imports torch.
-`python -m bench.toolkit nvcc|cudart|sources` prints one of them for a Makefile, and
-`python -m bench.toolkit objects|host-objects FOLDER` leaves the compiled kernels there.
+`python -m bench.toolkit nvcc|cudart|sources|plain` prints one of them for a Makefile, and
+`python -m bench.toolkit objects|host-objects FOLDER` leaves the compiled kernels there, the latter
+with the host model and what of csrc/ it is linked with.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .loading import load, load_package
 archs = load_package("_build.archs")
 build = load_package("_build.builder")
 devices = load("batchnorm_cuda", "devices")
+jobs = load_package("_build.jobs")
 kernels = load_package("_build.kernels")
 sources = load_package("_build.sources")
 toolkit = load_package("_build.toolkit")
@@ -64,16 +66,49 @@ def kernel_objects(kit: Toolkit, wanted: list[str]) -> dict[Path, Path]:
     )
 
 
+def plain_sources() -> list[Path]:
+    """The C++ files of csrc/ that need no torch: the plan, and what launches kernels."""
+    csrc = sources.csrc_dir()
+    return sorted([*csrc.glob("*.cpp"), *(csrc / "plan").glob("*.cpp")])
+
+
+def host_model_recipe() -> kernels.KernelRecipe:
+    """Objects of the host model and the plain sources, for all programs without torch."""
+    simt = sources.simt_dir()
+    flags = ["-std=c++17", "-O1", "-DBATCHNORM_CUDA_HOST_MODEL", "-Wall", "-Wextra", "-Werror"]
+    return kernels.KernelRecipe(
+        table="host_model",
+        label="the host model",
+        sources=[*plain_sources(), *sorted(simt.glob("*.cpp"))],
+        key={"compiler": toolkit.compiler_version()},
+        job_bytes=jobs.HOST_JOB_BYTES,
+        compiler=[os.environ.get("CXX", "c++"), *flags],
+        include_dirs=[simt, *sources.emulated_include_dirs()],
+        lines=True,
+    )
+
+
+def host_model_objects() -> list[Path]:
+    return list(build.build_objects([host_model_recipe()]).values())
+
+
 def host_objects() -> dict[Path, Path]:
-    """The same for the host model."""
-    return build.build_objects([kernels.KernelRecipe.emulated()])
+    """The kernels for the host model, and all that they run on there."""
+    return build.build_objects([kernels.KernelRecipe.emulated(), host_model_recipe()])
 
 
 def copy_objects(objects: dict[Path, Path], folder: Path) -> None:
-    """Leave <source>.o in `folder`, with the time of now where it is new: so make sees it."""
-    for source, path in objects.items():
-        target = folder / f"{source.name}.o"
+    """Leave <source>.o of each in `folder` and nothing else.
+
+    make links when the folder is newer, which an entry that comes or goes makes it; writing into
+    a file that is there does not.
+    """
+    wanted = {folder / f"{source.name}.o": path for source, path in objects.items()}
+    for target in set(folder.glob("*.o")) - wanted.keys():
+        target.unlink()
+    for target, path in wanted.items():
         if not target.exists() or not filecmp.cmp(path, target, shallow=False):
+            target.unlink(missing_ok=True)
             shutil.copyfile(path, target)
 
 
@@ -84,8 +119,9 @@ def cuda_objects(kit: Toolkit) -> dict[Path, Path]:
 
 
 def main(wanted: str, *folder: str) -> int:
-    if wanted == "sources":
-        print(*(path.name for path in sources.kernel_sources()))
+    listed = {"sources": sources.kernel_sources, "plain": plain_sources}
+    if wanted in listed:
+        print(*(path.name for path in listed[wanted]()))
         return 0
     try:
         if wanted == "host-objects":

@@ -18,6 +18,7 @@ import older_torch
 import pytest
 import torch
 from fake_toolkit import write_program
+from forked import Forks
 from toy import write_toy
 
 from batchnorm_cuda._build.extension import load_cuda, load_emulated
@@ -28,6 +29,10 @@ NO_GPU = "needs a GPU"
 # Before the first test, and for every process that a test starts.
 if not HAS_GPU:
     os.environ["BATCHNORM_CUDA_EMULATE"] = "1"
+    # Tensors this small are done before a second thread has begun, which then waits at full speed
+    # for more: three quarters of the time of some test files.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if not list(importlib.metadata.distributions(name="batchnorm_cuda")):  # a plain copy of the files
     paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -73,6 +78,16 @@ def kernels() -> Backend:
 def extension() -> ModuleType:
     """The compiled module that the kernels backend calls."""
     return load_cuda() if HAS_GPU else load_emulated()
+
+
+@pytest.fixture(scope="session")
+def forks(extension: ModuleType) -> Iterator[Forks]:
+    """Runs programs, without emulation unless they ask for it. None has to compile first."""
+    environment = {k: v for k, v in os.environ.items() if k != "BATCHNORM_CUDA_EMULATE"}
+    # Layers this small only wait for each other's threads.
+    forks = Forks(environment | {"OMP_NUM_THREADS": "1"})
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

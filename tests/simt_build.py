@@ -1,31 +1,35 @@
 """Compiles C++ against the host model of CUDA in tests/simt, for the tests that run without torch.
 
 Objects and programs lie in a folder of the system's temporary directory and are named after
-everything that goes into them, so that only a change compiles again.
+everything that goes into them, so that only a change compiles again. The model itself and the plan
+are objects in the package's cache, which the standalone driver links as well.
 """
 
 import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
+
+from bench.loading import ROOT
+from bench.toolkit import host_model_objects
+
 CSRC = ROOT / "csrc"
 SIMT = ROOT / "tests" / "simt"
-ENGINE = sorted(SIMT.glob("*.cpp"))
 KERNEL_FLAGS = [
     "-std=c++17",
     "-O1",
-    "-g",
     "-DBATCHNORM_CUDA_HOST_MODEL",
     f"-I{SIMT / 'include'}",
     f"-I{CSRC}",
 ]
 FLAGS = [*KERNEL_FLAGS, "-Wall", "-Wextra", "-Werror"]  # for what only the host compiles
-# What the engine and its cases include.
+# What the model's cases include.
 HEADERS = [*SIMT.rglob("*.h"), CSRC / "kernels" / "platform.cuh"]
 
 
@@ -61,6 +65,8 @@ def compile_objects(sources, folder, flags=FLAGS, headers=HEADERS):
 
 
 def link(name, objects, folder):
+    """A program of the objects and the host model."""
+    objects = [*objects, *host_model_objects()]
     target = folder / f"{name}-{digest_of(objects)}"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}")

@@ -196,61 +196,54 @@ def seeded_network() -> nn.Module:
     return network
 
 
-class Part(Function):
-    """This rank's rows of a tensor that all ranks have; the gradient is gathered."""
+Sizes = tuple[int, ...]  # rows of each rank
+
+
+class Local(Function):
+    """This rank's rows of tensors that all ranks have; without sizes all of one, as a parameter.
+
+    The gradients are gathered in one go: a collective costs more than all else here.
+    """
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, sizes: list[Sizes | None], *wholes: Tensor) -> tuple[Tensor, ...]:
         ctx.sizes = sizes
-        return whole.split(sizes)[dist.get_rank()].clone()
+        rank = dist.get_rank()
+        parts = [
+            (whole.split(rows)[rank] if rows else whole).clone()
+            for rows, whole in zip(sizes, wholes, strict=True)
+        ]
+        needed = zip(parts, ctx.needs_input_grad[1:], strict=True)
+        ctx.mark_non_differentiable(*(part for part, needs in needed if not needs))
+        return tuple(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return Whole.apply(grad, ctx.sizes), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *Summed.apply(ctx.sizes, *grads)
 
 
-class Whole(Function):
-    """All ranks' rows, on all ranks: the inverse of Part, and its transpose."""
+class Summed(Function):
+    """The transpose of Local: all ranks' rows, on all ranks, and sums where there are no sizes."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, sizes: list[Sizes | None], *parts: Tensor) -> tuple[Tensor, ...]:
         ctx.sizes = sizes
-        parts = [part.new_empty(size, *part.shape[1:]) for size in sizes]
-        for source, values in enumerate(parts):
-            if source == dist.get_rank():
-                values.copy_(part)
-            dist.broadcast(values, source)
-        return torch.cat(parts)
+        wholes = []
+        for rows, part in zip(sizes, parts, strict=True):
+            whole = part.new_zeros(sum(rows), *part.shape[1:]) if rows else part
+            if rows:
+                whole.split(rows)[dist.get_rank()].copy_(part)
+            wholes.append(whole)
+        own = torch.cat([whole.flatten() for whole in wholes])
+        # Gathered and then added, in a fifth of the time of gloo's all_reduce.
+        terms = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(terms, own)
+        total = torch.stack(terms).sum(0).split([whole.numel() for whole in wholes])
+        return tuple(t.view(whole.shape) for t, whole in zip(total, wholes, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return Part.apply(grad, ctx.sizes), None
-
-
-class Shared(Function):
-    """A parameter that all ranks have: its gradient is the sum of the ranks'."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor) -> Tensor:
-        return parameter.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return Total.apply(grad)
-
-
-class Total(Function):
-    """The sum over the ranks: the transpose of Shared."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return Shared.apply(grad)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *Local.apply(ctx.sizes, *grads)
 
 
 def double_backward(rank: int, ranks: int) -> dict:
@@ -259,10 +252,10 @@ def double_backward(rank: int, ranks: int) -> dict:
     results = {}
     for backend in backends():
         for sizes, affine, of_input in (
-            ((3, 2), True, True),
-            ((3, 2), True, False),
-            ((3, 2), False, True),
-            ((4, 0), True, True),
+            ((2, 1), True, True),
+            ((2, 1), True, False),
+            ((2, 1), False, True),
+            ((3, 0), True, True),
         ):
             shapes = [(sum(sizes), 2, 2), *([(2,), (2,)] if affine else [])]
             inputs = [torch.rand(s, generator=generator, dtype=torch.float64) for s in shapes]
@@ -278,20 +271,19 @@ def double_backward(rank: int, ranks: int) -> dict:
     return results
 
 
-def whole_batch_norm(
-    sizes: tuple[int, ...], activation: str | None = None
-) -> Callable[..., Tensor]:
+def whole_batch_norm(sizes: Sizes, activation: str | None = None) -> Callable[..., Tensor]:
     """Synchronised batch norm as a function of tensors that all ranks have."""
 
     def function(x: Tensor, *rest: Tensor) -> Tensor:
-        parameters, residual = rest[:2], rest[2:]
+        of_parameters = len(rest[:2])
         module = SyncBatchNorm(
-            2, 0.1, affine=bool(parameters), track_running_stats=False, activation=activation
+            2, 0.1, affine=bool(of_parameters), track_running_stats=False, activation=activation
         )
-        state = zip(("weight", "bias"), map(Shared.apply, parameters), strict=False)
-        parts = tuple(Part.apply(whole, sizes) for whole in (x, *residual))
-        output = torch.func.functional_call(module, dict(state), parts)
-        return Whole.apply(output, sizes)
+        rows = [sizes, *[None] * of_parameters, *[sizes] * len(rest[2:])]
+        x, *rest = Local.apply(rows, x, *rest)
+        state = dict(zip(("weight", "bias"), rest, strict=False))
+        output = torch.func.functional_call(module, state, (x, *rest[2:]))
+        return Summed.apply([sizes], output)[0]
 
     return function
 
@@ -374,11 +366,11 @@ def fused_recorded(rank: int, ranks: int) -> dict:
 def fused_double_backward(rank: int, ranks: int) -> dict:
     """gradcheck and gradgradcheck of the whole batch through the ranks, as in `double_backward`."""
     results = {}
-    sizes = (3, 2)
+    sizes = (3, 1)
     for backend in backends():
         for form, (added, relu) in FORMS.items():
             generator = torch.Generator().manual_seed(0)
-            shapes = [(5, 2, 2), (2,), (2,), *([(5, 2, 2)] if added else [])]
+            shapes = [(4, 2), (2,), (2,), *([(4, 2)] if added else [])]
             inputs = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
             function = whole_batch_norm(sizes, "relu" if relu else None)
             torch.manual_seed(0)

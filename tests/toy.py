@@ -1,17 +1,15 @@
-"""A tiny extension to try the build cache with, and processes that build it."""
+"""A tiny extension to try the build cache with, and what builds it in other processes."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-import batchnorm_cuda
 from batchnorm_cuda._build.compile import Recipe
 
 # A module without torch's headers compiles in a second.
@@ -56,17 +54,6 @@ def write_toy(folder: Path) -> Path:
     return folder
 
 
-def start_worker(toy: Path, **variables: str) -> subprocess.Popen:
-    paths = [Path(batchnorm_cuda.__file__).parent.parent, Path(__file__).parent]
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(toy)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def fork(work: Callable[[], object]) -> int:
     """Start a process that does `work` and ends, whatever comes of it: it runs no further test."""
     process = os.fork()
@@ -74,6 +61,8 @@ def fork(work: Callable[[], object]) -> int:
         try:
             work()
             os._exit(0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     return process

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench_cases import row
+from toy import wait_for
 
 from batchnorm_cuda import devices, explain
 from bench import gpu_check, repeat, sanitize
@@ -58,10 +59,12 @@ def test_commands_after_one_that_fails_do_not_run(tmp_path: Path) -> None:
 
 def test_a_part_out_of_time_is_ended_with_its_children() -> None:
     started = time.monotonic()
-    code = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '600'])"
-    outcome = run_part(part(code), HERE, 3)
+    with_child = Part("a part", lambda site: [["sh", "-c", "sleep 600 & echo $!; wait"]], 1)
+    outcome = run_part(with_child, HERE, 1)
     assert time.monotonic() - started < 60
-    assert outcome == Outcome(FAIL, "out of time after 3 s: begun")
+    said, child = outcome.text.rsplit(maxsplit=1)
+    assert (outcome.status, said) == (FAIL, "out of time after 1 s:")
+    wait_for(lambda: not Path(f"/proc/{child}").exists(), 10)
 
 
 def test_emulation_follows_the_site() -> None:
@@ -72,11 +75,11 @@ def test_emulation_follows_the_site() -> None:
 
 def test_later_parts_keep_their_reserve() -> None:
     lines: list[str] = []
-    slow = Part("slow", lambda site: [["sleep", "600"]], 1)
+    slow = Part("slow", lambda site: [["sleep", "600"]], 0.5)
     quick = Part("quick", lambda site: [["echo", "done"]], 2)
-    verdicts = run_all([slow, quick], HERE, 4, lambda verdict: lines.append(str(verdict)))
+    verdicts = run_all([slow, quick], HERE, 3, lambda verdict: lines.append(str(verdict)))
     assert [v.outcome.status for v in verdicts] == [FAIL, PASS]
-    assert verdicts[0].outcome.text.startswith("out of time after 2 s")
+    assert verdicts[0].outcome.text.startswith("out of time after 1 s")
     assert lines == [str(v) for v in verdicts]
 
 

@@ -14,7 +14,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # bench/ is not installed
 
 from bench.loading import ROOT
-from bench.toolkit import ToolkitError, resolve, visible_gpus
+from bench.toolkit import ToolkitError, copy_objects, resolve, visible_gpus
 
 CASES = [
     "--op forward --n 4 --c 6 --s 64 --dtype half --strategy team",
@@ -66,6 +66,22 @@ def cuda() -> Path:
     except ToolkitError as error:
         pytest.skip(str(error))
     return build("cuda", f"PYTHON={sys.executable}")
+
+
+def test_what_has_changed_is_linked_again(tmp_path: Path) -> None:
+    """make compares the times of the program and of the folder."""
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    (folder / "gone.cpp.o").write_text("of a file that is no more")
+    compiled = tmp_path / "plan-0123.o"
+    objects = {Path("csrc/plan.cpp"): compiled}
+    for content, newer in (("old", True), ("old", False), ("new", True)):
+        os.utime(folder, (1, 1))
+        compiled.write_text(content)
+        copy_objects(objects, folder)
+        assert (folder.stat().st_mtime > 1) == newer
+        assert [path.name for path in folder.iterdir()] == ["plan.cpp.o"]
+        assert (folder / "plan.cpp.o").read_text() == content
 
 
 def run(program: Path, arguments: str) -> subprocess.CompletedProcess[str]:

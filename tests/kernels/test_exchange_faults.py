@@ -15,7 +15,6 @@ import pytest
 from planting import Fault, SourceChangedError, barrier_faults, plant
 from simt_build import (
     CSRC,
-    ENGINE,
     FLAGS,
     HEADERS,
     KERNEL_FLAGS,
@@ -30,7 +29,6 @@ from simt_build import (
 SEEDS = 3
 EXCHANGE = SIMT / "exchange"
 STANDALONE = ROOT / "bench" / "standalone"  # has references and comparisons to drive kernels with
-PLAIN = sorted([*CSRC.glob("*.cpp"), *(CSRC / "plan").glob("*.cpp")])
 CASES = re.findall(r'^    \{"(\w+)",', (EXCHANGE / "driver.cpp").read_text(), re.MULTILINE)
 ONE_LEVEL = ["grid_s", "grid_c", "grid_row", "grid_row_short"]
 TWO_LEVEL = ["grid_c_two_level", "grid_row_two_level"]  # the second wait covers for a second slot
@@ -156,8 +154,7 @@ def driver():
         path.write_text(text)
     headers = [*HEADERS, *CSRC.rglob("*.*h"), *STANDALONE.glob("*.h")]
     flags = [*FLAGS, f"-I{EXCHANGE}", f"-I{STANDALONE}"]
-    objects = compile_objects(ENGINE, folder)
-    objects += compile_objects([*PLAIN, EXCHANGE / "driver.cpp"], folder, flags, headers)
+    objects = compile_objects([EXCHANGE / "driver.cpp"], folder, flags, headers)
     headers = [*HEADERS, *copy.rglob("*.*h"), EXCHANGE / "planted.h"]
     flags = [*KERNEL_FLAGS, "-include", str(EXCHANGE / "planted.h")]
     sources = [copy / "kernels" / name for name in kernels]

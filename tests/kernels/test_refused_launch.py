@@ -7,8 +7,6 @@ CUDA refuses when it is told to.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ import pytest
 import torch
 from cases import Case, channels_last, fill, fill_gradient, fill_parameters
 from conftest import HAS_GPU, Backend
+from forked import Forks, Program
 from fused_problem import Fused
 from strategies import FORCED, launched
 from torch import nn
@@ -275,18 +274,21 @@ print(json.dumps([[str(each.message) for each in said], info["cooperative"], inf
 CROWDED = {"sm_count": 2, "registers_per_thread": 255}  # a block an SM, where two are planned
 
 
-def said(options: dict, device: dict, refusals: dict) -> list:
+@pytest.fixture
+def said(forks: Forks, tmp_path: Path) -> Callable[[dict, dict, dict], list]:
     """The warnings, and what of the device is left to plan with."""
-    arguments = json.dumps([options, device, refusals])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(batchnorm_cuda.__file__).parents[1],
-    )
-    assert "Warning" not in done.stderr
-    return json.loads(done.stdout)
+
+    def run(options: dict, device: dict, refusals: dict) -> list:
+        script = tmp_path / "script.py"
+        script.write_text(SCRIPT)
+        arguments = json.dumps([options, device, refusals])
+        emulated = {"BATCHNORM_CUDA_EMULATE": "1"}
+        (done,) = forks.run_together([Program((str(script), arguments), emulated)])
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
+        return json.loads(done.stdout)
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -300,7 +302,9 @@ def said(options: dict, device: dict, refusals: dict) -> list:
         ("cluster", CLUSTER_SIZE, ("clusters of 2 blocks", "cudaErrorInvalidClusterSize: ")),
     ],
 )
-def test_one_warning_says_why(scope: str, error: int, parts: tuple[str, ...]) -> None:
+def test_one_warning_says_why(
+    said: Callable, scope: str, error: int, parts: tuple[str, ...]
+) -> None:
     messages, _, _ = said(FORCED[scope], {}, {KINDS[scope]: error})
     (message,) = messages
     for part in (*parts, "MPS", "two passes", "1.5 times the bytes forward and 1.7 times backward"):
@@ -308,7 +312,7 @@ def test_one_warning_says_why(scope: str, error: int, parts: tuple[str, ...]) ->
 
 
 @pytest.mark.parametrize("scope", KINDS)
-def test_a_kernel_that_fits_less_often_than_planned(scope: str) -> None:
+def test_a_kernel_that_fits_less_often_than_planned(said: Callable, scope: str) -> None:
     """Its problem takes two passes; the device is what it was."""
     options = {"strategy": "team", "scope": scope, "team_size": 4}
     messages, cooperative, max_cluster = said(options, CROWDED, {})

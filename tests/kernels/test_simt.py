@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from simt_build import ENGINE, FLAGS, SIMT, build_folder, compile_objects, link
+from simt_build import FLAGS, SIMT, build_folder, compile_objects, link
 
 CASE_FILES = sorted(path for path in (SIMT / "tests").iterdir() if path.suffix in (".cu", ".cpp"))
 
@@ -35,21 +35,15 @@ def folder():
 
 
 @pytest.fixture(scope="module")
-def engine_objects(folder):
-    return compile_objects(ENGINE, folder)
+def driver(folder):
+    return link("driver", compile_objects(CASE_FILES, folder), folder)
 
 
 @pytest.fixture(scope="module")
-def driver(folder, engine_objects):
-    objects = compile_objects(CASE_FILES, folder)
-    return link("driver", objects + engine_objects, folder)
-
-
-@pytest.fixture(scope="module")
-def driver_f16c(folder, engine_objects):
+def driver_f16c(folder):
     sources = [SIMT / "tests" / "driver.cpp", SIMT / "tests" / "conversions.cpp"]
     objects = compile_objects(sources, folder, [*FLAGS, "-mf16c"])
-    return link("driver_f16c", objects + engine_objects, folder)
+    return link("driver_f16c", objects, folder)
 
 
 def run_case(driver, case):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import Backend
+from forked import Forks, Program
 from parametrisations import both_modes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -360,7 +362,7 @@ def train_synchronised(rank: int) -> None:
     assert_same_state(ours.module, theirs, rtol=1e-9, atol=1e-9)
 
 
-def worker(rank: int, rendezvous: str) -> None:
+def worker(rendezvous: str, rank: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     for wrap_ours, wrap_theirs, dtype, tolerance in WRAPPERS:
@@ -382,6 +384,13 @@ def worker(rank: int, rendezvous: str) -> None:
     os._exit(0)  # gloo's threads may still run: ending the interpreter around them aborts at times
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes(forks: Forks, kernels: Backend, tmp_path: Path) -> None:
     """DistributedDataParallel, FSDP2 and synchronised batch norm over gloo, against torch.nn's."""
-    torch.multiprocessing.spawn(worker, (str(tmp_path / "rendezvous"),), nprocs=2)
+    emulated = {"BATCHNORM_CUDA_EMULATE": "1"} if kernels.name == "emulated" else {}
+    command = (__file__, str(tmp_path / "rendezvous"))
+    done = forks.run_together([Program((*command, rank), emulated) for rank in ("0", "1")])
+    assert not any(r.returncode for r in done), "".join(r.stderr for r in done)
+
+
+if __name__ == "__main__":  # a rank of test_two_processes
+    worker(sys.argv[1], int(sys.argv[2]))

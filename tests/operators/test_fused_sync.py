@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 from cases import Parameters
+from forked import Forks
 from fused import FORMS, every_form
 from sync_cases import BACKENDS, CASES, EPS, SyncCase
 from sync_worker import fused_data
@@ -22,9 +23,10 @@ CASES_OF_TWO = [case for case in CASES if case.ranks == 2]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def two(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict:
     jobs = ("cases", "compiled", "collectives", "recorded", "double_backward")
-    return launch(tmp_path_factory.mktemp("fused"), 2, *(f"fused_{job}" for job in jobs))
+    groups = {2: [f"fused_{job}" for job in jobs]}
+    return launch(forks, tmp_path_factory.mktemp("ranks"), groups)[2]
 
 
 @every_backend

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ import reference
 import torch
 from cases import Parameters
 from conftest import Backend
+from forked import Forks, Program
 from sync_cases import BACKENDS, CASES, EPS, MOMENTUM, SyncCase
 from sync_worker import SHORT_TIMEOUT, TIMEOUT, VARIANTS, seeded_network, variant_data, without_bias
 from tolerances import assert_within
@@ -27,41 +24,37 @@ from batchnorm_cuda._ops import layout
 from batchnorm_cuda._ops import operators as ops
 
 WORKER = Path(__file__).parents[1] / "sync_worker.py"
-DEADLINE = 120.0  # seconds that a launch may take: a hang is an error
 TIGHT = {"rtol": 1e-11, "atol": 1e-12}  # of float64
 every_backend = pytest.mark.parametrize("name", BACKENDS)
 
 
-def launch(folder: Path, ranks: int, *jobs: str) -> dict[str, list[dict]]:
-    """For each job the results of every rank that lived to the end of it."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(WORKER)]
-    workers = []
-    for rank in range(ranks):
-        with (folder / f"{rank}.log").open("w") as log:
-            arguments = [*command, str(rank), str(ranks), str(folder), *jobs]
-            workers.append(
-                subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            )
-    deadline = time.monotonic() + DEADLINE
-    try:
-        # A rank that failed is not waited for by way of the others' timeouts.
-        while time.monotonic() < deadline and not any(worker.poll() for worker in workers):
-            if all(worker.poll() == 0 for worker in workers):
-                break
-            time.sleep(0.05)
-    finally:
-        for worker in workers:
-            worker.kill()
-    codes = [worker.wait() for worker in workers]
-    logs = "".join((folder / f"{rank}.log").read_text() for rank in range(ranks))
-    assert codes == [0] * ranks, logs
-    return {job: [torch.load(file) for file in sorted(folder.glob(f"{job}-*.pt"))] for job in jobs}
+def launch(
+    forks: Forks, folder: Path, groups: dict[int, list[str]]
+) -> dict[int, dict[str, list[dict]]]:
+    """By number of ranks and job: the results of every rank that lived to the end of it.
+
+    All groups run at the same time.
+    """
+    programs = []
+    for ranks, jobs in groups.items():
+        meeting = folder / str(ranks)
+        meeting.mkdir()
+        for rank in range(ranks):
+            command = (str(WORKER), str(rank), str(ranks), str(meeting), *jobs)
+            programs.append(Program(command))
+    done = forks.run_together(programs)
+    assert not any(r.returncode for r in done), "".join(r.stdout + r.stderr for r in done)
+    return {
+        ranks: {
+            job: [torch.load(file) for file in sorted(folder.glob(f"{ranks}/{job}-*.pt"))]
+            for job in jobs
+        }
+        for ranks, jobs in groups.items()
+    }
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    jobs = (
+JOBS = {
+    2: [
         "cases",
         "variants",
         "without_gradients",
@@ -70,18 +63,30 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict:
         "network",
         "double_backward",
         "batched_gradients",
-    )
-    return launch(tmp_path_factory.mktemp("two"), 2, *jobs)
+    ],
+    3: ["cases", "failures"],
+    4: ["cases", "groups"],
+}
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return launch(tmp_path_factory.mktemp("three"), 3, "cases", "failures")
+def launched(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return launch(forks, tmp_path_factory.mktemp("ranks"), JOBS)
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return launch(tmp_path_factory.mktemp("four"), 4, "cases", "groups")
+def two(launched: dict) -> dict:
+    return launched[2]
+
+
+@pytest.fixture(scope="module")
+def three(launched: dict) -> dict:
+    return launched[3]
+
+
+@pytest.fixture(scope="module")
+def four(launched: dict) -> dict:
+    return launched[4]
 
 
 @pytest.fixture(scope="module")

@@ -11,27 +11,36 @@ from pathlib import Path
 import pytest
 import torch
 from fake_toolkit import make_toolkit, write_program
-from toy import HEADER, VALUE, start_worker, toy_recipe, wait_for
+from forked import Forks, Program
+from toy import HEADER, VALUE, WORKER, fork, toy_recipe, wait_for
 
 from batchnorm_cuda._build import builder, kernels, recipes, sources
 from batchnorm_cuda._build.compile import BuildError
 
 
-def test_four_processes_build_once_and_all_load(toy: Path) -> None:
-    workers = [start_worker(toy) for _ in range(4)]
-    printed = [worker.communicate(timeout=300) for worker in workers]
-    assert [out.strip() for out, _ in printed] == ["42"] * 4
-    assert "".join(err for _, err in printed).count("batchnorm_cuda: compiling a toy in") == 1
+def test_four_processes_build_once_and_all_load(forks: Forks, toy: Path) -> None:
+    script = toy / "build.py"
+    script.write_text(WORKER)
+    variables = {
+        name: os.environ[name] for name in ("BATCHNORM_CUDA_CACHE_DIR", "TORCH_NO_COMPILER_WRAPPER")
+    }
+    done = forks.run_together([Program((str(script), str(toy)), variables)] * 4)
+    assert [worker.stdout.strip() for worker in done] == ["42"] * 4, done
+    assert "".join(w.stderr for w in done).count("batchnorm_cuda: compiling a toy in") == 1
 
 
-def test_killed_build_blocks_nobody_and_leaves_nothing_running(toy: Path, tmp_path: Path) -> None:
+def test_killed_build_blocks_nobody_and_leaves_nothing_running(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pid_file = tmp_path / "pid"
     hang = f'#!/bin/sh\ncase "$*" in *" -c "*) echo $$ > {pid_file}; exec sleep 600 ;; esac\n'
     hanging = write_program(tmp_path / "bin" / "c++", hang + 'exec c++ "$@"\n')
-    victim = start_worker(toy, CXX=str(hanging))
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", str(hanging))
+        victim = fork(lambda: builder.build(toy_recipe(toy)))
     wait_for(lambda: pid_file.exists() and pid_file.read_text().strip())
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.communicate()
+    os.kill(victim, signal.SIGKILL)
+    os.waitpid(victim, 0)
     left = [path.name for path in (tmp_path / "cache").glob("*.tmp-*")]
     assert left, "the killed build should have left its folder behind"
     start = time.monotonic()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import doctest
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import Forks
 
 import batchnorm_cuda
 
@@ -32,36 +30,35 @@ def blocks(page: Path) -> list[tuple[str, str]]:
     return found
 
 
-def printed_by(sources: list[str], folder: Path) -> list[str]:
+def printed_by(sources: list[str], folder: Path, forks: Forks) -> list[str]:
     """What each block prints, run one after another in one process, without emulation."""
     script = folder / "page.py"  # a file, because torch.compile reads the source of functions
     script.write_text(f"print({SEPARATOR!r})\n".join(sources))
-    environment = {k: v for k, v in os.environ.items() if k != "BATCHNORM_CUDA_EMULATE"}
-    run = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, cwd=folder, env=environment
-    )
+    run = forks.run(str(script), folder=str(folder))
     assert run.returncode == 0, run.stderr
     return run.stdout.split(f"{SEPARATOR}\n")
 
 
-def test_readme(tmp_path: Path) -> None:
+def test_readme(tmp_path: Path, forks: Forks) -> None:
     """On a CPU, and without the block that compiles csrc/ by itself (test_install.py)."""
     sources = [source for source, _ in blocks(ROOT / "README.md") if "cpp_extension" not in source]
     assert len(sources) > 1
-    printed_by([s.replace(".cuda()", "").replace('"cuda"', '"cpu"') for s in sources], tmp_path)
+    on_cpu = [s.replace(".cuda()", "").replace('"cuda"', '"cpu"') for s in sources]
+    printed_by(on_cpu, tmp_path, forks)
 
 
-def assert_prints(page: Path, folder: Path) -> None:
+def assert_prints(page: Path, folder: Path, forks: Forks) -> None:
     """Compared as doctest does: "..." stands for anything."""
     sources, expected = zip(*blocks(page), strict=True)
     checker = doctest.OutputChecker()
-    for source, want, got in zip(sources, expected, printed_by(list(sources), folder), strict=True):
+    printed = printed_by(list(sources), folder, forks)
+    for source, want, got in zip(sources, expected, printed, strict=True):
         same = checker.check_output(want, got, doctest.ELLIPSIS)
         assert same, f"{page.name}: this block\n{source}\nprints\n{got}\nthe page says\n{want}"
 
 
-def test_tutorial(tmp_path: Path) -> None:
-    assert_prints(DOCS / "tutorial.md", tmp_path)
+def test_tutorial(tmp_path: Path, forks: Forks) -> None:
+    assert_prints(DOCS / "tutorial.md", tmp_path, forks)
 
 
 def test_api_page_has_every_public_name() -> None:

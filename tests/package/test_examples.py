@@ -6,14 +6,15 @@ on the composite of torch operators.
 
 from __future__ import annotations
 
-import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ATEN, KERNELS, Backend
+from forked import Forks, Program
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -21,14 +22,8 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "co
 LAUNCHER = ("-m", "torch.distributed.run", "--nproc-per-node=2")
 
 
-def run(
-    script: str, *arguments: str, launcher: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "BATCHNORM_CUDA_EMULATE"}
-    # Layers this small only wait for each other's threads.
-    environment["OMP_NUM_THREADS"] = "1"
-    command = [sys.executable, *launcher, str(EXAMPLES / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+def command(script: str, *arguments: str) -> tuple[str, ...]:
+    return str(EXAMPLES / script), *arguments
 
 
 def check(done: subprocess.CompletedProcess[str], backend: Backend, verdict: str) -> None:
@@ -46,35 +41,45 @@ HEAVY = KERNELS if KERNELS.device == "cuda" else ATEN
 OF_RANKS = ATEN if KERNELS.device == "cuda" else KERNELS
 
 
-def test_gradient_penalty() -> None:
+def test_gradient_penalty(forks: Forks) -> None:
     device = "cuda" if KERNELS.device == "cuda" else "cpu"  # the latter means emulated there
-    done = run("gradient_penalty.py", "--steps=3", f"--device={device}")
+    done = forks.run(*command("gradient_penalty.py", "--steps=3", f"--device={device}"))
     check(done, KERNELS, "3 steps within 1e-04 of torch.nn's")
 
 
-def test_train_resnet() -> None:
+def test_train_resnet(forks: Forks) -> None:
     """Under autocast, and through AOTAutograd: inductor, which the tutorial takes, takes longer."""
-    check(run("train_resnet.py", "--toy", "--compile=aot_eager", on(HEAVY)), HEAVY, "accuracy")
+    done = forks.run(*command("train_resnet.py", "--toy", "--compile=aot_eager", on(HEAVY)))
+    check(done, HEAVY, "accuracy")
 
 
-def test_train_ddp() -> None:
-    done = run("train_ddp.py", "--toy", on(OF_RANKS), launcher=LAUNCHER)
+def test_train_ddp(forks: Forks) -> None:
+    done = forks.run(*LAUNCHER, *command("train_ddp.py", "--toy", on(OF_RANKS)))
     check(done, OF_RANKS, "2 ranks train as one process does")
 
 
-def test_train_ddp_sees_unshared_statistics() -> None:
-    done = run("train_ddp.py", "--toy", "--unshared", "--device=cpu", launcher=LAUNCHER)
-    assert done.returncode != 0
-    assert "FAILED: the losses part by" in done.stdout
+def test_train_ddp_sees_unshared_statistics(forks: Forks) -> None:
+    """The ranks as forks, which torchrun's are not."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    program = command("train_ddp.py", "--toy", "--unshared", "--device=cpu")
+    ranks = [
+        Program(program, meeting | {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    first, second = forks.run_together(ranks)
+    assert (first.returncode, second.returncode) == (1, 1), first.stderr + second.stderr
+    assert "FAILED: the losses part by" in first.stdout
 
 
-def test_segment_3d() -> None:
-    check(run("segment_3d.py", "--toy", on(HEAVY)), HEAVY, "Dice rose from")
+def test_segment_3d(forks: Forks) -> None:
+    check(forks.run(*command("segment_3d.py", "--toy", on(HEAVY))), HEAVY, "Dice rose from")
 
 
 @pytest.mark.parametrize("script", ["train_resnet.py", "segment_3d.py"])
-def test_gradients_by_the_kernels(script: str) -> None:
-    check(run(script, "--toy", "--check", on(KERNELS)), KERNELS, "gradients of one step")
+def test_gradients_by_the_kernels(forks: Forks, script: str) -> None:
+    done = forks.run(*command(script, "--toy", "--check", on(KERNELS)))
+    check(done, KERNELS, "gradients of one step")
 
 
 def test_help() -> None:
