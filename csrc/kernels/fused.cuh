@@ -190,16 +190,21 @@ __device__ __forceinline__ uint32_t scaled(uint32_t bits, float factor) {
   return bits;
 }
 
-// Multiplies the lanes whose bit is not set by `below`.
+// Multiplies the lanes whose bit is not set by `below`. Two at a time, which take turns in the
+// first place: unrolled, the conversions of all take registers that are not there.
 template <typename scalar_t>
 __device__ __forceinline__ void scale_lanes(Vec<scalar_t>& vec, uint32_t bits,
                                             acc_type<scalar_t> below) {
+  constexpr int kLanes = kVec<scalar_t>;
+#pragma unroll 1
+  for (int i = 0; i < kLanes; i += 2) {
+    Pair<acc_type<scalar_t>> pair = lanes(vec, 0);
+    if (!(bits & 1)) pair.x *= below;
+    if (!(bits & 2)) pair.y *= below;
+    bits >>= 2;
 #pragma unroll
-  for (int l = 0; l < kVec<scalar_t>; l += 2) {
-    Pair<acc_type<scalar_t>> pair = lanes(vec, l);
-    if (!(bits >> l & 1)) pair.x *= below;
-    if (!(bits >> l & 2)) pair.y *= below;
-    round_into(vec, l, pair);
+    for (int l = 0; l < kLanes - 2; ++l) vec.lane[l] = vec.lane[l + 2];
+    round_into(vec, kLanes - 2, pair);
   }
 }
 
