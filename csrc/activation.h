@@ -7,24 +7,19 @@
 
 namespace batchnorm_cuda {
 
-// y = max(z, below z, lowest) with 0 <= below <= 1, the slope where z is negative; the identity as
-// it is made.
+// y = max(z, lowest); the identity as it is made.
 template <typename acc_t>
 struct Activation {
   acc_t lowest = -std::numeric_limits<acc_t>::infinity();
-  acc_t below = 1;
 };
 
-inline bool is_activation(const std::string& name) {
-  return name == "relu" || name == "leaky_relu";
-}
+inline bool is_activation(const std::string& name) { return name == "relu"; }
 
 // Of a name that is one.
 template <typename acc_t>
-Activation<acc_t> activation_of(const std::string& name, double parameter) {
+Activation<acc_t> activation_of(const std::string& name, double /*parameter*/) {
   Activation<acc_t> result;
-  result.below = name == "leaky_relu" ? static_cast<acc_t>(parameter) : 0;
-  if (result.below == 0) result.lowest = 0;
+  if (name == "relu") result.lowest = 0;
   return result;
 }
 

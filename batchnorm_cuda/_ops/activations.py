@@ -11,13 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import leaky_relu
 
 from . import mask as masks
 from .calls import Backward, Forward
 
 # As users name it: alone, or with its parameter.
-Activation = Literal["relu", "leaky_relu"] | tuple[str, float]
+Activation = Literal["relu"] | tuple[str, float]
 
 
 class Kind(NamedTuple):
@@ -31,7 +30,6 @@ class Kind(NamedTuple):
 
 KINDS = {
     "relu": Kind(lambda output, _: output.relu()),
-    "leaky_relu": Kind(leaky_relu, parameter=0.01, least=0.0, most=1.0),
 }
 
 
@@ -51,8 +49,6 @@ def parse(activation: Activation | None) -> tuple[bool, str, float]:
             f"batch_norm: expected the parameter of {name!r} to lie between {kind.least} and "
             f"{kind.most}, got {parameter}"
         )
-    if parameter == 0:  # then it is a ReLU, also of an infinity
-        name = "relu"
     return True, name, float(parameter)
 
 

@@ -1,8 +1,7 @@
-// What is fused to batch norm: y = act(bn(x) + residual) in the forward pass, with a piecewise
-// linear activation (activation.h); in the backward pass the gradient of what it was applied to,
-// which is the gradient of the residual as well. Kernels are written once and call the functions
-// here, which come in one overload for each of Identity (nothing is fused), FusedForward and
-// FusedBackward (params.h).
+// What is fused to batch norm: y = relu(bn(x) + residual) in the forward pass; in the backward pass
+// the gradient where the ReLU let values through, which is the gradient of the residual as well.
+// Kernels are written once and call the functions here, which come in one overload for each of
+// Identity (nothing is fused), FusedForward and FusedBackward (params.h).
 //
 // The mask holds a byte for each kVec elements of the dense output, numbered in memory order: bit
 // e % kVec of byte e / kVec says that element e of the output is positive, or NaN, where the ReLU's
@@ -117,18 +116,12 @@ __device__ __forceinline__ uint32_t above_zero(uint32_t bits) {
 }
 #endif
 
-// Rounds the activation of a pair to lanes l and l + 1, and sets bit l or l + 16 of `positive`
+// Rounds a pair to lanes l and l + 1, no less than `lowest`, and sets bit l or l + 16 of `positive`
 // where lane l is above zero or NaN. A NaN is not below anything, and stays.
 template <typename scalar_t>
 __device__ __forceinline__ void activate_into(Vec<scalar_t>& vec, int l,
                                               Pair<acc_type<scalar_t>> value,
-                                              const Activation<acc_type<scalar_t>>& activation,
-                                              uint32_t& positive) {
-  const acc_type<scalar_t> lowest = activation.lowest, below = activation.below;
-  if (below > 0 && below < 1) {  // neither a ReLU nor nothing: the same for all threads
-    if (value.x < value.x * below) value.x *= below;
-    if (value.y < value.y * below) value.y *= below;
-  }
+                                              acc_type<scalar_t> lowest, uint32_t& positive) {
 #ifdef BATCHNORM_CUDA_HAS_PAIRS
   if constexpr (sizeof(scalar_t) == 2) {  // after the rounding, which comes to the same
     constexpr bool kBFloat16 = std::is_same_v<scalar_t, __nv_bfloat16>;
@@ -171,7 +164,7 @@ __device__ __forceinline__ void store_output(const FusedForward<scalar_t>& fused
   uint32_t positive = 0;
 #pragma unroll
   for (int l = 0; l < kVec<scalar_t>; l += 2) {
-    activate_into(vec, l, lanes_plus(residual, l, form(l)), fused.activation, positive);
+    activate_into(vec, l, lanes_plus(residual, l, form(l)), fused.activation.lowest, positive);
   }
   positive |= positive >> 16;
   store_window<kLanes>(output, window, vec, site);
@@ -180,68 +173,18 @@ __device__ __forceinline__ void store_output(const FusedForward<scalar_t>& fused
 
 // ---------------------------------------------------------------------------- backward
 
-// The two half or bfloat16 values of a word, times `factor`.
-template <typename scalar_t>
-__device__ __forceinline__ uint32_t scaled(uint32_t bits, float factor) {
-  Vec<scalar_t> vec;
-  memcpy(&vec, &bits, sizeof(bits));
-  round_into(vec, 0, {to_acc(vec.lane[0]) * factor, to_acc(vec.lane[1]) * factor});
-  memcpy(&bits, &vec, sizeof(bits));
-  return bits;
-}
-
-// Multiplies the lanes whose bit is not set by `below`. Two at a time, which take turns in the
-// first place: unrolled, the conversions of all take registers that are not there.
-template <typename scalar_t>
-__device__ __forceinline__ void scale_lanes(Vec<scalar_t>& vec, uint32_t bits,
-                                            acc_type<scalar_t> below) {
-  constexpr int kLanes = kVec<scalar_t>;
-#pragma unroll 1
-  for (int i = 0; i < kLanes; i += 2) {
-    Pair<acc_type<scalar_t>> pair = lanes(vec, 0);
-    if (!(bits & 1)) pair.x *= below;
-    if (!(bits & 2)) pair.y *= below;
-    bits >>= 2;
-#pragma unroll
-    for (int l = 0; l < kLanes - 2; ++l) vec.lane[l] = vec.lane[l + 2];
-    round_into(vec, kLanes - 2, pair);
-  }
-}
-
-// By words or by lanes: whichever takes fewer registers there.
-#ifdef BATCHNORM_CUDA_HAS_PAIRS
-template <typename scalar_t>
-inline constexpr bool kScalesWords = sizeof(scalar_t) == 2;
-#else
-template <typename scalar_t>
-inline constexpr bool kScalesWords = false;
-#endif
-
-// Multiplies the lanes whose bit is not set by the activation's slope there, which is the same for
-// all threads; 0 makes zero of NaN, too.
+// Zeros the lanes whose bit is not set.
 template <typename scalar_t>
 __device__ __forceinline__ void keep_lanes(Vec<scalar_t>& vec, uint32_t bits,
-                                           const FusedBackward<scalar_t>& fused) {
-  const acc_type<scalar_t> below = fused.activation.below;
+                                           const FusedBackward<scalar_t>&) {
   constexpr int kLanes = kVec<scalar_t>;
-  if constexpr (!kScalesWords<scalar_t>) {
-    if (below != 0) return scale_lanes(vec, bits, below);
-  }
   if constexpr (sizeof(scalar_t) == 2) {
     // By words of two lanes: bits l and l + 1 come to bits 0 and 16, and each fills its half.
     uint32_t words[kLanes / 2];
     memcpy(words, &vec, sizeof(words));
     const uint32_t apart = (bits & 0xff) * 0x8001;
-    const auto passed = [&](int i) { return (apart >> 2 * i & 0x10001) * 0xffff; };
-    if (below == 0) {
 #pragma unroll
-      for (int i = 0; i < kLanes / 2; ++i) words[i] &= passed(i);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kLanes / 2; ++i) {
-        words[i] = (words[i] & passed(i)) | scaled<scalar_t>(words[i] & ~passed(i), below);
-      }
-    }
+    for (int i = 0; i < kLanes / 2; ++i) words[i] &= (apart >> 2 * i & 0x10001) * 0xffff;
     memcpy(&vec, words, sizeof(words));
   } else {
 #pragma unroll
