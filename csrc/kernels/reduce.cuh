@@ -82,8 +82,9 @@ struct Welford {
   }
 };
 
-// The two sums of the backward pass, of one channel, or of two where value_t is a pair. A thread
-// adds dy * (x - mean); x̂ = (x - mean) * invstd.
+// The two sums of the backward pass, of one channel, or of two where value_t is a pair. Until a
+// channel is finished sum_dy_xhat is that of dy * (x - mean): backward_reduce_kernel and
+// TeamBackward::finish multiply by invstd, once a channel.
 template <typename value_t>
 struct GradSums {
   static constexpr int kFields = 2;
