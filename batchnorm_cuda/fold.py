@@ -9,8 +9,6 @@ Its module changes class, as in `convert`, so that every reference to it stays g
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,9 +22,7 @@ from ._models.folding import (
     layer_kind,
 )
 from ._models.traced_calls import Snapshot, has_hooks, trace_calls
-from .convert import _check_model
-
-Model = TypeVar("Model", bound=nn.Module)
+from .convert import Model, _check_model
 
 # Where a module keeps the sentence that `fold_report` gives of it.
 _NOTE = "_fold_note"
@@ -95,8 +91,8 @@ def fold_report(model: nn.Module) -> dict[str, str]:
         model: any module, usually after `fold`.
 
     Returns:
-        "folded into ..." with the name of the layer, or "stays: " and the reason. A batch norm that
-        `fold` has not seen says so.
+        A sentence for each. It begins with "folded into" and names the layer, or with "stays" and
+        gives the reason; a batch norm that `fold` has not seen says so.
 
     Raises:
         TypeError: `model` is not a module.

@@ -40,7 +40,7 @@ toc_object_entries_show_parents = "hide"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|typing)\..*"),
-    ("py:class", r"batchnorm_cuda\.convert\.Model"),  # a type variable
+    ("py:class", r"batchnorm_cuda\.(convert|fold)\.Model"),  # a type variable
 ]
 
 # --- HTML ---------------------------------------------------------------------------------------
