@@ -69,8 +69,9 @@ def batch_norm(
             torch refuses it; a constant channel then gives NaN.
         residual: added to the result; shape, dtype and device of `input`, any strides, not
             broadcast. Its gradient has the memory format of `input`.
-        activation: "relu", applied last, or None. As in torch, NaN stays NaN. For the backward,
-            a byte for every 16 bytes is kept, and neither residual nor output.
+        activation: applied last. None, "relu", "relu6", "leaky_relu" with a slope of 0.01, or
+            ("leaky_relu", slope) with one between 0 and 1. As in torch, NaN stays NaN. For the
+            backward, a byte for every 16 bytes is kept, and neither residual nor output.
 
     Returns:
         A tensor with shape, dtype and memory format of `input`.

@@ -152,7 +152,7 @@ struct FusedBackward {
   int64_t numel;
   const uint8_t* mask;      // as FusedForward left it
   scalar_t* grad_residual;  // [N, C, S] or null; shares grad_input's 16-byte boundaries
-  Activation<acc_t> activation;
+  Slope<acc_t> below;       // of the activation, where a bit is not set
   template <typename F>
   void visit_buffers(F&& f) const {
     const int64_t lanes = kWindowBytes / sizeof(scalar_t);

@@ -11,18 +11,20 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import leaky_relu, relu6
 
 from . import mask as masks
 from .calls import Backward, Forward
 
 # As users name it: alone, or with its parameter.
-Activation = Literal["relu"] | tuple[str, float]
+Activation = Literal["relu", "relu6", "leaky_relu"] | tuple[str, float]
 
 
 class Kind(NamedTuple):
-    """An activation that is increasing, and 0 at 0: a bit an element says where its slope is 1."""
+    """An activation whose slope is 1 between 0 and `highest`, and elsewhere its parameter or 0."""
 
     apply: Callable[[Tensor, float], Tensor]
+    highest: float = torch.inf
     parameter: float | None = None  # the usual one; None for activations that have none
     least: float = 0.0
     most: float = 0.0
@@ -30,6 +32,8 @@ class Kind(NamedTuple):
 
 KINDS = {
     "relu": Kind(lambda output, _: output.relu()),
+    "relu6": Kind(lambda output, _: relu6(output), highest=6.0),
+    "leaky_relu": Kind(leaky_relu, parameter=0.01, least=0.0, most=1.0),
 }
 
 
@@ -49,6 +53,8 @@ def parse(activation: Activation | None) -> tuple[bool, str, float]:
             f"batch_norm: expected the parameter of {name!r} to lie between {kind.least} and "
             f"{kind.most}, got {parameter}"
         )
+    if kind.parameter is not None and parameter == 0:  # then it is a ReLU, also of an infinity
+        name = "relu"
     return True, name, float(parameter)
 
 
@@ -80,6 +86,11 @@ def rounded(call: Forward, output: Tensor, dtype: torch.dtype) -> Tensor:
         return applied(call, values)
     below = applied(call, output).to(dtype)
     return torch.where(values <= 0, below, values)
+
+
+def mask_of(call: Forward, output: Tensor) -> Tensor:
+    """Where the slope is 1, also for NaN: of the rounded output."""
+    return masks.pack(~(output <= 0) & ~(output >= KINDS[call.activation].highest), call.input)
 
 
 def before(call: Backward) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from . import activations
-from . import mask as masks
 from .calls import (
     Backward,
     DoubleBackward,
@@ -45,7 +44,7 @@ def batch_norm(call: Forward) -> Tensor:
 
 def forward(call: Forward) -> Normalized:
     _, output, moments, invstd = _normalized(call)
-    mask = masks.pack(output, call.input) if call.need_mask else None
+    mask = activations.mask_of(call, output) if call.need_mask else None
     return Normalized(output, moments.mean.flatten(), invstd.flatten(), moments.count, mask)
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import activations, passes
-from . import mask as masks
 from .calls import Backward, DoubleBackward, Forward, Gradients, Normalized
 from .checks import check_residual
 from .choice import is_recorded
@@ -36,7 +35,7 @@ def forward_in_parts(call: Forward) -> Normalized:
     if call.residual is not None:
         output = output + call.residual
     output = activations.applied(call, output)
-    mask = masks.pack(output, call.input) if call.need_mask else None
+    mask = activations.mask_of(call, output) if call.need_mask else None
     return Normalized(output, mean, invstd, None, mask)
 
 

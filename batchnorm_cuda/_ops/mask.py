@@ -1,6 +1,7 @@
-"""The mask that a fused ReLU leaves for its backward: which elements of its output are positive.
+"""The mask that a fused activation leaves for its backward: where its slope is 1.
 
-A bit an element, set for NaN as well, where torch.relu's gradient passes, too. Elements are
+A bit an element: of a ReLU where the output is positive, or NaN, where torch.relu's gradient
+passes, too. Elements are
 numbered in the memory order of the output, which is that of the input made dense. A byte holds
 those of one window of 16 bytes, the first in its lowest bit; bits past the last element are zero.
 The kernels write and read this form by themselves. What is here serves the composites, and
@@ -24,10 +25,10 @@ def mask_bytes(numel: int, dtype: torch.dtype) -> int:
     return (numel + elements - 1) // elements
 
 
-def pack(output: Tensor, input: Tensor) -> Tensor:
-    """The mask of a ReLU's output, of the shape of input."""
+def pack(passed: Tensor, input: Tensor) -> Tensor:
+    """The mask of bools of the shape of input."""
     window = _elements_per_byte(input.dtype)
-    bits = ~(output <= 0).permute(_memory_order(input)).flatten()
+    bits = passed.permute(_memory_order(input)).flatten()
     bits = pad(bits, (0, mask_bytes(input.numel(), input.dtype) * window - input.numel()))
     return (bits.unflatten(0, (-1, window)) * _bit_values(input)).sum(1, dtype=torch.uint8)
 

@@ -193,7 +193,7 @@ class Resident {
         vec[k] = held ? to_values(edge_[k]) : load<Lanes::kMasked>(k, window);
       }
       if constexpr (kFiltered) {
-        keep_lanes(vec[0], load_bits<scalar_t>(epilogue_.mask, window), epilogue_);
+        keep_lanes(vec[0], load_bits<scalar_t>(epilogue_.mask, window), epilogue_.below);
       }
       held = false;
       f(window, vec);
@@ -351,7 +351,7 @@ class Resident {
   }
   __device__ __forceinline__ uint4 kept(const uint4& dy, uint32_t bits) const {
     Vec<scalar_t> vec = to_values(dy);
-    keep_lanes(vec, bits, epilogue_);
+    keep_lanes(vec, bits, epilogue_.below);
     return to_bits(vec);
   }
 

@@ -2,6 +2,10 @@
 // have in common. Templates, because scalar_t goes through to the kernels.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <type_traits>
 #include <utility>
 
 #include "../kernel_table.h"
@@ -147,13 +151,28 @@ struct Backward : BackwardCall, Gradients {
   bool statistics() const { return problem.op == Op::kBackwardTraining; }
 };
 
+// Of the activation where a bit is not set. Two halves are 22 bits of it, or what is above 2^-25.
+template <typename scalar_t>
+Slope<acc_type<scalar_t>> slope_of(const std::string& activation, double parameter) {
+  using stored_t = std::conditional_t<std::is_same_v<scalar_t, __half>, c10::Half, c10::BFloat16>;
+  Slope<acc_type<scalar_t>> slope{};
+  slope.value = activation_of<acc_type<scalar_t>>(activation, parameter).below;
+  if constexpr (!std::is_same_v<scalar_t, acc_type<scalar_t>>) {
+    const stored_t high(slope.value), low(slope.value - static_cast<float>(high));
+    slope.high = high.x * 0x10001u;
+    slope.low = low.x * 0x10001u;
+    slope.kept = slope.value == 0 ? 0 : ~0u;
+  }
+  return slope;
+}
+
 // What a kernel that only reads takes, and one that writes the residual's gradient too.
 template <typename scalar_t>
 FusedBackward<scalar_t> fused_reads(const Backward& b) {
   FusedBackward<scalar_t> params{};
   params.numel = b.input.numel();
   params.mask = b.mask->const_data_ptr<uint8_t>();
-  params.activation = activation_of<acc_type<scalar_t>>(b.activation, b.parameter);
+  params.below = slope_of<scalar_t>(b.activation, b.parameter);
   return params;
 }
 template <typename scalar_t>

@@ -115,7 +115,7 @@ def test_pickled_before_there_were_activations(backend: Backend) -> None:
 @pytest.mark.parametrize("kind", [*PAIRS, "lazy"])
 def test_refused_activation(kind: str) -> None:
     make = LAZY["2d"] if kind == "lazy" else lambda **settings: PAIRS[kind][0](C, **settings)
-    with pytest.raises(ValueError, match="expected activation to be None or \"relu\", got 'gelu'"):
+    with pytest.raises(ValueError, match=r"expected activation to be None, .*, got 'gelu'"):
         make(activation="gelu")
 
 

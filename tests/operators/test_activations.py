@@ -21,6 +21,11 @@ from batchnorm_cuda.functional import normalize
 
 DEFINITIONS: dict[object, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    ("leaky_relu", 0.25): lambda z: F.leaky_relu(z, 0.25),
+    ("leaky_relu", 0): torch.relu,
+    ("leaky_relu", 1.0): lambda z: z,
 }
 every_activation = pytest.mark.parametrize("activation", DEFINITIONS, ids=str)
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -163,14 +168,14 @@ def test_nothing_more_is_saved(kernels: Backend) -> None:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         leaf = x.clone().requires_grad_()
-        batch_norm(leaf, None, None, training=True, residual=x, activation="relu")
+        batch_norm(leaf, None, None, training=True, residual=x, activation="leaky_relu")
     assert sorted(sizes) == sorted([x.nbytes, 12, 12, x.nbytes // 16])
 
 
 @every_activation
 def test_special_values(backend: Backend, activation: object) -> None:
     inf, nan = torch.inf, torch.nan
-    x = torch.tensor([[inf, -inf, nan, 0.0, -0.0, 3.0, -3.0]], device=backend.device).T
+    x = torch.tensor([[inf, -inf, nan, 0.0, -0.0, 3.0, -3.0, 6.0, 7.5]], device=backend.device).T
     running = torch.zeros(1, device=x.device), torch.ones(1, device=x.device)
     y = batch_norm(x, *running, eps=0.0, activation=activation)
     torch.testing.assert_close(y, DEFINITIONS[activation](x), equal_nan=True)
@@ -178,16 +183,16 @@ def test_special_values(backend: Backend, activation: object) -> None:
 
 def test_compiled_module(backend: Backend) -> None:
     torch.compiler.reset()
-    module = batchnorm_cuda.BatchNorm2d(3, activation="relu", device=backend.device)
+    module = batchnorm_cuda.BatchNorm2d(3, activation=("leaky_relu", 0.2), device=backend.device)
     x = torch.randn(4, 3, 5, 5, device=backend.device)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), module(x))
-    assert repr(module).endswith("activation='relu')")
+    assert repr(module).endswith("activation=('leaky_relu', 0.2))")
 
 
 @pytest.mark.parametrize(
     "activation",
-    ["gelu", "", 1, ("relu", 0.1)],
+    ["gelu", "", 1, ("relu", 0.1), ("relu6", 6.0), ("leaky_relu", 0.1, 0.2), ("leaky_relu", "a")],
     ids=str,
 )
 def test_unknown_activation(backend: Backend, activation: object) -> None:
@@ -195,8 +200,16 @@ def test_unknown_activation(backend: Backend, activation: object) -> None:
     with pytest.raises(ValueError) as error:
         batch_norm(x, None, None, training=True, activation=activation)
     assert str(error.value) == (
-        f'batch_norm: expected activation to be None or "relu", got {activation!r}'
+        'batch_norm: expected activation to be None, "relu", "relu6", "leaky_relu" or '
+        f'("leaky_relu", number), got {activation!r}'
     )
+
+
+@pytest.mark.parametrize("slope", [-0.1, 1.5, torch.nan])
+def test_slope_out_of_range(backend: Backend, slope: float) -> None:
+    x = torch.randn(4, 3, device=backend.device)
+    with pytest.raises(ValueError, match=r"parameter of 'leaky_relu' to lie between 0.0 and 1.0"):
+        batch_norm(x, None, None, training=True, activation=("leaky_relu", slope))
 
 
 def test_the_kernels_know_the_same_names(kernels: Backend, extension: object) -> None:

@@ -446,7 +446,8 @@ def test_refused_residual(
     "activation", ["gelu", "ReLU", True, torch.relu], ids=["gelu", "ReLU", "bool", "function"]
 )
 def test_refused_activation(backend: Backend, activation: object) -> None:
-    message = f'activation to be None or "relu", got {activation!r}'
+    message = 'activation to be None, "relu", "relu6", "leaky_relu" or ("leaky_relu", number)'
+    message += f", got {activation!r}"
     assert_refused(backend, ValueError, message, activation=activation)
 
 

@@ -95,5 +95,17 @@ inline float2 __bfloat1622float2(__nv_bfloat162 value) {
 }
 inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 value) { return value.x; }
 inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 value) { return value.y; }
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__nv_bfloat16(__bfloat162float(a.x) * __bfloat162float(b.x)),
+          __nv_bfloat16(__bfloat162float(a.y) * __bfloat162float(b.y))};
+}
+// Products and sums are exact in double for all but operands that are far apart.
+inline __nv_bfloat16 simt_fma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
+  return __nv_bfloat16(static_cast<double>(__bfloat162float(a)) * __bfloat162float(b) +
+                       __bfloat162float(c));
+}
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+  return {simt_fma(a.x, b.x, c.x), simt_fma(a.y, b.y, c.y)};
+}
 inline float __low2float(__nv_bfloat162 value) { return __bfloat162float(value.x); }
 inline float __high2float(__nv_bfloat162 value) { return __bfloat162float(value.y); }

@@ -116,4 +116,15 @@ inline __half __low2half(__half2 value) { return value.x; }
 inline __half __high2half(__half2 value) { return value.y; }
 inline float __low2float(__half2 value) { return __half2float(value.x); }
 inline float __high2float(__half2 value) { return __half2float(value.y); }
+inline __half2 __hmul2(__half2 a, __half2 b) {
+  return {__half(__half2float(a.x) * __half2float(b.x)),
+          __half(__half2float(a.y) * __half2float(b.y))};
+}
+// Products and sums are exact in double for all but operands that are far apart.
+inline __half simt_fma(__half a, __half b, __half c) {
+  return __half(static_cast<double>(__half2float(a)) * __half2float(b) + __half2float(c));
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  return {simt_fma(a.x, b.x, c.x), simt_fma(a.y, b.y, c.y)};
+}
 inline bool __hisnan(__half value) { return (value.__x & 0x7fff) > 0x7c00; }
