@@ -21,7 +21,8 @@ from ._models.folding import (
     fold_into,
     layer_kind,
 )
-from ._models.traced_calls import Snapshot, has_hooks, trace_calls
+from ._models.snapshot import Snapshot
+from ._models.traced_calls import has_hooks, trace_calls
 from .convert import Model, _check_model
 
 # Where a module keeps the sentence that `fold_report` gives of it.

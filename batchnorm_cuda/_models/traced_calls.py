@@ -6,6 +6,9 @@ A forward that does not run with proxies (it asks for a value, say) is a leaf as
 them. What opaque code may use by itself is *exposed*: nothing is known of its uses.
 
 Nothing is executed, and what forwards stored in their modules meanwhile is taken back.
+
+Who has to be certain (`fold`) asks for every way to call the model. Who makes a forecast, and has
+another way to find out what happens (`convert(fuse=True)`), asks for the usual one.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ from __future__ import annotations
 import gc
 import inspect
 import itertools
+import operator
 import weakref
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +29,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .. import modules
+from .regions import Regions
+from .snapshot import Snapshot
 from .source_uses import children_only_called
 
 # Calls of a forward that differ in what is given for its arguments; each is a trace.
@@ -33,8 +39,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 # What traced code may ask of a tensor without looking at its values.
 _METADATA = {"shape", "dtype", "device", "ndim"}
 _METADATA_CALLS = {"size", "dim"}
-# Of these the contents are put back. A subclass may forbid that, or do more.
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)
 _REAL = (Tensor, nn.Parameter)  # exactly, where `isinstance` takes proxies for tensors
 _CHANGING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__set__"}
 
@@ -51,10 +55,15 @@ class Calls:
     read: set[int] = field(default_factory=set)
     opaque: dict[nn.Module, str] = field(default_factory=dict)  # and why
     exposed: dict[nn.Module, nn.Module] = field(default_factory=dict)  # and to which opaque module
-    graphs: list[fx.Graph] = field(default_factory=list)
+    graphs: dict[fx.Graph, nn.Module] = field(default_factory=dict)  # and what is called in each
+    # Nodes of calls that did not happen, as the module that made them turned out to be opaque.
+    dead: set[fx.Node] = field(default_factory=set)
+    # Attributes that a forward sets, and that may make the next call another one.
+    changed: dict[nn.Module, list[str]] = field(default_factory=dict)
 
     def add(self, other: Calls) -> None:
-        self.graphs += other.graphs
+        self.graphs |= other.graphs
+        self.dead |= other.dead
         for module, nodes in other.calls.items():
             self.calls.setdefault(module, []).extend(nodes)
         self.called |= other.called
@@ -78,34 +87,6 @@ class Calls:
         return [user for user in node.users if not _asks_for_metadata(user)]
 
 
-class Snapshot:
-    """Modules as they are: class, attributes, and the contents of lists and dicts in these."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._before = []
-        for module in modules:
-            attributes = dict(vars(module))
-            containers = [
-                (value, list(value.items()) if isinstance(value, dict) else list(value))
-                for value in attributes.values()
-                if type(value) in _CONTAINERS
-            ]
-            self._before.append((module, type(module), attributes, containers))
-
-    def restore(self) -> None:
-        for module, kind, attributes, containers in self._before:
-            if type(module) is not kind:
-                module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(attributes)
-            for container, content in containers:
-                container.clear()
-                if isinstance(container, dict | set):
-                    container.update(content)
-                else:
-                    container.extend(content)
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether calls of the module run more than its class's forward, or something else."""
     own = vars(module)
@@ -117,39 +98,51 @@ def has_hooks(module: nn.Module) -> bool:
     return any(own.get(name) for name in _HOOKS) or next(replaced, None) is not None
 
 
-def trace_calls(model: nn.Module) -> Calls:
-    """All calls that `model` makes when it is called, as it is now."""
+def trace_calls(model: nn.Module, usual: bool = False, training: bool | None = None) -> Calls:
+    """All calls that `model` makes when it is called, as it is now.
+
+    Args:
+        model: any module.
+        usual: look only at calls with the arguments that have to be given, and behind what cannot
+            be followed at each module by itself.
+        training: the mode of all modules; None leaves each in its own.
+    """
     found = Calls()
     waiting, traced = [model], set()
     before = Snapshot(model.modules())
     try:
+        for module in model.modules() if training is not None else ():
+            module.training = training
         while waiting:
             block = _unwrapped(waiting.pop())
             if block in traced:
                 continue
             traced.add(block)
             known = set(found.opaque)
-            _trace(block, found)
+            _trace(block, found, usual)
             for module in [module for module in found.opaque if module not in known]:
-                waiting += _expose_children(module, found)
+                waiting += module.children() if usual else _expose_children(module, found)
+        found.changed = before.changed()
     finally:
         before.restore()
     return found
 
 
-def _trace(block: nn.Module, found: Calls) -> None:
+def _trace(block: nn.Module, found: Calls, usual: bool) -> None:
     if _is_leaf(block):
         found.opaque[block] = "it is not looked into"
         return
     try:
-        variants = list(_variants(block))
+        variants = list(itertools.islice(_variants(block), 1 if usual else None))
     except (_TooManyWays, TypeError, ValueError) as reason:  # the latter by `inspect`
         found.opaque[block] = str(reason)
         return
     for arguments, certain in variants:
         part = Calls(opaque=dict(found.opaque))
         try:
-            part.graphs.append(_Tracer(part).trace(_Caller(block, arguments)))
+            regions = Regions()
+            with regions if usual else nullcontext():
+                part.graphs[_Tracer(part, regions).trace(_Caller(block, arguments))] = block
         except Exception as error:  # in a `__call__` of its own
             part.opaque[block] = _in_a_line(error)
         if certain or block not in part.opaque:
@@ -241,6 +234,20 @@ class Proxy(fx.Proxy):
         return Tensor
 
 
+def _in_place(name: str) -> Callable:
+    function = getattr(operator, name.strip("_"))
+
+    def method(self: Proxy, *others: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, *others), {})
+
+    return method
+
+
+# torch.fx takes `y += x` for `y = y + x`, and does not know `y[i] = x`.
+for _name in ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__", "__setitem__"):
+    setattr(Proxy, _name, _in_place(_name))
+
+
 class SideEffect(Exception):
     """What a forward would do now, and not as part of what is traced."""
 
@@ -267,9 +274,11 @@ class _RealTensors(TorchFunctionMode):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # so that a forward which updates a buffer does not do it now
 
-    def __init__(self, found: Calls) -> None:
+    def __init__(self, found: Calls, regions: Regions) -> None:
         super().__init__()
         self._found = found
+        self._regions = regions
+        self._callers: list[nn.Module] = []
         self._born: list[tuple[weakref.ref, fx.Node]] = []
 
     def trace(self, root: _Caller, concrete_args: None = None) -> fx.Graph:
@@ -286,6 +295,12 @@ class _Tracer(fx.Tracer):
         self._born.append((weakref.ref(proxy), node))
         return proxy
 
+    def create_node(self, *arguments: Any, **settings: Any) -> fx.Node:
+        node = super().create_node(*arguments, **settings)
+        node.meta["caller"] = self._callers[-1] if self._callers else None
+        node.meta["region"] = self._regions.current()
+        return node
+
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
@@ -300,14 +315,19 @@ class _Tracer(fx.Tracer):
         if _is_leaf(m):
             if _package(m) != modules.__name__ and next(m.children(), None) is not None:
                 self._found.opaque.setdefault(m, "it is not looked into")
-            return self._call_leaf(m, args, kwargs)
+            return self.call_leaf(m, args, kwargs)
         if m in self._found.opaque:
-            return self._call_leaf(m, args, kwargs)
+            return self.call_leaf(m, args, kwargs)
+        before = len(self.graph.nodes)
+        self._callers.append(m)
         try:
             result = m.forward(*args, **kwargs)
         except Exception as error:
             self._found.opaque.setdefault(m, _in_a_line(error))
-            return self._call_leaf(m, args, kwargs)
+            self._found.dead.update(list(self.graph.nodes)[before:])
+            self._callers.pop()
+            return self.call_leaf(m, args, kwargs)
+        self._callers.pop()
         if has_hooks(m):
             for node in _nodes((args, kwargs, result)):
                 self._found.seen.setdefault(node, f"hooks of the {type(m).__name__} around it")
@@ -336,7 +356,7 @@ class _Tracer(fx.Tracer):
         if tensor is not None:
             self._found.read.add(id(tensor))
 
-    def _call_leaf(self, module: nn.Module, args: tuple, kwargs: dict) -> fx.Proxy:
+    def call_leaf(self, module: nn.Module, args: tuple, kwargs: dict) -> fx.Proxy:
         proxy = self.create_proxy("call_module", type(module).__name__, args, kwargs)
         self._found.called[proxy.node] = module
         self._found.calls.setdefault(module, []).append(proxy.node)

@@ -148,7 +148,7 @@ REFUSED = {
     in_a_closure: "goes to who calls the block, or keeps what it gives",
     changed_in_place: "what 'conv' (Conv2d) gives is used more than once",
     changed_through_a_view: "what 'conv' (Conv2d) gives is used more than once",
-    assigned_to: "cannot be followed: TypeError: 'Proxy' object does not support item assignment",
+    assigned_to: "what 'conv' (Conv2d) gives is used more than once",
     two_layers: "it is shared: ",
     conv_again: "'conv' (Conv2d) is also called without it",
     norm_again: "before it is no layer to fold it into, but 'norm' (BatchNorm2d)",
