@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from .._fusion.activations import BY_NAME, Activation, fields, has_module
 from ..convert import torchs_class
 from ..modules import Folded
 from ..modules import _KernelForward as KernelForward
@@ -80,7 +81,7 @@ def check_batch_norm(batch_norm: nn.Module) -> None:
     if batch_norm.running_mean is None or batch_norm.running_var is None:
         raise Stays("it has no running statistics, and takes those of its batch")
     activation = _activation(batch_norm)
-    if activation is not None and activation not in _ACTIVATIONS:
+    if activation is not None and not has_module(activation):
         raise Stays(f"no module takes the place of its activation, {activation!r}")
 
 
@@ -167,26 +168,35 @@ def _check_rounding(exact: Tensor, dtype: torch.dtype) -> None:
 
 # --- what is left -------------------------------------------------------------------------------
 
-# The modules that apply the activations of batch norms. In place: the input is the layer's output,
-# which nothing else uses.
-_ACTIVATIONS = {"relu": (nn.ReLU, {"inplace": True})}
 
-
-def _activation(batch_norm: nn.Module) -> str | None:
+def _activation(batch_norm: nn.Module) -> Activation | None:
     """Of ours; on a batch norm of torch.nn an attribute of this name does nothing."""
     return batch_norm.activation if isinstance(batch_norm, KernelForward) else None
 
 
+def _activation_module(batch_norm: nn.Module) -> nn.Module:
+    """What applies its activation, or hands on its input.
+
+    In place: the input is the layer's output, which nothing else uses.
+    """
+    activation = _activation(batch_norm)
+    if activation is None:
+        return nn.Identity()
+    _, name, parameter = fields(activation)
+    return BY_NAME[name].made(parameter)
+
+
 def _leave_rest(batch_norm: nn.Module, dimensions: int, more: bool) -> None:
     """Turn the batch norm into what it has still to do, which may be more than its activation."""
-    rest, settings = _ACTIVATIONS.get(_activation(batch_norm), (nn.Identity, {}))
+    rest = _activation_module(batch_norm)
     for tensors in (batch_norm._parameters, batch_norm._buffers):
         for name in _STATE:
             tensors.pop(name, None)
     if more:
         batch_norm.__class__ = Folded
         batch_norm.dimensions = dimensions
-        batch_norm.last = rest(**settings)
+        batch_norm.last = rest
     else:
-        batch_norm.__class__ = rest
-        vars(batch_norm).update(settings)
+        batch_norm.__class__ = type(rest)
+        own = {k: v for k, v in vars(rest).items() if k != "training" and not k.startswith("_")}
+        vars(batch_norm).update(own)
