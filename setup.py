@@ -58,6 +58,7 @@ setup(
         "batchnorm_cuda",
         "batchnorm_cuda._build",
         "batchnorm_cuda._explain",
+        "batchnorm_cuda._fusion",
         "batchnorm_cuda._models",
         "batchnorm_cuda._ops",
         "batchnorm_cuda.csrc",

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from ._fusion.pending import defer, settled
 from ._models.torch_tools import RunningMean, refuse_fusing_by_class, refuse_script
 from ._ops.activations import Activation, parse, with_activation
 from ._ops.calls import Forward
 from .functional import normalize
+
+if TYPE_CHECKING:
+    from ._fusion.forecast import Fusion
 
 
 def _constructor(theirs: type[torch.nn.Module]) -> Callable:
@@ -46,12 +50,14 @@ class _KernelForward:
 
     activation: Activation | None = None  # also of a module that `convert` has made
     running_mean = RunningMean()
+    _fusion: Fusion | None = None  # what `convert(fuse=True)` found behind it
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if type(input) is not Tensor or residual is not None:  # a look at the type is cheaper
             for value in (input, residual):
                 if isinstance(value, Proxy):
                     return self._as_leaf(value.tracer, input, residual)
+            input, residual = settled(input), settled(residual)
         self._check_input_dim(input)
         training = self.training
         weight, bias, running_mean, running_var = self._tensors()
@@ -80,6 +86,10 @@ class _KernelForward:
         )
         if self.activation is not None:
             call = with_activation(call, self.activation)
+        elif self._fusion is not None and residual is None:
+            pending = defer(self, call)
+            if pending is not None:
+                return pending
         return self._normalize(call)
 
     _normalize = staticmethod(normalize)
@@ -93,9 +103,12 @@ class _KernelForward:
 
         torch.fx takes for leaves only what is defined in torch.nn; a module of ours has to say it.
         """
+        given = tuple(value for value in inputs if value is not None)
+        call_leaf = getattr(tracer, "call_leaf", None)  # of ours, in _models/traced_calls.py
+        if call_leaf is not None:
+            return call_leaf(self, given, {})
         refuse_fusing_by_class(tracer, inputs[0])
         name = tracer.path_of_module(self)
-        given = tuple(value for value in inputs if value is not None)
         return tracer.create_proxy("call_module", name, given, {})
 
     def __prepare_scriptable__(self) -> NoReturn:

@@ -129,7 +129,7 @@ def test_expensive_headers_stay_where_they_are_needed(source: Path) -> None:
 # -------------------------------------------------------------------------------- the package
 
 PACKAGE = Path(batchnorm_cuda.__file__).parent
-PRIVATE = ("_build", "_explain", "_models", "_ops")
+PRIVATE = ("_build", "_explain", "_fusion", "_models", "_ops")
 WITHOUT_TORCH = {"archs", "builder", "compile", "jobs", "kernels", "sources", "toolkit", "trust"}
 ALONE = {"archs", "jobs", "sources", "toolkit", "trust"}  # of setup.py, the Makefile and the bench
 
@@ -232,7 +232,14 @@ def test_operators_know_nothing_of_what_calls_them(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) == "_models"])
 def test_whole_models_are_above_the_modules(name: str) -> None:
     allowed = {"modules", "convert", "sync", "_ops.choice"}
-    assert {each for each in OURS[name] if room_of(each) != "_models"} <= allowed
+    elsewhere = {each for each in OURS[name] if room_of(each) not in ("_fusion", "_models")}
+    assert elsewhere <= allowed
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) == "_fusion"])
+def test_what_waits_is_below_the_modules(name: str) -> None:
+    allowed = {"_ops.activations", "_ops.calls", "_ops.choice"}
+    assert {each for each in OURS[name] if room_of(each) != "_fusion"} <= allowed
 
 
 @pytest.mark.parametrize("name", PRIVATE)
