@@ -8,6 +8,7 @@ from .autograd import BatchNormFunction
 from .convert import convert, revert
 from .fold import fold, fold_report
 from .functional import backend_for, batch_norm
+from .fusion import FusedBatchNorm, FusionReport, fusion_report
 from .modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -24,6 +25,8 @@ __all__ = [
     "BatchNorm3d",
     "BatchNormFunction",
     "Explanation",
+    "FusedBatchNorm",
+    "FusionReport",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
@@ -36,5 +39,6 @@ __all__ = [
     "explain",
     "fold",
     "fold_report",
+    "fusion_report",
     "revert",
 ]

@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from . import modules
+from ._models.fusing import fuse as leave_forecasts
+from ._models.fusing import unfuse
 from ._models.torch_tools import register_fusers
 from .sync import SyncBatchNorm
 
@@ -54,7 +56,10 @@ def convert(model: Model, fuse: bool = False, sync: bool = False) -> Model:
 
     Args:
         model: any module, also a batch norm itself.
-        fuse: must be False: fusing the operations that follow a batch norm is not available yet.
+        fuse: let each batch norm take over the add and the activation that stand behind it, in
+            whatever form, in one pass over memory. Nothing but the batch norms is changed; what
+            cannot be fused is computed as before. `fusion_report` tells which were, and
+            docs/fusion.md how.
         sync: exchange `BatchNorm1d`, `2d` and `3d`, torch.nn's and ours, for `SyncBatchNorm` over
             the default process group. Without it they stay local; a `torch.nn.SyncBatchNorm` stays
             synchronised, over its own process group, in either case. A subclass that stays local is
@@ -65,14 +70,14 @@ def convert(model: Model, fuse: bool = False, sync: bool = False) -> Model:
 
     Raises:
         TypeError: `model` is not a module.
-        NotImplementedError: `fuse` is set.
         ValueError: `sync` is set and `model` has lazy batch norms, which do not know their size.
 
-    In each of these cases nothing has been changed.
+    In both cases nothing has been changed.
     """
+    exchange("convert", model, sync)
     if fuse:
-        raise NotImplementedError("convert: expected fuse to be False, got True: not available yet")
-    return exchange("convert", model, sync)
+        leave_forecasts(model, _become)
+    return model
 
 
 def exchange(function: str, model: Model, sync: bool) -> Model:
@@ -123,6 +128,7 @@ def revert(model: Model) -> Model:
     _check_model("revert", model)
     _refuse_activations(model)
     for module in list(model.modules()):
+        unfuse(module, _become)
         kind = parametrize.type_before_parametrizations(module)
         if kind in _TORCHS:
             _become(module, _TORCHS[kind])

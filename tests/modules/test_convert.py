@@ -326,13 +326,6 @@ def test_sync_refuses_lazy_modules_before_any_change(kind: type) -> None:
         convert(model[1], sync=True)
 
 
-def test_fuse_is_refused_before_any_change() -> None:
-    module = nn.BatchNorm2d(3)
-    with pytest.raises(NotImplementedError, match="convert: expected fuse to be False, got True"):
-        convert(module, fuse=True)
-    assert type(module) is nn.BatchNorm2d
-
-
 @pytest.mark.parametrize("change", [convert, revert])
 def test_no_module(change) -> None:
     with pytest.raises(TypeError, match=r"expected model to be a torch.nn.Module, got type"):
