@@ -146,6 +146,7 @@ _left_out: list[str] = []
 _STANDS_ON = {
     "test_torchvision.py": "torchvision",
     "test_fold_torchvision.py": "torchvision",
+    "test_fusion_networks.py": "torchvision",
     "test_torch_inputs.py": "expecttest",
 }
 
