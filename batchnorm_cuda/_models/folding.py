@@ -192,6 +192,7 @@ def _leave_rest(batch_norm: nn.Module, dimensions: int, more: bool) -> None:
     for tensors in (batch_norm._parameters, batch_norm._buffers):
         for name in _STATE:
             tensors.pop(name, None)
+    vars(batch_norm).pop("_fusion", None)
     if more:
         batch_norm.__class__ = Folded
         batch_norm.dimensions = dimensions

@@ -95,6 +95,19 @@ def test_fused_in_the_graph(kernels: Backend, behind: Callable) -> None:
 
 
 @graphs_fuse
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(0.25), nn.ReLU6()], ids=str)
+def test_other_activations_in_the_graph(kernels: Backend, activation: nn.Module) -> None:
+    theirs = nn.Sequential(nn.BatchNorm2d(4), activation).to(kernels.device, torch.float64)
+    ours = convert(copy.deepcopy(theirs), fuse=True)
+    recorder = Recorder()
+    compiled = torch.compile(ours, backend=recorder, fullgraph=True)
+    x = 8 * next(inputs(kernels))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), theirs(x), **TIGHT)
+    assert not recorder.functions() & {"leaky_relu", "relu6", "hardtanh"}
+
+
+@graphs_fuse
 def test_aot(kernels: Backend) -> None:
     """Two training steps through AOTAutograd."""
     theirs, ours = pair(fusion_models.added_later, kernels)

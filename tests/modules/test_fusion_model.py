@@ -183,6 +183,30 @@ def test_hook_that_keeps_the_output(backend: Backend) -> None:
     torch.testing.assert_close(*kept, **TIGHT)
 
 
+def test_hooks_before_the_conversion(backend: Backend) -> None:
+    """What an activation's hooks get is not what waits; nor what a hook of a container gets."""
+    theirs, _ = pair(backend, lambda: nn.Sequential(Block(False), nn.Sequential(Block(False))))
+    kept = []
+    for place in ("0.relu", "1.0.relu"):
+        theirs.get_submodule(place).register_forward_pre_hook(lambda _, args: kept.extend(args))
+    ours = convert(copy.deepcopy(theirs), fuse=True)
+    rows = fusion_report(ours).batch_norms
+    assert rows[0].reason == "0.relu (ReLU) has hooks, or a forward of its own"
+    assert taken(ours) == [None, "add", None] * 2
+    x = batch(backend)
+    torch.testing.assert_close(ours(x), theirs(x), **TIGHT)
+    torch.testing.assert_close(kept[:4], kept[4:], **TIGHT)
+
+
+def test_folded_afterwards(backend: Backend) -> None:
+    theirs, ours = pair(backend, lambda: nn.Sequential(nn.Conv2d(4, 4, 1), Block()))
+    x = batch(backend)
+    theirs.eval()
+    torch.testing.assert_close(batchnorm_cuda.fold(ours.eval())(x), theirs(x), **TIGHT)
+    assert not fusion_report(ours).batch_norms
+    assert not any("_fusion" in vars(module) for module in ours.modules())
+
+
 def test_changed_after_the_conversion(backend: Backend) -> None:
     """Another activation, another path, a part of a Sequential: what runs is what counts."""
     theirs, ours = pair(backend)
