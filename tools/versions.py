@@ -50,9 +50,17 @@ TESTS = (
     "build",
     "convert",
     "extension",
+    "fold",
+    "fold_opaque",
+    "fold_stays",
     "forward_ad",
     "func",
     "fused_graphs",
+    "fusion",
+    "fusion_activations",
+    "fusion_graphs",
+    "fusion_model",
+    "fusion_training",
     "graphs",
     "modules",
     "ops",
@@ -60,6 +68,7 @@ TESTS = (
     "subclasses",
     "sync",
     "torch_inputs",
+    "torch_tools",
 )
 TEST_SECONDS = 1200  # on a machine that others use too
 ARCHITECTURE = "9.0"
