@@ -1,11 +1,14 @@
-"""Modules as they are before something is tried with them."""
+"""What is put back after something has been tried with a model: its modules, and random numbers."""
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 # Of these the contents are put back. A subclass may forbid that, or do more.
@@ -58,6 +61,17 @@ class Snapshot:
                     container.update(content)
                 else:
                     container.extend(content)
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """A forward may draw some, of torch or of Python, to branch on."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(state)
 
 
 def _contents(container: Any) -> tuple[Any, ...]:

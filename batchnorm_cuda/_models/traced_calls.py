@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from .. import modules
 from .regions import Regions
-from .snapshot import Snapshot
+from .snapshot import Snapshot, same_random_numbers
 from .source_uses import children_only_called
 
 # Calls of a forward that differ in what is given for its arguments; each is a trace.
@@ -98,6 +98,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(own.get(name) for name in _HOOKS) or next(replaced, None) is not None
 
 
+@same_random_numbers()
 def trace_calls(model: nn.Module, usual: bool = False, training: bool | None = None) -> Calls:
     """All calls that `model` makes when it is called, as it is now.
 
@@ -112,7 +113,9 @@ def trace_calls(model: nn.Module, usual: bool = False, training: bool | None = N
     before = Snapshot(model.modules())
     try:
         for module in model.modules() if training is not None else ():
-            module.training = training
+            # A scripted module keeps its mode in C++, where nothing puts it back; it is a leaf.
+            if not isinstance(module, torch.jit.ScriptModule):
+                vars(module)["training"] = training
         while waiting:
             block = _unwrapped(waiting.pop())
             if block in traced:

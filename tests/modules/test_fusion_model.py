@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -274,13 +275,26 @@ def test_the_finder_leaves_no_trace() -> None:
             self.calls += 1
             self.seen.append(x)
             self.count.add_(1)
-            return self.relu(self.bn(x))
+            return self.relu(self.bn(x)) if torch.rand(()) * random.random() < 2 else x
 
     model = Counting()
+    drawn = torch.get_rng_state(), random.getstate()
     convert(nn.Sequential(model), fuse=True)
+    assert torch.equal(torch.get_rng_state(), drawn[0]) and random.getstate() == drawn[1]
     assert (model.calls, model.seen, model.hooked, int(model.count)) == (0, [], [], 0)
     row = fusion_report(model).batch_norms[0]
     assert row.reason == "Counting sets calls, seen when it runs"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_modes_stay(aten: Backend) -> None:
+    """Of scripted parts, too, which keep theirs in C++."""
+    scripted = torch.jit.script(nn.Dropout(0.5))  # in training mode
+    model = nn.Sequential(nn.BatchNorm2d(4).eval(), nn.ReLU(), scripted, nn.Dropout())
+    before = [module.training for module in model.modules()]
+    convert(model, fuse=True)
+    assert [module.training for module in model.modules()] == before
+    assert taken(model) == ["relu"]
 
 
 def test_what_cannot_be_traced_is_a_single_step() -> None:
