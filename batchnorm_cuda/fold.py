@@ -13,7 +13,6 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ._models.folding import (
-    HANDING_ON,
     LAYERS,
     Stays,
     check_batch_norm,
@@ -22,7 +21,7 @@ from ._models.folding import (
     layer_kind,
 )
 from ._models.snapshot import Snapshot
-from ._models.traced_calls import has_hooks, trace_calls
+from ._models.traced_calls import HANDING_ON, has_hooks, trace_calls
 from .convert import Model, _check_model
 
 # Where a module keeps the sentence that `fold_report` gives of it.

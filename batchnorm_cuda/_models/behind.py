@@ -6,7 +6,7 @@ It is a forecast, and changes nothing in the model: docs/fusion.md says what dec
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._fusion.activations import BY_MODULE, Activation, Read, fields, in_words, read
 from .._fusion.forecast import Found
-from .traced_calls import Calls, has_hooks, trace_calls
+from .traced_calls import HANDING_ON, Calls, has_hooks, trace_calls
 
 _ADDS = (operator.add, torch.add, operator.iadd)
 _ADD_METHODS = ("add", "add_")
@@ -23,12 +23,16 @@ _IN_PLACE = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow),
     operator.setitem,
 )
-# What may give a tensor that shares its input's memory.
-_VIEWS = (
-    *("chunk", "contiguous", "detach", "expand", "flatten", "getitem", "narrow", "permute"),
-    *("reshape", "select", "split", "squeeze", "swapaxes", "t", "transpose", "unbind"),
-    *("unflatten", "unsqueeze", "view", "view_as"),
-)
+# What may give a tensor that shares its input's memory; getattr: of .data and .T.
+_VIEWS = {
+    *("alias", "as_strided", "bfloat16", "broadcast_to", "chunk", "contiguous", "cpu", "cuda"),
+    *("detach", "diagonal", "double", "dropout", "expand", "expand_as", "flatten", "float"),
+    *("getattr", "getitem", "half", "movedim", "narrow", "permute", "positive", "ravel"),
+    *("requires_grad_", "reshape", "reshape_as", "select", "split", "squeeze", "swapaxes"),
+    *("swapdims", "t", "tensor_split", "to", "transpose", "type", "type_as", "unbind"),
+    *("unflatten", "unfold", "unsqueeze", "view", "view_as"),
+}
+_VIEW_MODULES = (*HANDING_ON, nn.Flatten, nn.Unflatten)
 
 Forecast = Found | str  # or why there is nothing
 
@@ -251,8 +255,16 @@ class _Part:
         """
         memory = self._memory(argument)
         for node in list(self.order)[self.order[start] + 1 : self.order[end]]:
-            if self._overwrites(node) and self._memory(node.args[0]) is memory:
+            if any(self._memory(value) is memory for value in self._overwritten(node)):
                 raise Unfused(f"{self._name(node)} overwrites what it is computed from")
+
+    def _overwritten(self, node: fx.Node) -> Iterable[Any]:
+        """What a call may write to."""
+        if self._module_of(node) in self.calls.opaque:
+            return node.all_input_nodes
+        if "out" in node.kwargs:
+            return (node.kwargs["out"],)
+        return node.args[:1] if self._overwrites(node) else ()
 
     def _overwrites(self, node: fx.Node) -> bool:
         module = self._module_of(node)
@@ -261,8 +273,9 @@ class _Part:
     def _memory(self, value: Any) -> Any:
         """The node that made the memory of a node's result, as far as names tell."""
         while isinstance(value, fx.Node) and value.args:
-            same = self._overwrites(value) or self._hands_on(value)
-            if not same and (value.op == "call_module" or _called(value) not in _VIEWS):
+            module = self._module_of(value)
+            view = _called(value) in _VIEWS if module is None else type(module) in _VIEW_MODULES
+            if not (view or self._overwrites(value) or self._hands_on(value)):
                 break
             value = value.args[0]
         return value

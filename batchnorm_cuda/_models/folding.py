@@ -33,12 +33,6 @@ _BATCH_NORMS = {
     nn.BatchNorm3d: (5,),
     nn.SyncBatchNorm: (2, 3, 4, 5),
 }
-# What evaluation hands on as it is.
-HANDING_ON = (
-    nn.Identity,
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
-    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
 # What a subclass of a layer may define and still compute the same, and the special methods that it
 # may not.
 _HARMLESS = {"extra_repr", "reset_parameters"}

@@ -36,6 +36,12 @@ from .source_uses import children_only_called
 # Calls of a forward that differ in what is given for its arguments; each is a trace.
 _MOST_VARIANTS = 16
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What evaluation hands on as it is.
+HANDING_ON = (
+    nn.Identity,
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 # What traced code may ask of a tensor without looking at its values.
 _METADATA = {"shape", "dtype", "device", "ndim"}
 _METADATA_CALLS = {"size", "dim"}

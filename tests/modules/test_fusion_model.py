@@ -286,6 +286,52 @@ def test_the_finder_leaves_no_trace() -> None:
     assert row.reason == "Counting sets calls, seen when it runs"
 
 
+class Writes(nn.Module):
+    """Cannot be traced, and overwrites what it gets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2) if bool(x.abs().sum() > 0) else x
+
+
+OVERWRITE: dict[str, Callable] = {
+    "in place": lambda m, z: z.mul_(2),
+    "data": lambda m, z: z.data.mul_(2),
+    "view": lambda m, z: z.view(-1).mul_(2),
+    "transposed": lambda m, z: z.mT.mul_(2),
+    "cast": lambda m, z: z.double().mul_(2),
+    "out": lambda m, z: torch.mul(z, 2, out=z),
+    "dropout": lambda m, z: m.drop(z).mul_(2),
+    "functional dropout": lambda m, z: torch.nn.functional.dropout(z, 0.5, False).mul_(2),
+    "activation": lambda m, z: m.relu_(z),
+    "opaque": lambda m, z: m.writes(z),
+}
+
+
+@pytest.mark.parametrize("way", OVERWRITE)
+@pytest.mark.parametrize("place", ["input", "residual"])
+def test_what_it_is_computed_from_is_overwritten(backend: Backend, way: str, place: str) -> None:
+    """Before the activation, in ways of which version counters do not show all."""
+
+    class Overwritten(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.relu, self.relu_ = nn.BatchNorm2d(4), nn.ReLU(), nn.ReLU(inplace=True)
+            self.drop, self.writes = nn.Dropout(), Writes()
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = x * 3
+            y = self.bn(z if place == "input" else x)
+            y = y + z if place == "residual" else y
+            OVERWRITE[way](self, z)
+            return self.relu(y) + z
+
+    theirs, ours = pair(backend, Overwritten)
+    x = batch(backend)
+    with torch.no_grad():
+        assert fusion_report(ours).batch_norms[0].evaluation is None
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), **TIGHT)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_modes_stay(aten: Backend) -> None:
     """Of scripted parts, too, which keep theirs in C++."""
