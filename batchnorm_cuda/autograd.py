@@ -15,6 +15,10 @@ from ._ops.calls import Backward, Forward
 from ._ops.choice import is_recorded
 from ._ops.derivatives import backward_in_parts
 
+# Records are made anew by position: by _replace it takes a microsecond more.
+_NEED_MASK = Forward._fields.index("need_mask")
+_PLAIN = Backward._fields.index("mask")  # the number of fields before what is beyond a plain call
+
 
 def recorded(call: Forward) -> Tensor:
     """The output of the call, with a gradient."""
@@ -45,41 +49,40 @@ class BatchNormFunction(Function):
         # Of `recorded`: the record, and what beside these autograd has to see.
         call = rest[0] if type(rest[0]) is Forward else Forward(input, weight, bias, *rest)
         if call.relu and any(ctx.needs_input_grad):
-            call = call._replace(need_mask=True)
-        results = passes.forward(call)
-        ctx.save_for_backward(input, weight, *results[1:])
+            call = Forward(*call[:_NEED_MASK], True, *call[_NEED_MASK + 1 :])
+        output, *saved = passes.forward(call)
+        ctx.save_for_backward(input, weight, *saved)
         # Only the dtype of bias takes part in the backward, so it is not saved: an in-place update
         # of bias between forward and backward is no error.
-        ctx.bias = bias
-        ctx.training = call.training
-        if len(results) > 3:
-            ctx.beyond = call.group, call.activation, call.parameter
-        return results[0]
+        ctx.settings = bias, call.training, call.group, call.activation, call.parameter
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
         saved = ctx.saved_tensors
         input, weight, mean, invstd = saved[:4]
-        fused = ()
-        if len(saved) > 4:
-            count, mask = saved[4:]
-            group, *activation = ctx.beyond
-            fused = mask, len(needed) == 5 and needed[4], group, count, None, *activation
+        bias, training, group, activation, parameter = ctx.settings
         call = Backward(
             grad_output,
             input,
             weight,
-            ctx.bias,
+            bias,
             mean,
             invstd,
-            ctx.training,
+            training,
             needed[0],
             needed[1],
             needed[2],
-            *fused,
         )
+        if len(saved) > 4:
+            count, mask = saved[4:]
+            need_residual = len(needed) == 5 and needed[4]
+            beyond = (mask, need_residual, group, count, None, activation, parameter)
+            call = Backward(*call[:_PLAIN], *beyond)
         grads = (backward_in_parts if is_recorded() else passes.backward)(call)
+        if len(needed) == 4:
+            return *grads[:3], None
         if len(needed) == 5:
-            return *grads[:3], None, grads[3]
+            return *grads[:3], None, *(grads[3:] or (None,))
         return *grads[:3], *(None,) * (len(needed) - 3)

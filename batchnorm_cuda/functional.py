@@ -142,7 +142,7 @@ def normalize(call: Forward) -> Tensor:
             compiling = is_compiling()
             # torch.jit's sizes are tensors.
             sized = compiling or not is_tracing()
-            if sized and dims > 1 and input.size(0) == 1 and call.group is None:
+            if sized and dims > 1 and input.shape[0] == 1 and call.group is None:
                 _check_count(input.shape)
             if not compiling and transforms_active() and call.running_mean is not None:
                 check_update(input, call.running_mean)

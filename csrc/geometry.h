@@ -74,6 +74,7 @@ BATCHNORM_CUDA_HOST_DEVICE constexpr int team_windows(Pattern pattern, bool exac
   if (pattern == Pattern::kAlongRow && !exact && forward) return half ? 3 - fused : fused ? 4 : 8;
   if (pattern != Pattern::kAlongS) return forward && half ? 6 : 8;
   if (value_bytes == 8) return exact ? (forward ? 10 : 12) : 8;
+  if (forward && exact && fused && !half) return 15;
   return forward && !exact ? 12 : 16;
 }
 

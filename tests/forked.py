@@ -83,6 +83,7 @@ def run(command: list[str], variables: dict[str, str], folder: str, *outputs: st
     try:
         if command[0] == "-m":
             sys.argv = command[1:]
+            sys.path.insert(0, os.getcwd())  # as python does
             runpy.run_module(command[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = command

@@ -37,10 +37,15 @@ KINDS = {
 }
 
 
+_RELU, _NAME = map(Forward._fields.index, ("relu", "activation"))
+
+
 def parse(activation: Activation | None) -> tuple[bool, str, float]:
     """The fields `relu`, `activation` and `parameter` of a record; refuses what is unknown."""
     if activation is None:
         return False, "relu", 0.0
+    if type(activation) is str and activation in KINDS:  # the others take half a microsecond
+        return True, activation, KINDS[activation].parameter or 0.0
     name, *given = activation if isinstance(activation, tuple) else (activation,)
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None or len(given) > (kind.parameter is not None):
@@ -60,7 +65,8 @@ def parse(activation: Activation | None) -> tuple[bool, str, float]:
 
 def with_activation(call: Forward, activation: Activation) -> Forward:
     relu, name, parameter = parse(activation)
-    return call._replace(relu=relu, activation=name, parameter=parameter)
+    # By _replace it takes a microsecond more.
+    return Forward(*call[:_RELU], relu, *call[_RELU + 1 : _NAME], name, parameter)
 
 
 def _unknown(activation: Any) -> ValueError:

@@ -54,7 +54,7 @@ def way_of(call: Forward) -> Way:
     return "recorded" if is_grad_enabled() else "direct"
 
 
-def computes(call: Any, seen: Callable[[Any], tuple[object, ...]]) -> Any:
+def computes(call: Any, seen: Callable[[Any], tuple[object, ...]], dispatched: bool = False) -> Any:
     """Who computes a pass of this record, called as `computes(...).forward(...)`.
 
     ============================================================  =====================
@@ -65,26 +65,30 @@ def computes(call: Any, seen: Callable[[Any], tuple[object, ...]]) -> Any:
     they are on the CPU, and emulation is asked for               the extension's twin
     ============================================================  =====================
 
+    Behind the dispatcher the first row is left out.
+
     The dispatcher costs the boxing of every argument, several times the price of a direct call.
     `seen` gives the tensors, of which the first has the device; Dynamo does not trace it.
     """
-    if is_compiling() or _dispatch_modes() or is_tracing():
+    if not dispatched and (is_compiling() or _dispatch_modes() or is_tracing()):
         return dispatcher
     tensors = seen(call)
-    for tensor in tensors:
-        # What is no tensor at all, the extension refuses by a TypeError.
-        if type(tensor) is not Tensor and isinstance(tensor, Tensor):
-            return dispatcher
-    return implementation(tensors[0])
-
-
-def implementation(tensor: Tensor) -> Any:
-    """Who computes behind the dispatcher: the last three rows of `computes`."""
+    if not dispatched:
+        for tensor in tensors:
+            # What is no tensor at all, the extension refuses by a TypeError.
+            if type(tensor) is not Tensor and isinstance(tensor, Tensor):
+                return dispatcher
+    tensor = tensors[0]
     if tensor.is_cuda:
         return extension._cuda or extension.load_cuda()
     if _emulates() and tensor.is_cpu:
         return extension._emulated or extension.load_emulated()
     return composite
+
+
+def implementation(tensor: Tensor) -> Any:
+    """Who computes behind the dispatcher."""
+    return computes((tensor,), tuple, dispatched=True)
 
 
 def is_recorded() -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from . import choice, composite
+from . import composite
 from .calls import Backward, DoubleBackward, Forward, Statistics, SumRanks
 from .choice import computes, dispatcher
 from .layout import ACCUMULATE, as_dense, batched_by_autograd
@@ -73,7 +73,8 @@ class Operator:
         others = [each for each in self.fields if each in _LIKE_INPUT]
         # A slice, because one attribute alone would come without a tuple.
         one = itemgetter(slice(record._fields.index(self._first), 1))
-        self.run = self._runner(attrgetter(self._first, *others) if others else one, self._values)
+        self._seen = attrgetter(self._first, *others) if others else one
+        self.run = self._runner(self._seen, self._values)
         self._in_list = any(self._need(result) in self.arguments for result in self.results)
 
     def __call__(self, *values: Any, **named: Any) -> Any:
@@ -151,7 +152,7 @@ class Operator:
     def implementation(self, *values: Any) -> Any:
         """The operator on real tensors."""
         call = self.bind(*values)
-        who = choice.implementation(getattr(call, self._first))
+        who = computes(call, self._seen, dispatched=True)
         results = self._compose(call) if who is composite else getattr(who, self.name)(*values)
         return self.as_operator(results, call)
 

@@ -28,17 +28,19 @@ def forward(call: Forward) -> tuple[Tensor | None, ...]:
 
 
 def backward(call: Backward) -> tuple[Tensor | None, ...]:
-    """As `Gradients`. Over several ranks each tells the others its sums; gradients of parameters
-    are its own.
+    """As `Gradients`, the first three alone where nothing is fused. Over several ranks each tells
+    the others its sums; gradients of parameters are its own.
     """
     if call.group is not None:
         return _backward_of_ranks(call)
     if call.mask is not None:
         return operators.fused_backward.run(call)
+    if not call.need_residual:
+        return operators.backward.run(call)
     grads = (None, None, None)
     if call.need_input or call.need_weight or call.need_bias:
         grads = operators.backward.run(call)
-    return *grads, call.grad_output if call.need_residual else None
+    return *grads, call.grad_output
 
 
 def _backward_of_ranks(call: Backward) -> tuple[Tensor | None, ...]:

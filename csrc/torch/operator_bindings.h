@@ -68,9 +68,11 @@ template <typename Record, typename Results, auto... in, typename... In, bool...
 void bind_operator(pybind11::module_& m, const char* name, Results (*entry)(Record),
                    const std::tuple<Named<in, In, added>...>& arguments, const std::tuple<Out...>&,
                    const char* doc) {
-  const auto run = [entry](In&&... values) {
+  // Copies: whoever gives up the last but one reference to a tensor of Python's takes Python's lock
+  // for it, which pybind11's own are destroyed with, but no record.
+  const auto run = [entry](const In&... values) {
     Record call;
-    ((call.*in = std::move(values)), ...);
+    ((call.*in = values), ...);
     Results computed = entry(std::move(call));
     return results_of(computed, Out{}...);
   };
