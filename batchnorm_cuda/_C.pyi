@@ -55,6 +55,9 @@ def sync_fused_backward_elementwise(grad_output: Tensor, input: Tensor, weight: 
 
 # ---- what is no operator
 
+def recorded(input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None, training: bool, momentum: float | None, eps: float, residual: Tensor | None = None, relu: bool = False, activation: str = "relu", parameter: float = 0.0) -> Tensor:
+    """The output alone, with a gradient where autograd records one."""
+
 def make_plan(op: str, n: int, c: int, s: int, dtype: str, device: dict[str, Any] = {}, options: dict[str, Any] = {}) -> dict[str, Any]:
     """The plan for [n, c, s] on a described device, as a dictionary."""
 

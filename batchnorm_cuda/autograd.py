@@ -1,4 +1,4 @@
-"""The autograd Function that training goes through: save, call, return.
+"""How training is recorded: by the extension, or by a Function of Python: save, call, return.
 
 `_ops.derivatives` has the Functions for everything beyond.
 """
@@ -10,21 +10,44 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from ._ops import passes
+from ._ops import operators, passes
 from ._ops.calls import Backward, Forward
-from ._ops.choice import is_recorded
+from ._ops.choice import computes, dispatcher, is_recorded
 from ._ops.derivatives import backward_in_parts
+from ._ops.layout import stands_for_others
 
-# Records are made anew by position: by _replace it takes a microsecond more.
-_NEED_MASK = Forward._fields.index("need_mask")
+_RESIDUAL, _RELU = map(Forward._fields.index, ("residual", "relu"))
 _PLAIN = Backward._fields.index("mask")  # the number of fields before what is beyond a plain call
 
 
 def recorded(call: Forward) -> Tensor:
-    """The output of the call, with a gradient."""
+    """The output of the call, with a gradient.
+
+    By a node of the extension's, whose backward takes no Python; by `BatchNormFunction` over
+    several ranks, and where the dispatcher has to see what is done.
+    """
+    if call.group is None:
+        fused = call.relu or call.residual is not None
+        who = computes(call, operators.fused_forward.seen if fused else operators.forward.seen)
+        if who is not dispatcher:
+            try:
+                if fused:
+                    return who.recorded(*call[:_RELU], call.relu, call.activation, call.parameter)
+                return who.recorded(*call[:_RESIDUAL])
+            except RuntimeError:
+                if not any(map(stands_for_others, call)):
+                    raise
     if call.residual is None:
         return BatchNormFunction.apply(call.input, call.weight, call.bias, call)
     return BatchNormFunction.apply(call.input, call.weight, call.bias, call, call.residual)
+
+
+def seen_backward(*given: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of a call that the extension has recorded, where Python has to see them."""
+    plain, (mask, need_residual, activation, parameter) = given[:_PLAIN], given[_PLAIN:]
+    call = Backward(*plain, mask, need_residual, activation=activation, parameter=parameter)
+    grads = (backward_in_parts if is_recorded() else passes.backward)(call)
+    return (*grads, *(None,) * (4 - len(grads)))
 
 
 class BatchNormFunction(Function):
@@ -49,7 +72,7 @@ class BatchNormFunction(Function):
         # Of `recorded`: the record, and what beside these autograd has to see.
         call = rest[0] if type(rest[0]) is Forward else Forward(input, weight, bias, *rest)
         if call.relu and any(ctx.needs_input_grad):
-            call = Forward(*call[:_NEED_MASK], True, *call[_NEED_MASK + 1 :])
+            call = call._replace(need_mask=True)
         output, *saved = passes.forward(call)
         ctx.save_for_backward(input, weight, *saved)
         # Only the dtype of bias takes part in the backward, so it is not saved: an in-place update
@@ -77,9 +100,14 @@ class BatchNormFunction(Function):
         )
         if len(saved) > 4:
             count, mask = saved[4:]
-            need_residual = len(needed) == 5 and needed[4]
-            beyond = (mask, need_residual, group, count, None, activation, parameter)
-            call = Backward(*call[:_PLAIN], *beyond)
+            call = call._replace(
+                mask=mask,
+                need_residual=len(needed) == 5 and needed[4],
+                group=group,
+                count=count,
+                activation=activation,
+                parameter=parameter,
+            )
         grads = (backward_in_parts if is_recorded() else passes.backward)(call)
         if len(needed) == 4:
             return *grads[:3], None

@@ -33,6 +33,7 @@ HOST_SOURCES = (
     "torch/checks.cpp",
     "torch/double_backward.cpp",
     "torch/forward.cpp",
+    "torch/recorded.cpp",
     "torch/ranks.cpp",
     "torch/refusals.cpp",
     "torch/tensors.cpp",

@@ -91,6 +91,16 @@ def placed(shape: torch.Size, stride: tuple[int, ...], values: Tensor | None) ->
     return values.new_empty_strided(shape, stride).copy_(values)
 
 
+def stands_for_others(value: object) -> bool:
+    """Whether it is what torch.func made of a tensor, also after the end of the transform, or what
+    `batched_by_autograd` says. As there, to be asked once something has failed.
+    """
+    if not isinstance(value, Tensor):
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return wrapped or batched_by_autograd(value)
+
+
 def batched_by_autograd(value: object) -> bool:
     """Whether torch.autograd.grad(..., is_grads_batched=True) stands behind it.
 

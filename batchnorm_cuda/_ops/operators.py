@@ -17,7 +17,7 @@ from torch import Tensor
 from . import composite
 from .calls import Backward, DoubleBackward, Forward, Statistics, SumRanks
 from .choice import computes, dispatcher
-from .layout import ACCUMULATE, as_dense, batched_by_autograd
+from .layout import ACCUMULATE, as_dense, stands_for_others
 from .mask import mask_bytes
 
 _library = torch.library.Library("batchnorm_cuda", "DEF")
@@ -73,8 +73,8 @@ class Operator:
         others = [each for each in self.fields if each in _LIKE_INPUT]
         # A slice, because one attribute alone would come without a tuple.
         one = itemgetter(slice(record._fields.index(self._first), 1))
-        self._seen = attrgetter(self._first, *others) if others else one
-        self.run = self._runner(self._seen, self._values)
+        self.seen = attrgetter(self._first, *others) if others else one
+        self.run = self._runner(self.seen, self._values)
         self._in_list = any(self._need(result) in self.arguments for result in self.results)
 
     def __call__(self, *values: Any, **named: Any) -> Any:
@@ -103,7 +103,7 @@ class Operator:
             try:
                 return getattr(who, name)(*values(call))
             except RuntimeError:
-                if not any(map(batched_by_autograd, seen(call))):
+                if not any(map(stands_for_others, call)):
                     raise
                 return dispatch(call)
 
@@ -152,7 +152,7 @@ class Operator:
     def implementation(self, *values: Any) -> Any:
         """The operator on real tensors."""
         call = self.bind(*values)
-        who = computes(call, self._seen, dispatched=True)
+        who = computes(call, self.seen, dispatched=True)
         results = self._compose(call) if who is composite else getattr(who, self.name)(*values)
         return self.as_operator(results, call)
 

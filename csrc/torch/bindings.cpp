@@ -82,6 +82,18 @@ void bind_plan(py::module_& m) {
       "The constants of the planner's cost model");
 }
 
+// The gradients, by the package that this module belongs to.
+bn::Gradients backward_in_python(const bn::BackwardCall& call) {
+  const py::gil_scoped_acquire acquire;
+  const py::object backward = py::module_::import("batchnorm_cuda.autograd").attr("seen_backward");
+  const py::tuple found =
+      backward(call.grad_output, call.input, call.weight, call.bias, call.save_mean,
+               call.save_invstd, call.training, call.need_input, call.need_weight, call.need_bias,
+               call.mask, call.need_residual, call.activation, call.parameter);
+  const auto given = [&](size_t i) { return found[i].cast<bn::OptionalTensor>(); };
+  return {given(0), given(1), given(2), given(3)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -118,5 +130,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       py::arg("loader"),
       "Names a function that gives the path of the kernels \"common\", \"half\", \"bfloat16\", "
       "\"float\" or \"double\" when they are first needed");
+  bn::set_seen_backward(backward_in_python);
   bn::bind_build(m);
 }

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "ops.h"
+#include "recorded.h"
 
 namespace batchnorm_cuda {
 
@@ -84,6 +85,12 @@ void bind_operator(pybind11::module_& m, const char* name, Results (*entry)(Reco
       arguments);
 }
 
+inline Normalized recorded_output(ForwardCall call) {
+  Normalized results;
+  results.output = recorded(std::move(call));
+  return results;
+}
+
 inline void bind_forward(pybind11::module_& m) {
 #define FIELD(name) BATCHNORM_CUDA_FIELD(ForwardCall, name)
 #define ADDED(name) BATCHNORM_CUDA_ADDED(ForwardCall, name)
@@ -95,7 +102,9 @@ inline void bind_forward(pybind11::module_& m) {
   const std::tuple fused{FIELD(residual), FIELD(relu), FIELD(need_mask)};
   const std::tuple which{ADDED(activation), ADDED(parameter)};
   const std::tuple gathered{BATCHNORM_CUDA_GIVEN(ForwardCall, gathered)};
+  const std::tuple added{ADDED(residual), ADDED(relu), ADDED(activation), ADDED(parameter)};
   const std::tuple results{RESULT(output), RESULT(mean), RESULT(invstd)};
+  const std::tuple output{RESULT(output)};
   const std::tuple mask{RESULT(mask)};
   const std::tuple count{BATCHNORM_CUDA_GIVEN(Normalized, count)};
 #undef FIELD
@@ -108,6 +117,8 @@ inline void bind_forward(pybind11::module_& m) {
   bind_operator(m, "fused_forward", &forward, cat(parameters, fused, training, settings, which),
                 cat(results, mask),
                 "(output, save_mean, save_invstd, mask) of relu(bn(input) + residual)");
+  bind_operator(m, "recorded", &recorded_output, cat(parameters, training, settings, added), output,
+                "The output, with a gradient");
   bind_operator(
       m, "sync_forward", &forward, cat(parameters, gathered, settings), cat(results, count),
       "(output, mean, invstd, count); updates the running statistics and counts the batch");

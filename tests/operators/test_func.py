@@ -71,6 +71,22 @@ def test_vmap(backend: Backend, tensors: dict[str, Tensor], name: str) -> None:
         assert_same(lambda bn: VMAPS[name](bn, tensors))
 
 
+@pytest.mark.parametrize("grad_enabled", [True, False])
+def test_what_outlived_its_transform(backend: Backend, grad_enabled: bool) -> None:
+    """A tensor that a transform wrapped, and that was kept, is the tensor that it was."""
+    kept: list[Tensor] = []
+    x = torch.randn(B, C, 2, device=backend.device)
+    torch.func.grad(lambda wrapped: (kept.append(wrapped), wrapped.sum())[1])(x)
+    weight = torch.ones(C, device=backend.device, requires_grad=True)
+    with torch.set_grad_enabled(grad_enabled):
+        result, expected = (batch_norm(t, None, None, weight, training=True) for t in (*kept, x))
+    torch.testing.assert_close(result, expected)
+    assert result.requires_grad == grad_enabled
+    if grad_enabled:
+        grads = (torch.autograd.grad(y.pow(3).sum(), weight)[0] for y in (result, expected))
+        torch.testing.assert_close(*grads)
+
+
 def test_vmap_counts_the_values_of_one_example(
     backend: Backend, tensors: dict[str, Tensor]
 ) -> None:
