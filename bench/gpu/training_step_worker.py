@@ -51,7 +51,7 @@ class Setting:
 
     @property
     def batch(self) -> int:
-        # Of two images the last batch norms have two values a channel, whose rounding moves the loss
+        # Of two images the last batch norms have two values a channel, and rounding moves the loss
         # by percents.
         return 128 if self.gpu else 8
 
