@@ -14,32 +14,26 @@ import csv
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import batchnorm_cuda
-
+from .cases.behind import Behind, FusedCase
 from .cases.case import BenchCase
 from .cases.shapes import Shape
 from .options import part_parser
-from .timing.clock import Call, measure, rotation
+from .timing.fused import Run, Timed, fused, inputs, make_call, measure_runs, problem, separate
 from .timing.machine import Machine, gpu
-from .timing.measure import captured
-from .timing.providers import EPS, MOMENTUM, Tensors
-from .timing.steps import copy_of, make_tensors
+from .timing.providers import COPY, Tensors
 
-KINDS = ("relu", "add_relu")
-PROVIDERS = ("ours", "cudnn", "copy")
+_BEHIND = {"relu": Behind(False, "relu"), "add_relu": Behind(True, "relu")}
+KINDS = tuple(_BEHIND)
+PROVIDERS = ("ours", "cudnn", COPY)
 _SHAPES = ((32, 256, 56, 56), (32, 1024, 14, 14))
 _DTYPE = "fp16"
 _SECONDS = 0.1  # of timing a case
-_TOLERANCE = 2e-2  # of outputs of about 1 in fp16, whose own error is 1e-3
-
-Run = Callable[[Tensors, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,13 +60,8 @@ class Case:
     kind: str
 
     @property
-    def moved_bytes(self) -> int:
-        """At least: x and the output, for the backward x and two gradients; the residual or its
-        gradient once in each. Our mask of a sixteenth is not counted.
-        """
-        passes = {"forward": 2, "both": 5}[self.bench.op]
-        added = {"forward": 1, "both": 2}[self.bench.op] if self.kind == "add_relu" else 0
-        return (passes + added) * self.bench.nbytes
+    def fused(self) -> FusedCase:
+        return FusedCase(self.bench, _BEHIND[self.kind])
 
     def row(self, device: str, provider: str, status: str, **values: object) -> Row:
         case = self.bench
@@ -93,20 +82,11 @@ def cases(most_elements: int | None = None) -> list[Case]:
 
 
 def ours(kind: str) -> Run:
-    def run(t: Tensors, residual: Tensor) -> Tensor:
-        arguments = (t.x, t.running_mean, t.running_var, t.weight, t.bias, True, MOMENTUM, EPS)
-        added = residual if kind == "add_relu" else None
-        return batchnorm_cuda.batch_norm(*arguments, residual=added, activation="relu")
-
-    return run
+    return fused(_BEHIND[kind])
 
 
 def one_by_one(kind: str) -> Run:
-    def run(t: Tensors, residual: Tensor) -> Tensor:
-        y = F.batch_norm(t.x, t.running_mean, t.running_var, t.weight, t.bias, True, MOMENTUM, EPS)
-        return torch.relu(y + residual if kind == "add_relu" else y)
-
-    return run
+    return separate(_BEHIND[kind])
 
 
 def make_run(provider: str, kind: str) -> Run:
@@ -125,79 +105,22 @@ def _flat(kind: str) -> Callable[..., Tensor]:
     return lambda *tensors: run(Tensors(*tensors[:-1]), tensors[-1])
 
 
-def make_call(case: Case, run: Run, t: Tensors, residual: Tensor) -> Call:
-    if case.bench.op == "forward":
-
-        def forward() -> dict[str, Tensor]:
-            with torch.no_grad():
-                return {"output": run(t, residual)}
-
-        return forward
-    leaves = [each.detach().requires_grad_() for each in (t.x, t.weight, t.bias)]
-    own = replace(t, x=leaves[0], weight=leaves[1], bias=leaves[2])
-    added = residual.detach().requires_grad_()
-    wanted = [*leaves, added] if case.kind == "add_relu" else leaves
-
-    def both() -> dict[str, Tensor]:
-        output = run(own, added)
-        grads = torch.autograd.grad(output, wanted, own.dy)
-        return {"output": output.detach()} | {f"grad {n}": g for n, g in enumerate(grads)}
-
-    return both
-
-
-def problem(case: Case, run: Run, t: Tensors, residual: Tensor) -> str | None:
-    """The output against float64; what the gradients are, the tests of the fused kernels say."""
-    with torch.no_grad():
-        got = run(copy_of(t), residual).double()
-        exact = Tensors(*(each.double() for each in vars(copy_of(t)).values()))
-        wanted = one_by_one(case.kind)(exact, residual.double())
-    off = ((got - wanted).abs() / (1 + wanted.abs())).max().item()
-    return None if off <= _TOLERANCE else f"an output is off by {off:.3g} of itself and one"
-
-
-def inputs(case: Case, device: str) -> tuple[Tensors, Tensor]:
-    t = make_tensors(case.bench, device, seed=0)
-    return t, torch.randn_like(t.x)
-
-
 def measured_rows(case: Case, providers: tuple[str, ...], machine: Machine) -> Iterator[Row]:
-    with machine.scope():
-        t, residual = inputs(case, machine.device)
-        count, fill = rotation(3 * case.bench.nbytes, machine.l2_bytes)
-        sets = [(t, residual)]
-        sets += [(copy_of(t), residual.clone()) for _ in range(count - 1)]
-        calls, failed = {}, {}
-        for name in providers:
-            try:
-                calls[name] = _calls(case, name, sets, machine)
-            except RuntimeError as reason:
-                failed[name] = " ".join(str(reason).split())[:200]
-        spreads = measure(calls, machine.clock(fill), _SECONDS)
+    found = measure_runs(
+        case.fused, providers, lambda name: make_run(name, case.kind), machine, _SECONDS
+    )
+    copy = found.get(COPY)
     for name in providers:
-        if name in failed:
-            yield case.row(machine.name, name, "failed", note=failed[name])
+        timed = found[name]
+        if isinstance(timed, str):
+            yield case.row(machine.name, name, "failed", note=timed)
             continue
-        s = spreads[name]
+        s = timed.spread
         values = {"ms": s.median, "ms_p20": s.low, "ms_p80": s.high, "samples": s.samples}
-        if "copy" in spreads:
-            values["copy_percent"] = 100 * spreads["copy"].median / s.median
+        if isinstance(copy, Timed):
+            values["copy_percent"] = 100 * copy.spread.median / s.median
         yield case.row(machine.name, name, "ok", **values)
     machine.release()
-
-
-def _calls(
-    case: Case, name: str, sets: list[tuple[Tensors, Tensor]], machine: Machine
-) -> list[Call]:
-    if name == "copy":
-        source = torch.zeros(case.moved_bytes // 2, dtype=torch.uint8, device=machine.device)
-        target = torch.empty_like(source)
-        return captured([lambda: {"copy": target.copy_(source)}], machine)[0]
-    run = make_run(name, case.kind)
-    wrong = problem(case, run, *sets[0]) if name == "ours" else None
-    if wrong is not None:
-        raise RuntimeError(wrong)
-    return captured([make_call(case, run, *each) for each in sets], machine)[0]
 
 
 def append(path: Path, row: Row) -> None:
@@ -213,9 +136,9 @@ def append(path: Path, row: Row) -> None:
 def compare_on_host() -> int:
     wrong = []
     for case in cases(most_elements=1):
-        t, residual = inputs(case, "cpu")
-        found = problem(case, ours(case.kind), t, residual)
-        make_call(case, ours(case.kind), t, residual)()
+        t, residual = inputs(case.fused, "cpu")
+        found = problem(case.fused, ours(case.kind), t, residual)
+        make_call(case.fused, ours(case.kind), t, residual)()
         wrong += [f"{case.bench.title} {case.kind}: {found}"] if found else []
     print(
         "\n".join([*wrong, f"{len(wrong)} of {len(cases())} cases wrong; without a GPU no times"])

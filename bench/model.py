@@ -14,11 +14,14 @@ from typing import Any
 
 from batchnorm_cuda import devices, explain
 
+from .cases.behind import FusedCase
 from .cases.case import BenchCase
 from .cases.shapes import cut
 from .models import byte_model
 from .models.traffic_model import Case, count, scaled_device
+from .rows.fused import FusedRow
 from .rows.results import MODEL, OK, UNSUPPORTED, Row
+from .timing.fused import FUSED, PROVIDERS, TORCH
 from .timing.providers import COPY, OURS
 
 NO_MODEL = {
@@ -103,3 +106,34 @@ def _count(case: BenchCase, strategy: str, settings: ModelSettings) -> dict[str,
 def _count_once(case: Case, device: str, sms: int, strategy: str) -> tuple[int, int]:
     traffic = count(case, scaled_device(device, sms), strategy)
     return traffic.counted_bytes, traffic.compulsory_bytes
+
+
+def fused_rows(case: FusedCase, settings: ModelSettings) -> Iterator[FusedRow]:
+    """The same with what stands behind: nothing is counted."""
+    for provider in PROVIDERS:
+        moved, backend, note = _moved(case, provider, settings)
+        values = {"backend": backend, "model_bytes": moved, "note": note}
+        yield case.row(provider, settings.name, kind=MODEL, **values)
+
+
+def _moved(case: FusedCase, provider: str, settings: ModelSettings) -> tuple[int, str, str]:
+    """Bytes, what runs, and where that is from."""
+    bench, behind = case.bench, case.behind
+    kinds = behind.add, behind.activation is not None
+    separate = byte_model.separate_bytes(bench.op, bench.nbytes, *kinds)
+    if provider == TORCH:
+        l2 = devices.describe(settings.device)["l2_bytes"]
+        batch_norm = byte_model.peer_bytes("native", bench.op, bench.nbytes, l2)
+        return batch_norm + separate, "native", "byte models"
+    fused = {}
+    if provider == FUSED:
+        separate = 0
+        # Every activation costs what a ReLU does: the mask.
+        fused = {"residual": behind.add, "activation": "relu" if kinds[1] else None}
+    x = bench.empty("meta")
+    plans = [
+        explain(x, device=settings.device, op=part, **fused) for part in byte_model.parts(bench.op)
+    ]
+    took = dict.fromkeys(plan.strategy.replace(" ", "_") for plan in plans)
+    note = "plan" + (", byte models behind it" if separate else "")
+    return sum(p.predicted_bytes for p in plans) + separate, " + ".join(took), note

@@ -35,7 +35,7 @@ usage: python -m bench [OPTIONS]            time batch norm on this GPU; or with
                     {", ".join(list(SETS)[6:])} (default: short)
   --shape N,C,...   a shape of your own; repeatable
   --model PATH      the batch norms of a model, such as torchvision.models.resnet50, and their sum
-  --input N,C,...   what the model takes (default: 32,3,224,224)
+  --fuse; --input N,C,...   with what stands behind each; what the model takes (32,3,224,224)
   --layout, --dtype, --op   {_CHOICES}; repeatable
   --provider NAME   repeatable: {", ".join(NAMES[:7])},
                     {", ".join(NAMES[7:])} (default: all that are here)
@@ -86,6 +86,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", choices=SETS, dest="sets", default=[])
     parser.add_argument("--shape", action="append", type=parse_shape, dest="shapes", default=[])
     parser.add_argument("--model")
+    parser.add_argument("--fuse", action="store_true")
     parser.add_argument("--input", type=parse_shape, default=(32, 3, 224, 224))
     parser.add_argument("--layout", action="append", choices=LAYOUTS, dest="layouts")
     parser.add_argument("--dtype", action="append", choices=DTYPE_NAMES, dest="dtypes")
@@ -97,8 +98,22 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=natural, default=2**19)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench")
     options = parser.parse_args(arguments)
+    if options.fuse:
+        _check_fuse(parser, options)
     _fill_in(options)
     return options
+
+
+def _check_fuse(parser: _Parser, options: argparse.Namespace) -> None:
+    """It is about the training step of a model, by providers of its own."""
+    if not options.model:
+        parser.error("argument --fuse: expected --model PATH with it, got none")
+    for name, given in (
+        *(("--set", options.sets), ("--shape", options.shapes)),
+        *(("--op", options.ops), ("--provider", options.providers)),
+    ):
+        if given:
+            parser.error(f"argument --fuse: expected no {name} with it, got {given}")
 
 
 def _fill_in(options: argparse.Namespace) -> None:

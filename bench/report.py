@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .pages import html, markdown, plots
+from .pages import fused, html, markdown, plots
+from .rows.fused import FusedRow
 from .rows.results import ResultsError, Row, read_csv, read_environment
 
 
@@ -32,6 +33,14 @@ def write(csv_path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> W
     files.append(csv_path.with_suffix(".html"))
     files[-1].write_text(html.render(environment, rows, pictures))
     return Written(text, tuple(files))
+
+
+def write_fused(csv_path: Path, environment: dict[str, Any], rows: Sequence[FusedRow]) -> Written:
+    """Of `--fuse`: Markdown beside the CSV file."""
+    text = fused.document(environment, rows)
+    files = (csv_path, csv_path.with_suffix(".json"), csv_path.with_suffix(".md"))
+    files[-1].write_text(text)
+    return Written(text, files)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,13 +1,14 @@
-"""A training step of torchvision's ResNet-50 with torch.nn's batch norms and with ours.
+"""A training step of torchvision's ResNet-50 with torch.nn's batch norms, with ours, and fused.
 
     python3 -m bench.training_step --out DIR [--seconds 300]
 
 Batch 128 of 224 x 224, autocast, forward, loss, backward, SGD with momentum: channels-last in bf16
 and fp16, bf16 also as compiled by torch.compile, and NCHW in bf16 if there is time.
-DIR/training.csv gets a row for each as soon as it is known: median and percentiles of the
-milliseconds of a step, the part of it in kernels of batch norm, peak memory, and losses. Variants
-start from the same weights and data; losses that differ by more than rounding explains make a row
-INACCURATE.
+"fused" is `convert(model, fuse=True)`: ours with the adds and ReLUs behind them. DIR/training.csv
+gets a row for each as soon as it is known: median and percentiles of the milliseconds of a step,
+the part of it in kernels of batch norm, with whatever is fused to it, peak memory, and losses.
+Variants start from the same weights and data; losses that differ by more than rounding explains
+make a row INACCURATE.
 
 The last line says what came out. Exit status 0: all that ran is right; 1: something failed or is
 inaccurate; 2: nothing to run on. With BATCHNORM_CUDA_EMULATE=1 and no GPU a small ResNet takes one
@@ -52,14 +53,15 @@ class Job:
     least: float  # that are worth a start
 
 
+EAGER = ("torch", "ours", "fused")
 JOBS = (
-    Job("bf16", "nhwc", ("torch", "ours"), 75, 20),
-    Job("fp16", "nhwc", ("torch", "ours"), 75, 20),
+    Job("bf16", "nhwc", EAGER, 90, 25),
+    Job("fp16", "nhwc", EAGER, 90, 25),
     Job("bf16", "nhwc", ("torch+compile",), 150, 45),
     Job("bf16", "nhwc", ("ours+compile",), 150, 45),
-    Job("bf16", "nchw", ("torch", "ours"), 75, 20),
+    Job("bf16", "nchw", EAGER, 90, 25),
 )
-HOST_JOBS = tuple(Job(dtype, "nhwc", ("torch", "ours"), 300, 1) for dtype in ("bf16", "fp16"))
+HOST_JOBS = tuple(Job(dtype, "nhwc", EAGER, 300, 1) for dtype in ("bf16", "fp16"))
 
 
 class Report:
@@ -121,13 +123,14 @@ def run_job(job: Job, command: list[str], deadline: float, report: Report) -> No
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Ours against torch.nn's of the same dtype and layout, where both were timed."""
+    """Ours and fused against torch.nn's of the same dtype and layout, where both were timed."""
     timed = {(r["dtype"], r["layout"], r["variant"]): r for r in rows if r.get("ms")}
     parts = []
     for (dtype, layout, variant), row in timed.items():
-        of = timed.get((dtype, layout, variant.replace("ours", "torch")))
-        if variant.startswith("ours") and of is not None:
-            kind = " compiled" if variant.endswith("compile") else ""
+        name, _, compiled = variant.partition("+")
+        of = timed.get((dtype, layout, variant.replace(name, "torch")))
+        if name != "torch" and of is not None:
+            kind = (" fused" if name == "fused" else "") + (" compiled" if compiled else "")
             parts.append(f"{dtype} {layout}{kind} {row['ms']} ms, torch.nn {of['ms']} ms")
     counts = ", ".join(
         f"{sum(r['status'] == s for r in rows)} {s}" for s in (OK, INACCURATE, FAILED, NOT_RUN)

@@ -50,7 +50,12 @@ class BenchCase:
         return torch.empty(n, *spatial, c, dtype=self.torch_dtype, device=device).movedim(-1, 1)
 
     def row(self, provider: str, device: str, **values: Any) -> Row:
-        fixed = {
+        bytes_moved = {"compulsory_bytes": self.compulsory_bytes}
+        return Row(**{**self.facts(provider, device), **bytes_moved, **values})
+
+    def facts(self, provider: str, device: str) -> dict[str, Any]:
+        """What a row says of a case in which nothing goes wrong, whatever else it says."""
+        return {
             "kind": MEASURED,
             "device": device,
             "set": self.shape.name,
@@ -61,9 +66,7 @@ class BenchCase:
             "count": self.shape.count,
             "provider": provider,
             "status": OK,
-            "compulsory_bytes": self.compulsory_bytes,
         }
-        return Row(**{**fixed, **values})
 
 
 def cases(

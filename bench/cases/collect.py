@@ -1,4 +1,5 @@
-"""The batch norms of a user's model: their shapes, by hooks, without memory or computation.
+"""The batch norms of a user's model: their shapes, by hooks, without memory or computation, and
+what may be fused with them.
 
 The model is built and run on the meta device, where tensors have shapes and no values.
 """
@@ -6,7 +7,9 @@ The model is built and run on the meta device, where tensors have shapes and no 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from batchnorm_cuda import convert, revert
+from batchnorm_cuda._fusion.forecast import Found, Fusion
+
+from .behind import Behind
 from .shapes import Shape, merge
 
 
@@ -47,27 +54,52 @@ def collect(path: str, sizes: tuple[int, ...], layout: str = "nchw") -> list[Sha
 
     `layout` is that of the images in the model, which the meta device does not carry along.
     """
+    return merge(shape for _, shape in _run(_build(path), sizes, path, layout))
+
+
+def collect_behind(
+    path: str, sizes: tuple[int, ...], layout: str = "nchw"
+) -> list[tuple[Shape, Behind]]:
+    """The same with what `convert(fuse=True)` finds in training behind each: pairs, with counts."""
+    model = _build(path)
+    behind = dict(_forecasts(model))
+    found = _run(model, sizes, path, layout)
+    counts = Counter((shape, behind.get(module, Behind())) for module, shape in found)
+    return [(replace(shape, count=count), what) for (shape, what), count in counts.items()]
+
+
+def _forecasts(model: nn.Module) -> Iterator[tuple[nn.Module, Behind]]:
+    """Of what can be fused. The model is as it was afterwards."""
+    for module in convert(model, fuse=True).modules():
+        fusion = getattr(module, "_fusion", None)
+        if isinstance(fusion, Fusion) and isinstance(fusion.training, Found):
+            yield module, Behind(fusion.training.add, fusion.training.activation)
+    revert(model)
+
+
+def _build(path: str) -> nn.Module:
+    """In training, on the meta device."""
     make = find(path)
-    x = torch.empty(sizes, device="meta")
     try:
         with _WithoutMemory():
             model = make()
-        model = model.to("meta").train()
+        return model.to("meta").train()
     except Exception as error:
         raise CollectError(f"--model: {path} cannot be built: {_first_line(error)}") from error
-    shapes = _run(model, x, path, layout)
-    if not shapes:
-        raise CollectError(f"--model: {path} calls no batch norm for an input of {sizes}")
-    return merge(shapes)
 
 
-def _run(model: nn.Module, x: Tensor, path: str, layout: str) -> list[Shape]:
-    found: list[Shape] = []
+def _run(
+    model: nn.Module, sizes: tuple[int, ...], path: str, layout: str
+) -> list[tuple[nn.Module, Shape]]:
+    """Each call of a batch norm."""
+    found: list[tuple[nn.Module, Shape]] = []
     name = path.rpartition(".")[2]
+    x = torch.empty(sizes, device="meta")
 
-    def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        sizes = tuple(inputs[0].shape)
-        found.append(Shape(name, sizes, layout=layout if len(sizes) in (4, 5) else "nchw"))
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        own = tuple(inputs[0].shape)
+        layout_of = layout if len(own) in (4, 5) else "nchw"
+        found.append((module, Shape(name, own, layout=layout_of)))
 
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -77,9 +109,11 @@ def _run(model: nn.Module, x: Tensor, path: str, layout: str) -> list[Shape]:
             model(x)
     except Exception as error:
         raise CollectError(
-            f"--model: {path} does not run on {tuple(x.shape)}: {_first_line(error)}; --input "
+            f"--model: {path} does not run on {sizes}: {_first_line(error)}; --input "
             "names another shape, and what needs values of tensors cannot be followed"
         ) from error
+    if not found:
+        raise CollectError(f"--model: {path} calls no batch norm for an input of {sizes}")
     return found
 
 

@@ -9,6 +9,22 @@ Compulsory, the least for a tensor that does not stay on chip between two operat
     backward   2R + 1W = 3T    x, dy; dx
     both       5T              one after the other, as in training
 
+What stands behind a batch norm adds to that, fused with it, what cannot be left out:
+
+    an add          forward +1R, the residual; backward +1W, its gradient, if an activation follows
+    an activation   nothing: of our mask, a byte for every 16, nothing is counted here
+
+As operators of their own, ATen's elementwise kernels read each operand once and write the result
+once, in place or not:
+
+    an add          forward 2R + 1W = 3T    y, residual; sum
+                    backward 0              the sum's gradient is that of both
+    an activation   forward 1R + 1W = 2T    y; z
+                    backward 2R + 1W = 3T   dz, z; dy
+
+As with "both", each operator finds the cache cold. For tensors that fit it, this is more than
+operators one after the other really move.
+
 A rate in GB/s is always compulsory bytes over time, the same bytes for every provider, so that
 rates compare as times do. The floor is a copy that moves as many bytes, half read and half written.
 
@@ -27,6 +43,8 @@ from dataclasses import dataclass
 OPS = ("forward", "backward", "both")
 
 _COMPULSORY = {"forward": 2, "backward": 3}
+_SEPARATE_ADD = {"forward": 3, "backward": 0}
+_SEPARATE_ACTIVATION = {"forward": 2, "backward": 3}
 
 
 @dataclass(frozen=True)
@@ -54,9 +72,20 @@ def parts(op: str) -> tuple[str, ...]:
     return ("forward", "backward") if op == "both" else (op,)
 
 
-def compulsory_bytes(op: str, nbytes: int) -> int:
-    """Of x with `nbytes`."""
-    return sum(_COMPULSORY[part] for part in parts(op)) * nbytes
+def compulsory_bytes(op: str, nbytes: int, add: bool = False, activation: bool = False) -> int:
+    """Of x with `nbytes`, and of what is fused with its batch norm."""
+    passes = sum(_COMPULSORY[part] for part in parts(op))
+    if add:
+        passes += sum(part == "forward" or activation for part in parts(op))
+    return passes * nbytes
+
+
+def separate_bytes(op: str, nbytes: int, add: bool, activation: bool) -> int:
+    """Of torch's operators behind a batch norm."""
+    passes = 0
+    for part in parts(op):
+        passes += add * _SEPARATE_ADD[part] + activation * _SEPARATE_ACTIVATION[part]
+    return passes * nbytes
 
 
 def peer_bytes(peer: str, op: str, nbytes: int, l2_bytes: int) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..rows.fused import FusedRow
 from ..rows.results import INACCURATE, MODEL, OK, Row
 
 MODEL_NOTE = (
@@ -52,7 +53,7 @@ def _table(name: str, op: str, rows: list[Row]) -> Table:
     return Table(f"{name}, {op}", columns, cells, range(3, 10))
 
 
-def _shape(row: Row) -> str:
+def shape(row: Row | FusedRow) -> str:
     times = f" ({row.count} of them)" if row.count > 1 else ""
     return f"{row.shape} {row.layout} {row.dtype}{times}"
 
@@ -62,7 +63,7 @@ def _model_cells(row: Row) -> tuple[str, ...]:
     if row.model_counted_shape:
         cut = f"{row.model_counted_shape} on {row.model_counted_sms} SMs"
     return (
-        _shape(row),
+        shape(row),
         row.provider,
         row.backend,
         mega(row.model_bytes),
@@ -77,7 +78,7 @@ def _measured_cells(row: Row, native: Row | None) -> tuple[str, ...]:
     ratio = row.ms / native.ms if row.ms and native and native.ms else None
     note = row.note if row.status == OK else f"{row.status}: {row.note}"
     return (
-        _shape(row),
+        shape(row),
         row.provider,
         row.backend,
         number(row.ms, ".4f"),
@@ -91,21 +92,32 @@ def _measured_cells(row: Row, native: Row | None) -> tuple[str, ...]:
     )
 
 
-def step_sums(rows: Sequence[Row]) -> Table | None:
-    """Of all batch norms of a network in a training step, by provider. None if there is no such."""
-    groups: dict[tuple[str, ...], dict[str, list[Row]]] = {}
+def step_sums(rows: Sequence[Row | FusedRow]) -> Table | None:
+    """Of all batch norms of a network in a training step, by provider. None if there is no such:
+    of shapes that are given one by one, each is there once.
+    """
+    groups: dict[tuple[str, ...], dict[str, list[Row | FusedRow]]] = {}
     for row in rows:
         if row.op == "both":
             key = (row.set, row.layout, row.dtype)
             groups.setdefault(key, {}).setdefault(row.provider, []).append(row)
-    lines = []
+    networks = {}
     for key, providers in groups.items():
         most = max(sum(r.count for r in members) for members in providers.values())
         if most > len(next(iter(providers.values()))):
-            lines += [_sum_cells(key, name, members) for name, members in providers.items()]
-    if not lines:
-        return None
-    model = rows[0].kind == MODEL
+            networks[key] = providers
+    return sum_table(networks, rows[0].kind == MODEL) if networks else None
+
+
+def sum_table(
+    networks: Mapping[tuple[str, ...], Mapping[str, Sequence[Row | FusedRow]]], model: bool
+) -> Table:
+    """Of the rows of each network by provider."""
+    lines = [
+        _sum_cells(key, name, members)
+        for key, providers in networks.items()
+        for name, members in providers.items()
+    ]
     figures = ("model: bytes", "model: x compulsory") if model else ("ms", "GB/s")
     columns = ("network", "provider", "batch norms", *figures)
     return Table(
@@ -113,7 +125,9 @@ def step_sums(rows: Sequence[Row]) -> Table | None:
     )
 
 
-def _sum_cells(key: tuple[str, ...], provider: str, rows: list[Row]) -> tuple[str, ...]:
+def _sum_cells(
+    key: tuple[str, ...], provider: str, rows: Sequence[Row | FusedRow]
+) -> tuple[str, ...]:
     total = sum(row.count for row in rows)
     ran = [row for row in rows if row.ms is not None or row.model_bytes is not None]
     left_out = total - sum(row.count for row in ran)
@@ -149,8 +163,13 @@ def document(environment: dict, rows: Sequence[Row]) -> str:
     """A page: where it ran, what the figures are, and all tables."""
     model = rows[0].kind == MODEL
     title = f"# Batch norm on {environment.get('device', rows[0].device)}"
+    title += " (model)" if model else ""
+    return page(title, MODEL_NOTE if model else MEASURED_NOTE, environment, tables(rows))
+
+
+def page(title: str, note: str, environment: dict, tables: Sequence[Table]) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in environment.items())
-    parts = [title + (" (model)" if model else ""), MODEL_NOTE if model else MEASURED_NOTE, facts]
-    for table in tables(rows):
+    parts = [title, note, facts]
+    for table in tables:
         parts += [f"## {table.title}", render(table)]
     return "\n\n".join(parts) + "\n"

@@ -144,7 +144,7 @@ VISITS: dict[str, tuple[Part, ...]] = {
         Part("graph", _repeat("graph"), 10, limit=60, needs=("build",)),
         _DETERMINISM,
         module_part("bench.visit.timings", 100, name="bench", limit=150, budget=True),
-        module_part("bench.training_step", 60, name="step", limit=150, budget=True),
+        module_part("bench.training_step", 75, name="step", limit=180, budget=True),
         module_part("bench.fusions", 20, limit=60, budget=True),
         _COMPILE,
         _HOST_BUILD,

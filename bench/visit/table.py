@@ -38,7 +38,7 @@ def text(record: Mapping[str, Any], verdicts: Sequence[Verdict], out: Path, scra
         [_cut(str(verdict), _VERDICT_WIDTH) for verdict in verdicts],
         _section(_failures, scratch / "tests.csv"),
         _section(_failed_cases, out / "smoke.csv"),
-        _section(partial(_plain, "step", 8), out / "training.csv"),
+        _section(partial(_plain, "step", 11), out / "training.csv"),
         _section(figures.summary, bench),
         *(_section(figures.regret, path) for path in sorted(out.glob("*tune.csv"))),
         _section(partial(_plain, "fusions", 12), out / "fusions.csv"),

@@ -11,6 +11,8 @@ import torch
 from bench_cases import MIB, FakeClock
 
 from bench.__main__ import main
+from bench.rows import records
+from bench.rows.fused import FusedRow
 from bench.rows.results import read_csv
 from bench.timing.clock import CudaClock, interleave, measure, rotation, rounds_for
 from bench.timing.samples import percentile, spread
@@ -115,3 +117,14 @@ def test_a_gpu(tmp_path: Path) -> None:
         assert 0 < row.ms_p20 <= row.ms <= row.ms_p80
         assert row.copy_percent < 130  # faster than a copy of as many bytes it cannot be
     assert all(row.ms for row in rows if row.provider == "copy")
+
+
+@pytest.mark.gpu
+def test_a_network_fused_on_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    arguments = ["--fuse", "--model=torchvision.models.resnet18", "--input=8,3,64,64"]
+    assert main([*arguments, "--seconds=0.02", f"--out={tmp_path}"]) == 0
+    (path,) = tmp_path.glob("*-fused.csv")
+    for row in records.read(path, FusedRow):
+        assert (row.status, row.method) == ("ok", "graph"), row
+        assert 0 < row.ms_p20 <= row.ms <= row.ms_p80

@@ -49,6 +49,21 @@ def test_equal_losses_pass(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert last.endswith("bf16 nhwc 40.000 ms, torch.nn 50.000 ms")
 
 
+def test_the_summary_names_what_is_beside_torchs(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Each against torch.nn's that is compiled or not, as it is itself."""
+    variants = ("torch", "ours", "fused", "torch+compile", "ours+compile")
+    jobs = (Job("bf16", "nhwc", variants, limit=60, least=1),)
+    rows = [row(name, ms=f"{50 - n}.000") for n, name in enumerate(variants)]
+    status, _ = run(tmp_path, answers(*rows), jobs)
+    assert status == 0
+    *_, ours, fused, compiled = capsys.readouterr().out.splitlines()[-1].split("; ")
+    assert ours == "bf16 nhwc 49.000 ms, torch.nn 50.000 ms"
+    assert fused == "bf16 nhwc fused 48.000 ms, torch.nn 50.000 ms"
+    assert compiled == "bf16 nhwc compiled 46.000 ms, torch.nn 47.000 ms"
+
+
 @pytest.mark.parametrize("values", [{"loss": "6.00000"}, {"loss_first": "7.20000"}])
 def test_a_loss_that_is_off_is_inaccurate(tmp_path: Path, values: dict[str, str]) -> None:
     status, rows = run(tmp_path, answers(row("torch"), row("ours", **values)))
@@ -102,7 +117,8 @@ def test_what_there_is_no_time_for_is_said_and_no_failure(tmp_path: Path) -> Non
 def test_the_essential_jobs_come_first() -> None:
     """What is cut off at a limit is what matters least."""
     pairs = [(job.dtype, job.layout, job.variants) for job in training_step.JOBS]
-    assert pairs[:2] == [("bf16", "nhwc", ("torch", "ours")), ("fp16", "nhwc", ("torch", "ours"))]
+    variants = ("torch", "ours", "fused")
+    assert pairs[:2] == [("bf16", "nhwc", variants), ("fp16", "nhwc", variants)]
     assert all(len(job.variants) == 1 for job in training_step.JOBS if "compile" in str(job))
 
 
@@ -145,17 +161,20 @@ def test_what_counts_as_batch_norm() -> None:
 
 @pytest.mark.skipif(HAS_GPU, reason="takes the large model on a GPU")
 def test_a_step_on_the_host_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours takes the kernels, trains as torch.nn's does, and no time is given."""
+    """Ours takes the kernels, trains as torch.nn's does, fused too, and no time is given."""
     assert os.environ["BATCHNORM_CUDA_EMULATE"] == "1"
     from batchnorm_cuda._build.extension import load_emulated
 
     model = load_emulated()._host_model
     said: list[dict[str, Any]] = []
     model.start_traffic()
-    step_worker.run(step_worker.Setting("bf16", "nhwc", "cpu"), ["torch", "ours"], said.append)
-    launches = model.stop_traffic()["launches"]
+    variants = ["torch", "ours", "fused"]
+    step_worker.run(step_worker.Setting("bf16", "nhwc", "cpu"), variants, said.append)
+    traffic = model.stop_traffic()
+    launches = traffic["launches"]
     rows = [message["row"] for message in said if "row" in message]
-    assert [r["variant"] for r in rows] == ["torch", "ours"]
+    assert [r["variant"] for r in rows] == variants
     assert {r["kind"] for r in rows} == {"host"} and not any("ms" in r for r in rows)
-    assert abs(float(rows[0]["loss"]) - float(rows[1]["loss"])) < 0.01
-    assert len(launches) >= 2 * 12  # forward and backward of each batch norm
+    assert all(abs(float(rows[0]["loss"]) - float(r["loss"])) < 0.01 for r in rows[1:])
+    assert len(launches) >= 2 * 2 * 12  # forward and backward of each batch norm
+    assert {"mask", "residual"} <= {buffer["name"] for buffer in traffic["buffers"]}
