@@ -136,7 +136,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--calls", type=int, default=60, help="steps in a round")
     parser.add_argument("--limit", type=float, default=1.2, help="of the kernels over torch.nn")
-    parser.add_argument("--fused-limit", type=float, default=1.4, help="of fused over 3 calls")
+    parser.add_argument("--fused-limit", type=float, default=1.1, help="of fused over 3 calls")
     return parser.parse_args()
 
 

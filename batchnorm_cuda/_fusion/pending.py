@@ -36,11 +36,7 @@ _NOTHING = torch.empty(0, device="meta")
 
 
 class Call:
-    """A call of a batch norm that waits. Several `Pending` can be of one, as y and y + residual.
-
-    Running statistics are updated by the first of them that is computed, or at the latest when the
-    last of them is gone.
-    """
+    """A call of a batch norm that waits. Several `Pending` can be of one, as y and y + residual."""
 
     __slots__ = ("grad_enabled", "module", "record", "updates", "version", "waits")
 
@@ -49,10 +45,7 @@ class Call:
         self.record = record
         self.waits = waits
         self.grad_enabled = is_grad_enabled()
-        # Whether the running statistics, or their counter, have this call still to come.
-        self.updates = record.training and (
-            record.running_mean is not None or record.num_batches_tracked is not None
-        )
+        self.updates = False
         self.version = 0 if is_compiling() else _version(record)
 
     def run(
@@ -77,6 +70,19 @@ class Call:
                 "before, or convert without fuse=True"
             )
         return self.module._normalize(record)
+
+
+class Update(Call):
+    """A call that updates running statistics, or counts.
+
+    The first `Pending` of it that is computed does, or the last when it is gone.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, module: nn.Module, record: Forward, waits: bool) -> None:
+        super().__init__(module, record, waits)
+        self.updates = True  # is still to come
 
     def __del__(self) -> None:
         # Without the attribute it is an object that Dynamo made, past __init__. What is only found
@@ -173,7 +179,10 @@ def defer(module: nn.Module, record: Forward) -> Pending | None:
             return None
     elif _is_watched():
         return None
-    return _pending(Call(module, record, found.waits))
+    updates = record.training and (
+        record.running_mean is not None or record.num_batches_tracked is not None
+    )
+    return _pending((Update if updates else Call)(module, record, found.waits))
 
 
 def _is_watched() -> bool:
