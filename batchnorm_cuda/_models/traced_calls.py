@@ -14,7 +14,6 @@ another way to find out what happens (`convert(fuse=True)`), asks for the usual 
 from __future__ import annotations
 
 import gc
-import inspect
 import itertools
 import operator
 import weakref
@@ -32,9 +31,8 @@ from .. import modules
 from .regions import Regions
 from .snapshot import Snapshot, same_random_numbers
 from .source_uses import children_only_called
+from .ways_to_call import Caller, TooManyWays, variants_of
 
-# Calls of a forward that differ in what is given for its arguments; each is a trace.
-_MOST_VARIANTS = 16
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What evaluation hands on as it is.
 HANDING_ON = (
@@ -142,8 +140,8 @@ def _trace(block: nn.Module, found: Calls, usual: bool) -> None:
         found.opaque[block] = "it is not looked into"
         return
     try:
-        variants = list(itertools.islice(_variants(block), 1 if usual else None))
-    except (_TooManyWays, TypeError, ValueError) as reason:  # the latter by `inspect`
+        variants = list(itertools.islice(variants_of(block), 1 if usual else None))
+    except (TooManyWays, TypeError, ValueError) as reason:  # the latter by `inspect`
         found.opaque[block] = str(reason)
         return
     for arguments, certain in variants:
@@ -151,7 +149,7 @@ def _trace(block: nn.Module, found: Calls, usual: bool) -> None:
         try:
             regions = Regions()
             with regions if usual else nullcontext():
-                part.graphs[_Tracer(part, regions).trace(_Caller(block, arguments))] = block
+                part.graphs[_Tracer(part, regions).trace(Caller(block, arguments))] = block
         except Exception as error:  # in a `__call__` of its own
             part.opaque[block] = _in_a_line(error)
         if certain or block not in part.opaque:
@@ -169,65 +167,6 @@ def _expose_children(module: nn.Module, found: Calls) -> Iterator[nn.Module]:
         found.exposed.setdefault(block, module)
         if not _is_leaf(block):
             yield block
-
-
-# --- arguments ----------------------------------------------------------------------------------
-
-
-class _TooManyWays(Exception):
-    """A forward that can be called in more ways than can be tried."""
-
-
-_TENSOR = object()  # stands for an argument that is given as a proxy
-
-
-def _variants(block: nn.Module) -> Iterator[tuple[dict[str, Any], bool]]:
-    """The ways to call the block whose graphs may differ, and whether it has to take them.
-
-    Of an argument with a default, it and a tensor; of a flag, both values; else a tensor. Code that
-    is not seen may pass None for a tensor that is not the first, if the block takes that.
-    """
-    choices, needed = {}, set()
-    for name, parameter in inspect.signature(block.forward).parameters.items():
-        default = parameter.default
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise _TooManyWays("it takes any number of arguments")
-        if isinstance(default, bool):
-            choices[name] = [default, not default]
-        elif default is not parameter.empty:
-            choices[name] = [default, _TENSOR]
-        else:
-            needed.add(name)
-            choices[name] = [_TENSOR, None] if len(needed) > 1 else [_TENSOR]
-    ways = itertools.product(*choices.values())
-    for tried, way in enumerate(ways):
-        if tried == _MOST_VARIANTS:
-            raise _TooManyWays("its arguments can be given in too many ways")
-        arguments = dict(zip(choices, way, strict=True))
-        yield arguments, all(arguments[name] is not None for name in needed)
-
-
-class _Caller(nn.Module):
-    """What is traced in place of a block: a call of it."""
-
-    def __init__(self, block: nn.Module, arguments: dict[str, Any]) -> None:
-        super().__init__()
-        self.block = block
-        self.arguments = arguments
-        self.tracer: _Tracer | None = None
-
-    def forward(self) -> tuple[()]:
-        positional, by_name = [], {}
-        parameters = inspect.signature(self.block.forward).parameters
-        for name, value in self.arguments.items():
-            if value is _TENSOR:
-                value = self.tracer.create_proxy("placeholder", name, (), {})
-            if parameters[name].kind is inspect.Parameter.KEYWORD_ONLY:
-                by_name[name] = value
-            else:
-                positional.append(value)
-        self.tracer.note_kept(self.block(*positional, **by_name))
-        return ()
 
 
 # --- tracing ------------------------------------------------------------------------------------
@@ -290,7 +229,7 @@ class _Tracer(fx.Tracer):
         self._callers: list[nn.Module] = []
         self._born: list[tuple[weakref.ref, fx.Node]] = []
 
-    def trace(self, root: _Caller, concrete_args: None = None) -> fx.Graph:
+    def trace(self, root: Caller, concrete_args: None = None) -> fx.Graph:
         root.tracer = self
         with _RealTensors(self._found):
             graph = super().trace(root)
