@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "ops.h"
+#include "tensors.h"
 
 namespace batchnorm_cuda {
 namespace {
@@ -37,6 +38,16 @@ OptionalTensor optional(at::Tensor tensor) {
   return tensor.defined() ? OptionalTensor(std::move(tensor)) : std::nullopt;
 }
 
+constexpr int64_t kAbsent = -1;
+
+// A tensor like the bias, of its dtype, or none.
+OptionalTensor lender_of(int64_t dtype, const BackwardCall& call) {
+  if (dtype == kAbsent) return std::nullopt;
+  const auto type = static_cast<at::ScalarType>(dtype);
+  if (call.weight && call.weight->scalar_type() == type) return call.weight;
+  return allocate({call.input.size(1)}, call.input.options().dtype(type));
+}
+
 // The name is that of the node in graphs and profiles.
 struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
   // The tensors stand by themselves for autograd to see them.
@@ -51,8 +62,9 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
                                 results.mask.value_or(at::Tensor())});
     // Only the dtype of bias takes part in the backward, so it is not saved: an in-place update of
     // bias between forward and backward is no error.
+    const auto bias_dtype = bias ? static_cast<int64_t>(bias->scalar_type()) : kAbsent;
     context->saved_data["call"] =
-        std::make_tuple(bias, has_residual, training, std::move(activation), parameter);
+        std::make_tuple(bias_dtype, has_residual, training, std::move(activation), parameter);
     return std::move(results.output);
   }
 
@@ -68,7 +80,7 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
     call.save_mean = std::move(saved[2]);
     call.save_invstd = std::move(saved[3]);
     call.mask = optional(std::move(saved[4]));
-    call.bias = elements[0].toOptional<at::Tensor>();
+    call.bias = lender_of(elements[0].toInt(), call);
     const bool has_residual = elements[1].toBool();
     call.training = elements[2].toBool();
     if (call.mask) call.activation = elements[3].toStringRef();

@@ -17,6 +17,7 @@ from functorch.compile import aot_function, aot_module, nop
 from harness import Seen, with_pickled
 from parametrisations import both_modes
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 
 import batchnorm_cuda
 from batchnorm_cuda import convert
@@ -421,3 +422,15 @@ def assert_traced(backend: Backend, kind: str, training: bool) -> None:
     for _ in range(2):
         twin = copy.deepcopy(module)
         torch.testing.assert_close(step(traced, module, other), step(twin, twin, other))
+
+
+def test_compiled_autograd(kernels: Backend) -> None:
+    """The backward's graph as a compiler takes it, with the extension's node in it."""
+    torch.compiler.reset()
+    module = batchnorm_cuda.BatchNorm2d(3, activation="relu").to(kernels.device)
+    x, residual, dy = (torch.randn(4, 3, 5, 5).to(kernels.device) for _ in range(3))
+    leaves = [x.requires_grad_(), residual.requires_grad_(), module.weight, module.bias]
+    expected = torch.autograd.grad(module(x, residual), leaves, dy)
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        module(x, residual).backward(dy)
+    torch.testing.assert_close(tuple(leaf.grad for leaf in leaves), expected)
