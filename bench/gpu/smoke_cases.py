@@ -23,8 +23,18 @@ from ..models.traffic_model import DTYPES
 cases = load("tests", "cases")
 
 OPS = {**PLANNED, "sync": "forward_training"}
-FORMS = {"": (False, False), "residual+relu": (True, True), "relu": (False, True)}
-FORMS |= {"residual": (True, False)}
+# What is fused: whether a residual, which activation and its parameter. What is multiplied by
+# 0.25 is exact, so that a gradient can be compared to the bit; 0.3 has two halves.
+FORMS: dict[str, tuple[bool, tuple[str, float] | None]] = {
+    "": (False, None),
+    "residual+relu": (True, ("relu", 0.0)),
+    "relu": (False, ("relu", 0.0)),
+    "residual": (True, None),
+    "residual+leaky_relu": (True, ("leaky_relu", 0.25)),
+    "leaky_relu": (False, ("leaky_relu", 0.3)),
+    "residual+relu6": (True, ("relu6", 0.0)),
+}
+OUT_OF_LINE = ("residual+leaky_relu", "leaky_relu", "residual+relu6")  # in the forward kernels
 MOST_BYTES = 96 * 2**20  # of x: a channel group that a large GPU does not hold
 
 Layout = Callable[[torch.Tensor], torch.Tensor]
@@ -119,7 +129,8 @@ class Planner:
         return options | {"pattern": TEAMS[case.pattern][0]}
 
     def plan(self, case: Case) -> dict[str, Any]:
-        residual, relu = FORMS[case.form]
+        residual, activation = FORMS[case.form]
+        relu = activation is not None
         backward = case.op.endswith("backward")
         problem: dict[str, Any] = self.options(case)
         if backward:
@@ -189,6 +200,9 @@ def _stages(dtype: str) -> Iterator[Case]:
                 if op.endswith("backward") and form == "residual":
                     continue  # batch norm's own
                 yield Case(dtype, op, pattern, shape, layout, form, index_bits=bits)
+            if op in ("forward", "backward") and not bits:
+                for form in OUT_OF_LINE:
+                    yield Case(dtype, op, pattern, shape, layout, form)
 
 
 def _sync(dtype: str) -> Iterator[Case]:
@@ -204,8 +218,9 @@ def _teams(dtype: str, device: Mapping[str, Any]) -> Iterator[Case]:
     if device["max_cluster"] >= 2:
         scopes += [("cluster", 2)]
     for keeps, (pattern, target), (scope, size) in product((HOLDS, STREAMS), TEAMS.items(), scopes):
-        for op, form in product(("forward", "backward"), ("", "residual+relu", "relu")):
-            if form != "relu" or keeps == HOLDS:
+        forms = ("", "residual+relu", "relu", *OUT_OF_LINE[:2])
+        for op, form in product(("forward", "backward"), forms):
+            if form in ("", "residual+relu") or keeps == HOLDS:
                 yield Case(dtype, op, pattern, *target[2:], form, scope, size, keeps)
     # Every SM in one team, and the largest cluster.
     widest = [("grid", sms), ("cluster", device["max_cluster"])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import ModuleType
 
@@ -19,7 +20,10 @@ class Problem:
     def __init__(self, case: Case, extension: ModuleType, device: str) -> None:
         self.case, self.extension = case, extension
         self.training = not case.op.startswith("eval")
-        self.residual_form, self.relu = FORMS[case.form]
+        self.residual_form, activation = FORMS[case.form]
+        self.relu = activation is not None  # or another
+        self.activation, self.parameter = activation or ("relu", 0.0)
+        self.highest = 6.0 if self.activation == "relu6" else math.inf
         dtype = DTYPES[case.dtype]
         shape = cases.Case(case.shape, "", case.layout)
         self.x = cases.fill(shape, dtype, device)
@@ -52,7 +56,8 @@ class Problem:
             result.output = result.output + added
             result.scales["output"] = result.scales["output"] + added.abs()
         if self.relu:
-            result.output = result.output.relu()
+            z = result.output
+            result.output = torch.where(z > 0, z, z * self.parameter).clamp(max=self.highest)
         return result
 
     def _expected(self, names: Mapping[str, Tensor], *of: object) -> check.Expected:
@@ -64,8 +69,10 @@ class Problem:
         return check.Expected(torch.arange(c), c, values, scales, self.x.dtype)
 
     def _reference_backward(self, output: Tensor) -> tuple[Tensor, reference.Backward]:
-        """The gradient that the ReLU lets through, and batch norm's gradients of it."""
-        passed = torch.where(output > 0, self.dy, 0) if self.relu else self.dy
+        """The gradient that the activation lets through, and batch norm's gradients of it."""
+        passed = self.dy
+        if self.relu:
+            passed = torch.where(self._steep(output), self.dy, self.dy * self.parameter)
         return passed, reference.backward(passed, self.x, self.before, self.training, EPS)
 
     def _saved(self, forward: reference.Forward) -> tuple[Tensor, Tensor]:
@@ -81,10 +88,18 @@ class Problem:
         if self.case.form:
             residual = self.residual if self.residual_form else None
             output, mean, invstd, mask = self.extension.fused_forward(
-                *arguments, residual, self.relu, True, self.training, MOMENTUM, EPS
+                *arguments,
+                residual,
+                self.relu,
+                True,
+                self.training,
+                MOMENTUM,
+                EPS,
+                self.activation,
+                self.parameter,
             )
             if self.relu:
-                self._compare("mask", mask, self._packed(output > 0))
+                self._compare("mask", mask, self._packed(self._steep(output)))
         else:
             output, mean, invstd = self.extension.forward(*arguments, self.training, MOMENTUM, EPS)
         results = {"output": output, "save_mean": mean, "save_invstd": invstd}
@@ -101,12 +116,14 @@ class Problem:
         if self.relu:
             *gradients, of_residual = self.extension.fused_backward(
                 *arguments,
-                self._packed(output > 0),
+                self._packed(self._steep(output)),
                 self.training,
                 True,
                 True,
                 True,
                 self.residual_form,
+                self.activation,
+                self.parameter,
             )
             if self.residual_form:
                 self._compare("grad_residual", of_residual, passed)
@@ -152,7 +169,7 @@ class Problem:
                     *arguments, residual, self.relu, True, MOMENTUM, EPS
                 )
                 self._masks.append(mask)
-                self._compare("mask", mask, self._packed(output > 0))
+                self._compare("mask", mask, self._packed(self._steep(output)))
             else:
                 output, mean, invstd, self._count = e.sync_forward(*arguments, MOMENTUM, EPS)
             outputs.append(output)
@@ -184,10 +201,14 @@ class Problem:
         weight, bias = (sum(of_rank[i] for of_rank in reduced) for i in (1, 2))
         return {"grad_input": torch.cat(inputs), "grad_weight": weight, "grad_bias": bias}
 
-    def _packed(self, positive: Tensor) -> Tensor:
-        """The mask of a ReLU whose dense output is positive there: csrc/kernels/fused.cuh."""
+    def _steep(self, output: Tensor) -> Tensor:
+        """Where the slope of the activation is 1."""
+        return (output > 0) & (output < self.highest)
+
+    def _packed(self, steep: Tensor) -> Tensor:
+        """The mask of a dense output whose slope is 1 there: csrc/kernels/fused.cuh."""
         lanes = 16 // self.x.element_size()
-        bits = positive.as_strided((positive.numel(),), (1,)).int()
+        bits = steep.as_strided((steep.numel(),), (1,)).int()
         bits = torch.nn.functional.pad(bits, (0, -len(bits) % lanes)).view(-1, lanes)
         return (bits << torch.arange(lanes, device=bits.device)).sum(1).to(torch.uint8)
 
