@@ -9,18 +9,19 @@
 namespace batchnorm_cuda {
 
 // y = min(max(z, below z, lowest), highest) with 0 <= below <= 1, the slope where the bit is not
-// set; the identity as it is made.
+// set; the identity as it is made. NaN is no highest value: nothing is above it.
 template <typename acc_t>
 struct Activation {
   acc_t lowest = -std::numeric_limits<acc_t>::infinity();
-  acc_t highest = std::numeric_limits<acc_t>::infinity();
+  acc_t highest = std::numeric_limits<acc_t>::quiet_NaN();
   acc_t below = 1;
   bool only_lowest = true;  // y = max(z, lowest): a ReLU or nothing
 };
 
 // What a gradient is multiplied by where the bit is not set. Of half and bfloat16 as words of two
-// equal values, which add up to the slope: dy slope = dy high + dy low takes no conversion. All
-// bits of `kept` are set unless it is 0, which makes zero of infinities and NaN, too.
+// equal values, which add up to the slope: dy slope = dy high + dy low takes no conversion. Both
+// are above 0, so that an infinite dy stays. All bits of `kept` are set unless the slope is 0,
+// which makes zero of infinities and NaN, too.
 template <typename acc_t>
 struct Slope {
   acc_t value;

@@ -56,9 +56,7 @@ class Call:
         if relu or residual is not None:  # by _replace it takes twice the time
             fused = (residual, relu, False, None, None, activation, parameter)
             record = Forward(*record[:_PLAIN], *fused)
-        if self.updates:
-            self.updates = False
-        elif record.training:
+        if record.training and not self.updates:
             record = record._replace(**_NO_STATISTICS)
         if not is_compiling() and (
             self.version != _version(record)
@@ -69,7 +67,20 @@ class Call:
                 "it is until its output is used, got a change in place before: use the output "
                 "before, or convert without fuse=True"
             )
-        return self.module._normalize(record)
+        if not self.updates:
+            return self.module._normalize(record)
+        written = record.num_batches_tracked
+        if written is None:
+            written = record.running_mean
+        before = _count(written)
+        self.updates = False
+        try:
+            return self.module._normalize(record)
+        except Exception:
+            # What is refused has updated nothing: the batch norm by itself may still be right.
+            fused = relu or residual is not None
+            self.updates = fused and _count(written) == before
+            raise
 
 
 class Update(Call):
@@ -117,9 +128,9 @@ def _version(record: Forward) -> int:
     return version
 
 
-def _count(residual: Tensor) -> int:
+def _count(tensor: Tensor) -> int:
     try:
-        return residual._version
+        return tensor._version
     except RuntimeError:  # as above
         return 0
 
@@ -280,7 +291,8 @@ def _residual_of(pending: Any, other: Any) -> Tensor | None:
         return None
     input = pending.call.record.input
     # A wrong device is an error with the batch norm as it is without.
-    return other if other.dtype is input.dtype and other.shape == input.shape else None
+    alike = other.dtype is input.dtype and other.shape == input.shape
+    return other if alike and other.layout is input.layout else None
 
 
 def _waits(value: Any) -> bool:

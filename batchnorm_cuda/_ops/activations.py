@@ -24,7 +24,7 @@ class Kind(NamedTuple):
     """An activation whose slope is 1 between 0 and `highest`, and elsewhere its parameter or 0."""
 
     apply: Callable[[Tensor, float], Tensor]
-    highest: float = torch.inf
+    highest: float = torch.nan  # none: nothing is above it
     parameter: float | None = None  # the usual one; None for activations that have none
     least: float = 0.0
     most: float = 0.0
@@ -46,7 +46,7 @@ def parse(activation: Activation | None) -> tuple[bool, str, float]:
         return False, "relu", 0.0
     if type(activation) is str and activation in KINDS:  # the others take half a microsecond
         return True, activation, KINDS[activation].parameter or 0.0
-    name, *given = activation if isinstance(activation, tuple) else (activation,)
+    name, *given = activation if activation and isinstance(activation, tuple) else (activation,)
     kind = KINDS.get(name) if isinstance(name, str) else None
     if kind is None or len(given) > (kind.parameter is not None):
         raise _unknown(activation)

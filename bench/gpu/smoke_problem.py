@@ -23,7 +23,7 @@ class Problem:
         self.residual_form, activation = FORMS[case.form]
         self.relu = activation is not None  # or another
         self.activation, self.parameter = activation or ("relu", 0.0)
-        self.highest = 6.0 if self.activation == "relu6" else math.inf
+        self.highest = 6.0 if self.activation == "relu6" else math.nan
         dtype = DTYPES[case.dtype]
         shape = cases.Case(case.shape, "", case.layout)
         self.x = cases.fill(shape, dtype, device)
@@ -57,7 +57,8 @@ class Problem:
             result.scales["output"] = result.scales["output"] + added.abs()
         if self.relu:
             z = result.output
-            result.output = torch.where(z > 0, z, z * self.parameter).clamp(max=self.highest)
+            result.output = torch.where(z > 0, z, z * self.parameter)
+            result.output = torch.where(result.output > self.highest, self.highest, result.output)
         return result
 
     def _expected(self, names: Mapping[str, Tensor], *of: object) -> check.Expected:
@@ -203,7 +204,7 @@ class Problem:
 
     def _steep(self, output: Tensor) -> Tensor:
         """Where the slope of the activation is 1."""
-        return (output > 0) & (output < self.highest)
+        return (output > 0) & ~(output >= self.highest)
 
     def _packed(self, steep: Tensor) -> Tensor:
         """The mask of a dense output whose slope is 1 there: csrc/kernels/fused.cuh."""

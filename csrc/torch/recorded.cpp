@@ -1,6 +1,8 @@
 #include "recorded.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -24,14 +26,18 @@ SeenBackward& seen_backward() {
 bool is_plain(const at::Tensor& tensor) {
   const c10::DispatchKeySet keys = tensor.key_set() - c10::autocast_dispatch_keyset;
   const c10::DispatchKey key = keys.highestFunctionalityKey();
-  return (key == c10::DispatchKey::AutogradFunctionality ||
+  return !keys.has(c10::DispatchKey::Functionalize) &&
+         (key == c10::DispatchKey::AutogradFunctionality ||
           key == c10::DispatchKey::ADInplaceOrView || key == c10::DispatchKey::Dense) &&
          !tensor._fw_grad(0).defined();
 }
 
-bool is_seen(const at::Tensor& grad_output) {
+// Whether somebody has to see the backward of this call: autograd, a mode, a transform, a subclass.
+bool is_seen(const BackwardCall& call) {
+  constexpr auto kTransforms = c10::DispatchKey::FuncTorchDynamicLayerFrontMode;
   return at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set() ||
-         !is_plain(grad_output);
+         c10::impl::tls_is_dispatch_key_included(kTransforms) || !is_plain(call.grad_output) ||
+         !is_plain(call.input);
 }
 
 OptionalTensor optional(at::Tensor tensor) {
@@ -91,7 +97,7 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
     call.need_bias = call.bias && context->needs_input_grad(edge++);
     call.need_residual = has_residual && context->needs_input_grad(edge++);
     Gradients results;
-    if (is_seen(grad_output)) {
+    if (is_seen(call)) {
       results = seen_backward()(call);
     } else if (call.mask) {
       results = batchnorm_cuda::backward(std::move(call));
@@ -116,6 +122,7 @@ bool requires_grad(const OptionalTensor& tensor) { return tensor && tensor->requ
 void set_seen_backward(SeenBackward backward) { seen_backward() = std::move(backward); }
 
 at::Tensor recorded(ForwardCall call) {
+  RECORD_FUNCTION("BatchNormFunction", {});
   const at::Tensor input = call.input;
   const OptionalTensor weight = call.weight, bias = call.bias, residual = call.residual;
   if (!at::GradMode::is_enabled() || !(input.requires_grad() || requires_grad(weight) ||

@@ -151,14 +151,17 @@ struct Backward : BackwardCall, Gradients {
   bool statistics() const { return problem.op == Op::kBackwardTraining; }
 };
 
-// Of the activation where a bit is not set. Two halves are 22 bits of it, or what is above 2^-25.
+// Of the activation where a bit is not set. Two halves are 21 bits of it, or what is above 2^-25.
 template <typename scalar_t>
 Slope<acc_type<scalar_t>> slope_of(const std::string& activation, double parameter) {
   using stored_t = std::conditional_t<std::is_same_v<scalar_t, __half>, c10::Half, c10::BFloat16>;
   Slope<acc_type<scalar_t>> slope{};
   slope.value = activation_of<acc_type<scalar_t>>(activation, parameter).below;
   if constexpr (!std::is_same_v<scalar_t, acc_type<scalar_t>>) {
-    const stored_t high(slope.value), low(slope.value - static_cast<float>(high));
+    stored_t high(slope.value);
+    if (static_cast<float>(high) > slope.value) --high.x;  // the next towards zero
+    if (high.x > 0) --high.x;
+    const stored_t low(slope.value - static_cast<float>(high));
     slope.high = high.x * 0x10001u;
     slope.low = low.x * 0x10001u;
     slope.kept = slope.value == 0 ? 0 : ~0u;

@@ -347,3 +347,32 @@ def test_sums(backend: Backend, runs: list[str], total: Callable, training: bool
             got = step(ours, ours, x, grad)
             assert SUMS[total] is None or runs == SUMS[total]
             torch.testing.assert_close(got, step(theirs, theirs, x, grad), **TIGHT)
+
+
+def with_forecast(backend: Backend) -> tuple[nn.BatchNorm2d, nn.BatchNorm2d]:
+    """A batch norm, and one that expects a ReLU behind it."""
+    theirs = nn.BatchNorm2d(fusion_models.C).to(backend.device)
+    model = nn.Sequential(copy.deepcopy(theirs), nn.ReLU())
+    ours, _ = convert(model, fuse=True)
+    return theirs, ours
+
+
+def test_statistics_after_an_error(backend: Backend) -> None:
+    """What was added is refused; the batch norm itself is used afterwards, and counts once."""
+    theirs, ours = with_forecast(backend)
+    (x,) = inputs(backend, 1)
+    results = []
+    for module in (theirs, ours):
+        y = module(x.float())
+        with pytest.raises(RuntimeError):
+            torch.relu(y + torch.empty_like(y, device="meta"))
+        results.append((torch.relu(y), module.num_batches_tracked, module.running_mean))
+    torch.testing.assert_close(*results)
+
+
+def test_a_sparse_residual(backend: Backend) -> None:
+    theirs, ours = with_forecast(backend)
+    (x,) = inputs(backend, 1)
+    residual = torch.eye(5, device=x.device).expand_as(x).to_sparse()
+    results = [torch.relu(module(x.float()) + residual) for module in (theirs, ours)]
+    torch.testing.assert_close(*results)

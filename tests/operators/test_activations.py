@@ -181,6 +181,22 @@ def test_special_values(backend: Backend, activation: object) -> None:
     torch.testing.assert_close(y, DEFINITIONS[activation](x), equal_nan=True)
 
 
+@every_activation
+@every_dtype
+def test_infinite_gradients(backend: Backend, activation: object, dtype: torch.dtype) -> None:
+    """Also of an infinite output: what torch's activation gives, to the bit."""
+    inf = torch.inf
+    z = torch.tensor([[-1.0, 1.0, inf, -inf, -2.0, 3.0, -3.0, 0.0]], device=backend.device).T
+    dy = torch.tensor([[inf, inf, 1.0, 1.0, -inf, -inf, 2.0, inf]], device=backend.device).T
+    z, dy = z.to(dtype).requires_grad_(), dy.to(dtype)
+    x = torch.zeros_like(z)
+    statistics = torch.zeros(1, device=z.device), torch.ones(1, device=z.device)
+    y = batch_norm(x, *statistics, residual=z, activation=activation)
+    (got,) = torch.autograd.grad(y, z, dy)
+    (expected,) = torch.autograd.grad(DEFINITIONS[activation](z), z, dy)
+    assert torch.equal(got, expected)
+
+
 def test_compiled_module(backend: Backend) -> None:
     torch.compiler.reset()
     module = batchnorm_cuda.BatchNorm2d(3, activation=("leaky_relu", 0.2), device=backend.device)
@@ -192,7 +208,16 @@ def test_compiled_module(backend: Backend) -> None:
 
 @pytest.mark.parametrize(
     "activation",
-    ["gelu", "", 1, ("relu", 0.1), ("relu6", 6.0), ("leaky_relu", 0.1, 0.2), ("leaky_relu", "a")],
+    [
+        "gelu",
+        "",
+        (),
+        1,
+        ("relu", 0.1),
+        ("relu6", 6.0),
+        ("leaky_relu", 0.1, 0.2),
+        ("leaky_relu", "a"),
+    ],
     ids=str,
 )
 def test_unknown_activation(backend: Backend, activation: object) -> None:

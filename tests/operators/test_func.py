@@ -71,6 +71,26 @@ def test_vmap(backend: Backend, tensors: dict[str, Tensor], name: str) -> None:
         assert_same(lambda bn: VMAPS[name](bn, tensors))
 
 
+@both_modes
+def test_around_a_backward(backend: Backend, training: bool) -> None:
+    """A transform of a function that differentiates what was computed outside of it."""
+    batch_norms = batch_norm, F.batch_norm
+    mean, var = torch.zeros(C), torch.ones(C)
+    x, dy, weighing = (torch.randn(B, C, 2) for _ in range(3))
+    results = []
+    for function in batch_norms:
+        leaf = x.to(backend.device).requires_grad_()
+        running = (mean.to(leaf), var.to(leaf)) if not training else (None, None)
+        y = function(leaf, *running, training=training)
+
+        def of_the_gradient(z: Tensor, y: Tensor = y, leaf: Tensor = leaf) -> Tensor:
+            gradient = torch.autograd.grad(y, leaf, dy.to(leaf), retain_graph=True)[0]
+            return (z * gradient).sum()
+
+        results.append(grad(of_the_gradient)(weighing.to(leaf)))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("grad_enabled", [True, False])
 def test_what_outlived_its_transform(backend: Backend, grad_enabled: bool) -> None:
     """A tensor that a transform wrapped, and that was kept, is the tensor that it was."""
