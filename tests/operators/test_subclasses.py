@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from conftest import Backend
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
+from batchnorm_cuda import batch_norm
 from batchnorm_cuda._ops import operators as ops
 from batchnorm_cuda._ops.mask import mask_bytes
 
@@ -32,6 +35,8 @@ class Wrapped(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         wrapped = next(arg for arg in args if isinstance(arg, Wrapped))
+        if func is torch.ops.aten.detach.default:
+            return Wrapped(wrapped.held.detach(), wrapped.calls)
         wrapped.calls.append(func.__name__)
         return func(*tree_map(lambda x: x.held if isinstance(x, Wrapped) else x, args))
 
@@ -98,3 +103,21 @@ def test_fused_backward(tensors: tuple[Tensor, ...], place: int) -> None:
     mask = torch.full((mask_bytes(x.numel(), x.dtype),), 255, dtype=torch.uint8)
     arguments = (dy, x, None, None, mean, invstd, mask, True, True, False, False, True)
     assert seen(ops.fused_backward, arguments, place) == ["fused_backward.default"]
+
+
+def test_what_a_hook_made_of_a_saved_tensor(tensors: tuple[Tensor, ...]) -> None:
+    """A backward whose saved input is a subclass goes by the operators, too."""
+    x, dy, *_ = tensors
+    calls: list[str] = []
+
+    def unpack(held: Tensor) -> Tensor:
+        return Wrapped(held.detach(), calls) if held.shape == x.shape else held
+
+    grads = []
+    for hooks in (saved_tensors_hooks(lambda held: held, unpack), nullcontext()):
+        leaf = x.clone().requires_grad_()
+        with hooks:
+            y = batch_norm(leaf, None, None, training=True)
+        grads.append(torch.autograd.grad(y, leaf, dy)[0])
+    assert calls == ["backward.default"]
+    assert torch.equal(*grads)
