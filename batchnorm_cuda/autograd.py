@@ -74,6 +74,8 @@ class BatchNormFunction(Function):
         if call.relu and any(ctx.needs_input_grad):
             call = call._replace(need_mask=True)
         output, *saved = passes.forward(call)
+        # No gradient gives none; but ranks that have one wait for those that have not.
+        ctx.set_materialize_grads(call.group is not None)
         ctx.save_for_backward(input, weight, *saved)
         # Only the dtype of bias takes part in the backward, so it is not saved: an in-place update
         # of bias between forward and backward is no error.
@@ -81,8 +83,10 @@ class BatchNormFunction(Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
+        if grad_output is None:  # what stands behind has none
+            return (None,) * len(needed)
         saved = ctx.saved_tensors
         input, weight, mean, invstd = saved[:4]
         bias, training, group, activation, parameter = ctx.settings

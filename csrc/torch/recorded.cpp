@@ -64,6 +64,7 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
     std::string activation = call.relu ? call.activation : "";
     const double parameter = call.parameter;
     Normalized results = batchnorm_cuda::forward(std::move(call));
+    context->set_materialize_grads(false);
     context->save_for_backward({input, weight.value_or(at::Tensor()), results.mean, results.invstd,
                                 results.mask.value_or(at::Tensor())});
     // Only the dtype of bias takes part in the backward, so it is not saved: an in-place update of
@@ -76,6 +77,7 @@ struct BatchNormFunction : torch::autograd::Function<BatchNormFunction> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const at::Tensor& grad_output = grads[0];
+    if (!grad_output.defined()) return variable_list(5);
     variable_list saved = context->get_saved_variables();
     auto settings = context->saved_data["call"].toTuple();
     const auto& elements = settings->elements();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import harness
 import pytest
@@ -20,8 +21,9 @@ from cases import (
 )
 from conftest import Backend
 from parametrisations import both_modes, every_case, every_dtype, few_cases
+from torch import Tensor
 
-from batchnorm_cuda import batch_norm
+from batchnorm_cuda import BatchNormFunction, batch_norm
 from batchnorm_cuda._ops import operators as ops
 
 
@@ -119,6 +121,28 @@ def test_only_wanted_gradients_are_computed(
     with harness.Looking():  # else Python takes no part in it
         output.backward()
     assert asked == [wanted]
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+def test_no_gradient_at_all(kernels: Backend, by_function: bool) -> None:
+    """What stands behind gives None: so do we, as torch does."""
+
+    class Without(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> None:
+            return None
+
+    x = fill(FEW_CASES[0], torch.float32, kernels.device).requires_grad_()
+    if by_function:
+        y = BatchNormFunction.apply(x, None, None, None, None, None, True, 0.1, 1e-5)
+    else:
+        y = batch_norm(x, None, None, training=True)
+    Without.apply(y).sum().backward()
+    assert x.grad is None
 
 
 def test_two_forwards_before_one_backward(backend: Backend) -> None:
