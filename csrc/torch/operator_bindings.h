@@ -3,6 +3,7 @@
 // compares.
 #pragma once
 
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <tuple>
@@ -71,7 +72,7 @@ void bind_operator(pybind11::module_& m, const char* name, Results (*entry)(Reco
                    const char* doc) {
   // Copies: whoever gives up the last but one reference to a tensor of Python's takes Python's lock
   // for it, which pybind11's own are destroyed with, but no record.
-  const auto run = [entry](const In&... values) {
+  auto run = [entry](const In&... values) {
     Record call;
     ((call.*in = values), ...);
     Results computed = entry(std::move(call));
@@ -79,7 +80,8 @@ void bind_operator(pybind11::module_& m, const char* name, Results (*entry)(Reco
   };
   std::apply(
       [&](const auto&... argument) {
-        m.def(name, run, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        // Without Python's lock, and with warnings and errors that are Python's.
+        m.def(name, torch::wrap_pybind_function_no_gil(std::move(run)),
               argument_of<Record>(argument)..., doc);
       },
       arguments);
