@@ -51,6 +51,12 @@ def test_schemas_stay() -> None:
     assert sorted(str(o._schema).removeprefix("batchnorm_cuda::") for o in registered) == SCHEMAS
 
 
+def test_what_is_recorded_takes_a_plain_call_and_what_is_fused(extension: ModuleType) -> None:
+    names = [name for name, *_ in of_module(extension, "recorded")]
+    plain = Forward._fields[: Forward._fields.index("residual")]
+    assert names == [*plain, "residual", "relu", "activation", "parameter"]
+
+
 @every_operator
 def test_the_module_takes_the_arguments_of_the_operator(
     extension: ModuleType, operator: Operator

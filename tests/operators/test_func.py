@@ -76,18 +76,18 @@ def test_around_a_backward(backend: Backend, training: bool) -> None:
     """A transform of a function that differentiates what was computed outside of it."""
     batch_norms = batch_norm, F.batch_norm
     mean, var = torch.zeros(C), torch.ones(C)
-    x, dy, weighing = (torch.randn(B, C, 2) for _ in range(3))
+    x, dy, weighing = (torch.randn(B, C, 2).to(backend.device) for _ in range(3))
     results = []
     for function in batch_norms:
-        leaf = x.to(backend.device).requires_grad_()
+        leaf = x.clone().requires_grad_()
         running = (mean.to(leaf), var.to(leaf)) if not training else (None, None)
         y = function(leaf, *running, training=training)
 
         def of_the_gradient(z: Tensor, y: Tensor = y, leaf: Tensor = leaf) -> Tensor:
-            gradient = torch.autograd.grad(y, leaf, dy.to(leaf), retain_graph=True)[0]
+            gradient = torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
             return (z * gradient).sum()
 
-        results.append(grad(of_the_gradient)(weighing.to(leaf)))
+        results.append(grad(of_the_gradient)(weighing))
     torch.testing.assert_close(*results)
 
 
