@@ -24,7 +24,7 @@ cases = load("tests", "cases")
 
 OPS = {**PLANNED, "sync": "forward_training"}
 # What is fused: whether a residual, which activation and its parameter. What is multiplied by
-# 0.25 is exact, so that a gradient can be compared to the bit; 0.3 has two halves.
+# 0.25 is exact, so that a gradient can be compared to the bit; 0.3 is not.
 FORMS: dict[str, tuple[bool, tuple[str, float] | None]] = {
     "": (False, None),
     "residual+relu": (True, ("relu", 0.0)),
